@@ -1,0 +1,57 @@
+//! `tangent eval`: loss, perplexity and accuracy on rows.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tangent_train::data::TrainOn;
+use tangent_train::evaluate;
+
+use crate::failure::Failure;
+use crate::open::{ModelArgs, examples};
+
+/// What to evaluate, on what.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Adapter folder.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Rows (jsonl); several files may be given.
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    data: Vec<PathBuf>,
+    /// Evaluate the first N rows only.
+    #[arg(long, value_name = "N")]
+    eval_rows: Option<usize>,
+    /// Tokens that count: assistant, last, all.
+    #[arg(long, default_value = "assistant")]
+    train_on: TrainOn,
+    /// Cut rows to this many tokens.
+    #[arg(long, value_name = "TOKENS")]
+    max_length: Option<usize>,
+    /// Print one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Evaluates and prints the report.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
+    let mut rows = examples(&opened, &args.data, args.train_on, args.max_length, false)?;
+    rows.truncate(args.eval_rows.unwrap_or(usize::MAX));
+    let report = evaluate(&*opened.model, &rows);
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", report.to_json())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    writeln!(out, "rows               {}", report.examples)?;
+    writeln!(out, "supervised tokens  {}", report.supervised_tokens)?;
+    writeln!(out, "loss               {:.4}", report.loss)?;
+    writeln!(out, "perplexity         {:.4}", report.perplexity)?;
+    if let Some(accuracy) = report.accuracy {
+        writeln!(out, "accuracy           {:.2} %", accuracy * 100.0)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

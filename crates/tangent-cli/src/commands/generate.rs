@@ -1,0 +1,147 @@
+//! `tangent generate`: continues a prompt.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::json;
+use tangent_model::generate::{Sampling, generate};
+use tangent_model::{LanguageModel, ModelError};
+
+use crate::failure::Failure;
+use crate::open::ModelArgs;
+
+/// How tokens are chosen.
+#[derive(clap::Args, Clone)]
+pub struct SamplingArgs {
+    /// Most tokens to generate.
+    #[arg(long, alias = "max-tokens", default_value_t = 256, value_name = "N")]
+    max_new_tokens: usize,
+    /// 0 takes the most probable token.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f32,
+    /// Sample among the K most probable tokens.
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Sample among the most probable tokens that reach P together.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    top_p: f32,
+    /// Above 1 makes repeated tokens less probable.
+    #[arg(long, default_value_t = 1.0, value_name = "R")]
+    repetition_penalty: f32,
+    /// Stop before this string; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Seed of the random numbers.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// Checked settings.
+    pub fn sampling(&self) -> Result<Sampling, Failure> {
+        let checks = [
+            (self.temperature >= 0.0, "--temperature must be 0 or more"),
+            (self.top_k != Some(0), "--top-k must be at least 1"),
+            (
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "--top-p must be in (0, 1]",
+            ),
+            (
+                self.repetition_penalty > 0.0,
+                "--repetition-penalty must be above 0",
+            ),
+        ];
+        if let Some((_, why)) = checks.iter().find(|(fine, _)| !fine) {
+            return Err(Failure::Request((*why).to_owned()));
+        }
+        Ok(Sampling {
+            max_new_tokens: self.max_new_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+            stop: self.stop.clone(),
+            seed: self.seed,
+        })
+    }
+}
+
+/// What to continue.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Adapter folder.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// The prompt: a user's message, or plain text with --raw.
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// A system message before it.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Continue the text as it is, without the chat template.
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Print one line of JSON instead of streaming.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Token ids of messages up to the assistant's next answer.
+pub fn prompt_ids(
+    opened: &LanguageModel,
+    messages: &[serde_json::Value],
+) -> Result<Vec<u32>, Failure> {
+    let Some(template) = &opened.tokenizer.chat_template else {
+        return Err(Failure::Request(format!(
+            "{} has no chat template; use --raw with a plain prompt",
+            opened.path.display()
+        )));
+    };
+    let text = template.render(messages, true).map_err(ModelError::from)?;
+    Ok(opened.tokenizer.encode(&text)?)
+}
+
+/// Generates, streaming to standard output.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let sampling = args.sampling.sampling()?;
+    let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
+    let prompt = if args.raw {
+        opened.tokenizer.encode(&args.prompt)?
+    } else {
+        let system = args.system.iter();
+        let mut messages: Vec<_> = system
+            .map(|s| json!({"role": "system", "content": s}))
+            .collect();
+        messages.push(json!({"role": "user", "content": args.prompt}));
+        prompt_ids(&opened, &messages)?
+    };
+    if prompt.is_empty() {
+        return Err(Failure::Request("--prompt has no tokens".into()));
+    }
+    let mut out = std::io::stdout().lock();
+    let mut stream = |piece: &str| {
+        if !args.json {
+            // A closed pipe shows when the last line is written.
+            let _ = write!(out, "{piece}").and_then(|()| out.flush());
+        }
+    };
+    let generated = generate(
+        &*opened.model,
+        &opened.tokenizer,
+        &prompt,
+        &sampling,
+        &mut stream,
+    )?;
+    if args.json {
+        let line = json!({"text": generated.text, "tokens": generated.tokens});
+        writeln!(out, "{line}")?;
+    } else {
+        writeln!(out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,79 @@
+//! `tangent merge`: folds an adapter into the weights and checks that nothing changed.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use burn::tensor::Device;
+use tangent_model::BaseDtype;
+use tangent_model::folder::NewFolder;
+use tangent_peft::export::{self, WriteDtype};
+use tangent_train::agreement::agreement;
+use tangent_train::data::{Example, TrainOn};
+
+use crate::failure::Failure;
+use crate::open::{ModelArgs, examples};
+
+/// What to merge.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Adapter folder.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Where the merged model goes (a Hugging Face folder).
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Replace an earlier folder.
+    #[arg(long)]
+    overwrite: bool,
+    /// Number type of the written weights: f32, f16, bf16.
+    #[arg(long, default_value = "f32")]
+    dtype: WriteDtype,
+    /// Rows (jsonl) on which the merged model is compared; a line of text if not given.
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    data: Vec<PathBuf>,
+    /// Compare the first N rows.
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    rows: usize,
+    /// Largest mean KL divergence, in nats, between adapter and merged model.
+    #[arg(long, default_value_t = 1e-3, value_name = "NATS")]
+    tolerance: f64,
+}
+
+/// Compared where no rows are given.
+const TEXT: &str = "The capital of France is Paris. Water boils at one hundred degrees Celsius.";
+
+/// Merges, compares, and only then puts the folder in its place.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let (opened, _) = args.model.open_with(Some(&args.adapter))?;
+    let rows: Vec<Vec<u32>> = if args.data.is_empty() {
+        vec![opened.tokenizer.encode(TEXT)?]
+    } else {
+        let rows = examples(&opened, &args.data, TrainOn::All, None, true)?;
+        let rows = rows.into_iter().take(args.rows);
+        rows.map(|row: Example| row.tokens).collect()
+    };
+    let folder = NewFolder::begin(&args.output, args.overwrite)?;
+    export::write_model(&folder, &opened, args.dtype)?;
+    let merged = tangent_model::open(folder.path(), BaseDtype::AsStored, &Device::flex())?;
+    let found = agreement(&*opened.model, &*merged.model, &rows);
+    println!(
+        "adapter against merged model on {} tokens: largest logit difference {:.3e}, mean KL \
+         {:.3e} nats, same first choice {:.2} %",
+        found.tokens,
+        found.largest_logit_difference,
+        found.mean_kl,
+        found.same_choice * 100.0,
+    );
+    if !(found.mean_kl <= args.tolerance) {
+        return Err(Failure::Run(format!(
+            "mean KL {:.3e} is above the tolerance {:.3e}; nothing was written. Merge with \
+             --dtype f32, or allow more with --tolerance",
+            found.mean_kl, args.tolerance
+        )));
+    }
+    folder.finish()?;
+    println!("merged model: {}", args.output.display());
+    Ok(ExitCode::SUCCESS)
+}

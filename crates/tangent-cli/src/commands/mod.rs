@@ -1,0 +1,49 @@
+//! The commands: one file each and one line in the list below.
+
+use std::process::ExitCode;
+
+use crate::failure::Failure;
+
+macro_rules! commands {
+    ($($(#[$help:meta])* $module:ident => $variant:ident,)*) => {
+        $(mod $module;)*
+
+        /// What to do.
+        #[derive(clap::Subcommand)]
+        pub enum Command {
+            $($(#[$help])* $variant($module::Args),)*
+        }
+
+        impl Command {
+            /// Does it.
+            pub fn run(self) -> Result<ExitCode, Failure> {
+                match self {
+                    $(Self::$variant(args) => $module::run(args),)*
+                }
+            }
+        }
+    };
+}
+
+commands! {
+    /// Fine-tune a model on rows of text or conversations.
+    train => Train,
+    /// Loss, perplexity and accuracy of a model on rows.
+    eval => Eval,
+    /// Log-probability of every token of rows.
+    score => Score,
+    /// Continue a prompt.
+    generate => Generate,
+    /// Talk with a model.
+    chat => Chat,
+    /// Show rows as the model sees them, with what is trained on.
+    data => Data,
+    /// Write the model with an adapter folded into its weights.
+    merge => Merge,
+    /// Take an adapter out of a merged model again.
+    unmerge => Unmerge,
+    /// Replace one adapter by another in a merged model.
+    switch => Switch,
+    /// List the fine-tuning methods.
+    methods => Methods,
+}

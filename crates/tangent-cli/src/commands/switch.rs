@@ -1,0 +1,52 @@
+//! `tangent switch`: replaces one adapter by another in a merged model, `W - sBA + s'B'A'`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tangent_model::folder::NewFolder;
+use tangent_peft::export::{self, WriteDtype};
+
+use crate::failure::Failure;
+use crate::open::ModelArgs;
+
+/// What to replace by what.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Folder of the adapter that was merged.
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    /// Folder of the adapter that takes its place.
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    /// Where the result goes.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Replace an earlier folder.
+    #[arg(long)]
+    overwrite: bool,
+    /// Number type of the written weights: f32, f16, bf16.
+    #[arg(long, default_value = "f32")]
+    dtype: WriteDtype,
+}
+
+/// Switches and reports the drift.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let (merged, _) = args.model.open_with(Some(&args.from))?;
+    let single = ModelArgs {
+        threads: None,
+        ..args.model.clone()
+    };
+    let (added, _) = single.open_with(Some(&args.to))?;
+    let folder = NewFolder::begin(&args.output, args.overwrite)?;
+    let drift = export::write_without(&folder, &merged, Some(&added), args.dtype)?;
+    folder.finish()?;
+    println!(
+        "drift: rounding up to {:.3e}, weights up to {:.3e}; merge from the original model to be \
+         free of it",
+        drift.rounding, drift.largest_weight
+    );
+    println!("switched model: {}", args.output.display());
+    Ok(ExitCode::SUCCESS)
+}

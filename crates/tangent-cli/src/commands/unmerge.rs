@@ -1,0 +1,54 @@
+//! `tangent unmerge`: takes an adapter out of a merged model again.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tangent_model::folder::NewFolder;
+use tangent_peft::export::{self, WriteDtype};
+
+use crate::failure::Failure;
+use crate::open::ModelArgs;
+
+/// What to take out.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Folder of the adapter that was merged.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Where the result goes.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Replace an earlier folder.
+    #[arg(long)]
+    overwrite: bool,
+    /// Number type of the written weights: f32, f16, bf16.
+    #[arg(long, default_value = "f32")]
+    dtype: WriteDtype,
+    /// The original model, to measure how far the result is from it.
+    #[arg(long, value_name = "PATH")]
+    base: Option<PathBuf>,
+}
+
+/// Subtracts the adapter and reports the drift.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let (merged, _) = args.model.open_with(Some(&args.adapter))?;
+    let folder = NewFolder::begin(&args.output, args.overwrite)?;
+    let drift = export::write_without(&folder, &merged, None, args.dtype)?;
+    println!(
+        "drift: rounding up to {:.3e}, weights up to {:.3e}",
+        drift.rounding, drift.largest_weight
+    );
+    if let Some(base) = &args.base {
+        let open = |path: &std::path::Path| {
+            let as_stored = tangent_model::BaseDtype::AsStored;
+            tangent_model::open(path, as_stored, &burn::tensor::Device::flex())
+        };
+        let distance = export::distance(&*open(base)?.model, &*open(folder.path())?.model)?;
+        println!("largest difference from {}: {distance:.3e}", base.display());
+    }
+    folder.finish()?;
+    println!("unmerged model: {}", args.output.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,81 @@
+//! Opening the model and, if asked, its adapter; reading rows.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use tangent_model::{BaseDtype, LanguageModel};
+use tangent_peft::{Adapter, peft_format};
+use tangent_train::data::{EncodeOptions, Example, TrainOn, encode_rows, read_files};
+
+use crate::failure::Failure;
+
+/// The model that a command works on.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// Hugging Face folder or GGUF file.
+    #[arg(
+        long,
+        alias = "model-name-or-path",
+        alias = "base-model",
+        value_name = "PATH"
+    )]
+    pub model: PathBuf,
+    /// How frozen weights are held: auto, f32, bf16, as-stored.
+    #[arg(long, default_value = "auto", value_name = "TYPE")]
+    pub base_dtype: BaseDtype,
+    /// Threads to use; all cores if not given.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Opens the model and sets the number of threads.
+    pub fn open(&self) -> Result<LanguageModel, Failure> {
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                return Err(Failure::Request("--threads must be at least 1".into()));
+            }
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            pool.build_global()
+                .map_err(|e| Failure::Run(format!("cannot start {threads} threads: {e}")))?;
+        }
+        Ok(tangent_model::open(
+            &self.model,
+            self.base_dtype,
+            &Device::flex(),
+        )?)
+    }
+
+    /// Opens the model with the adapter of a folder attached, if one is given.
+    pub fn open_with(
+        &self,
+        adapter: Option<&Path>,
+    ) -> Result<(LanguageModel, Option<Adapter>), Failure> {
+        let mut opened = self.open()?;
+        let adapter = match adapter {
+            Some(dir) => Some(peft_format::load(&mut *opened.model, dir)?),
+            None => None,
+        };
+        Ok((opened, adapter))
+    }
+}
+
+/// Reads and encodes rows.
+pub fn examples(
+    opened: &LanguageModel,
+    files: &[PathBuf],
+    train_on: TrainOn,
+    max_length: Option<usize>,
+    allow_unsupervised: bool,
+) -> Result<Vec<Example>, Failure> {
+    let options = EncodeOptions {
+        train_on,
+        max_length,
+        allow_unsupervised,
+    };
+    Ok(encode_rows(
+        &read_files(files)?,
+        &opened.tokenizer,
+        &options,
+    )?)
+}

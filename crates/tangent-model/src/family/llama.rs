@@ -1,0 +1,519 @@
+//! The Llama family: SmolLM2, Llama 2 and 3, Mistral. Pre-norm decoder with rotary attention over
+//! grouped heads and a SwiGLU feed-forward.
+
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+
+use burn::tensor::{Device, Tensor};
+use serde_json::{Map, Value};
+use tangent_ops::{AttentionShape, Rotary};
+
+use super::{Attend, Family, Model};
+use crate::error::ModelError;
+use crate::pass::Pass;
+use crate::site::{Site, SiteKind};
+use crate::weights::Weights;
+
+/// The family's entry.
+pub const FAMILY: Family = Family {
+    model_types: &["llama", "mistral"],
+    open: |config, path, weights, device| {
+        let config = Config::parse(config, path)?;
+        Ok(Box::new(Llama::open(config, weights, device)?))
+    },
+};
+
+/// Keys that do not change what the model computes.
+const WITHOUT_EFFECT: &[&str] = &[
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "model_type",
+    "pad_token_id",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "use_cache",
+];
+
+/// The configuration, keys as in Hugging Face's `config.json`.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the keys are Hugging Face's own")]
+pub struct Config {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub max_position_embeddings: usize,
+    pub rms_norm_eps: f32,
+    pub rope: Rope,
+    pub sliding_window: Option<usize>,
+    pub tie_word_embeddings: bool,
+    pub attention_bias: bool,
+    pub mlp_bias: bool,
+}
+
+/// The rotary embedding's frequencies.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the keys are Hugging Face's own")]
+pub struct Rope {
+    pub theta: f64,
+    pub scaling: RopeScaling,
+}
+
+/// How frequencies are changed for longer rows.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "the keys are Hugging Face's own")]
+pub enum RopeScaling {
+    Default,
+    Linear {
+        factor: f64,
+    },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position_embeddings: f64,
+    },
+    /// Each frequency divided by its own factor (GGUF's `rope_freqs.weight`).
+    Factors(Vec<f64>),
+}
+
+impl Rope {
+    /// Inverse frequencies, `head_dim / 2` of them.
+    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f64> {
+        (0..head_dim / 2)
+            .map(|j| {
+                let frequency = self.theta.powf(-(2.0 * j as f64) / head_dim as f64);
+                match &self.scaling {
+                    RopeScaling::Default => frequency,
+                    RopeScaling::Linear { factor } => frequency / factor,
+                    RopeScaling::Factors(factors) => frequency / factors[j],
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor: low,
+                        high_freq_factor: high,
+                        original_max_position_embeddings: original,
+                    } => {
+                        let wavelength = 2.0 * std::f64::consts::PI / frequency;
+                        if wavelength < original / high {
+                            frequency
+                        } else if wavelength > original / low {
+                            frequency / factor
+                        } else {
+                            let smooth = (original / wavelength - low) / (high - low);
+                            (1.0 - smooth) * frequency / factor + smooth * frequency
+                        }
+                    }
+                }
+            })
+            .collect()
+    }
+}
+
+/// Reads keys and remembers which were read, so that the rest can be refused.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    path: &'a Path,
+    seen: Vec<&'a str>,
+}
+
+impl<'a> Keys<'a> {
+    fn fault(&self, key: &str, why: impl Into<String>) -> ModelError {
+        ModelError::Setting {
+            path: self.path.to_owned(),
+            key: key.to_owned(),
+            why: why.into(),
+        }
+    }
+
+    fn value(&mut self, key: &'a str) -> Option<&'a Value> {
+        self.seen.push(key);
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    fn optional_size(&mut self, key: &'a str) -> Result<Option<usize>, ModelError> {
+        let Some(value) = self.value(key) else {
+            return Ok(None);
+        };
+        match value.as_u64() {
+            Some(n) if (1..=1 << 32).contains(&n) => Ok(Some(n as usize)),
+            _ => Err(self.fault(key, format!("expected a positive integer, got {value}"))),
+        }
+    }
+
+    fn size(&mut self, key: &'a str) -> Result<usize, ModelError> {
+        self.optional_size(key)?
+            .ok_or_else(|| self.fault(key, "missing"))
+    }
+
+    fn optional_number(&mut self, key: &'a str) -> Result<Option<f64>, ModelError> {
+        let Some(value) = self.value(key) else {
+            return Ok(None);
+        };
+        match value.as_f64() {
+            Some(n) if n.is_finite() && n > 0.0 => Ok(Some(n)),
+            _ => Err(self.fault(key, format!("expected a positive number, got {value}"))),
+        }
+    }
+
+    fn number(&mut self, key: &'a str) -> Result<f64, ModelError> {
+        self.optional_number(key)?
+            .ok_or_else(|| self.fault(key, "missing"))
+    }
+
+    fn flag(&mut self, key: &'a str) -> Result<bool, ModelError> {
+        match self.value(key) {
+            None => Ok(false),
+            Some(Value::Bool(b)) => Ok(*b),
+            Some(other) => Err(self.fault(key, format!("expected true or false, got {other}"))),
+        }
+    }
+
+    /// A setting that is only supported at one value.
+    fn only(&mut self, key: &'a str, supported: &Value) -> Result<(), ModelError> {
+        match self.value(key) {
+            Some(v) if v != supported && v.as_f64() != supported.as_f64() => Err(self.fault(
+                key,
+                format!("only {supported} is supported, the model has {v}"),
+            )),
+            Some(v) if v != supported && supported.as_f64().is_none() => Err(self.fault(
+                key,
+                format!("only {supported} is supported, the model has {v}"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn finish(self, without_effect: &[&str]) -> Result<(), ModelError> {
+        let keys: Vec<String> = self
+            .map
+            .keys()
+            .filter(|k| !self.seen.contains(&k.as_str()) && !without_effect.contains(&k.as_str()))
+            .cloned()
+            .collect();
+        if keys.is_empty() {
+            return Ok(());
+        }
+        Err(ModelError::UnknownSettings {
+            path: self.path.to_owned(),
+            keys,
+        })
+    }
+}
+
+impl Config {
+    /// Reads a configuration; `path` names it in errors.
+    ///
+    /// # Errors
+    /// If a key is missing, of the wrong type, unknown, or at a value that is not supported.
+    pub fn parse(config: &Value, path: &Path) -> Result<Self, ModelError> {
+        let empty = Map::new();
+        let map = config.as_object().unwrap_or(&empty);
+        let mut keys = Keys {
+            map,
+            path,
+            seen: vec![],
+        };
+        let hidden_size = keys.size("hidden_size")?;
+        let num_attention_heads = keys.size("num_attention_heads")?;
+        let num_key_value_heads = keys
+            .optional_size("num_key_value_heads")?
+            .unwrap_or(num_attention_heads);
+        let head_dim = match keys.optional_size("head_dim")? {
+            Some(d) => d,
+            None => hidden_size / num_attention_heads,
+        };
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+            let why = format!("does not divide num_attention_heads = {num_attention_heads}");
+            return Err(keys.fault("num_key_value_heads", why));
+        }
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(keys.fault("head_dim", format!("must be even, got {head_dim}")));
+        }
+        keys.only("hidden_act", &"silu".into())?;
+        keys.only("attention_dropout", &0.0.into())?;
+        keys.only("pretraining_tp", &1.into())?;
+        keys.only("rope_interleaved", &false.into())?;
+        keys.only("partial_rotary_factor", &1.0.into())?;
+        let config = Self {
+            vocab_size: keys.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: keys.size("intermediate_size")?,
+            num_hidden_layers: keys.size("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            max_position_embeddings: keys.size("max_position_embeddings")?,
+            rms_norm_eps: keys.number("rms_norm_eps")? as f32,
+            rope: rope(&mut keys, head_dim)?,
+            sliding_window: keys.optional_size("sliding_window")?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+            attention_bias: keys.flag("attention_bias")?,
+            mlp_bias: keys.flag("mlp_bias")?,
+        };
+        keys.finish(WITHOUT_EFFECT)?;
+        Ok(config)
+    }
+}
+
+fn rope(keys: &mut Keys<'_>, head_dim: usize) -> Result<Rope, ModelError> {
+    let outer_theta = keys.optional_number("rope_theta")?;
+    if let Some(factors) = keys.value("rope_freq_factors") {
+        let factors: Option<Vec<f64>> = factors
+            .as_array()
+            .map(|a| a.iter().filter_map(Value::as_f64).collect());
+        return match factors {
+            Some(f) if f.len() == head_dim / 2 => Ok(Rope {
+                theta: outer_theta.unwrap_or(10_000.0),
+                scaling: RopeScaling::Factors(f),
+            }),
+            _ => Err(keys.fault("rope_freq_factors", "one factor per feature pair expected")),
+        };
+    }
+    // transformers 5 writes rope_parameters, earlier versions rope_scaling.
+    let (name, inner) = match keys.value("rope_parameters") {
+        Some(v) => ("rope_parameters", Some(v)),
+        None => ("rope_scaling", keys.value("rope_scaling")),
+    };
+    let Some(inner) = inner else {
+        return Ok(Rope {
+            theta: outer_theta.unwrap_or(10_000.0),
+            scaling: RopeScaling::Default,
+        });
+    };
+    let Some(map) = inner.as_object() else {
+        return Err(keys.fault(name, format!("expected an object, got {inner}")));
+    };
+    let mut inner = Keys {
+        map,
+        path: keys.path,
+        seen: vec![],
+    };
+    let theta = inner
+        .optional_number("rope_theta")?
+        .or(outer_theta)
+        .unwrap_or(10_000.0);
+    inner.only("partial_rotary_factor", &1.0.into())?;
+    let kind = match inner.value("rope_type") {
+        Some(v) => Some(v),
+        None => inner.value("type"),
+    };
+    let scaling = match kind.and_then(Value::as_str).unwrap_or("default") {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear {
+            factor: inner.number("factor")?,
+        },
+        "llama3" => RopeScaling::Llama3 {
+            factor: inner.number("factor")?,
+            low_freq_factor: inner.number("low_freq_factor")?,
+            high_freq_factor: inner.number("high_freq_factor")?,
+            original_max_position_embeddings: inner.number("original_max_position_embeddings")?,
+        },
+        other => {
+            let why = format!("\"{other}\" is not supported; supported: default, linear, llama3");
+            return Err(inner.fault("rope_type", why));
+        }
+    };
+    inner.finish(&["type", "rope_type"])?;
+    Ok(Rope { theta, scaling })
+}
+
+struct Layer {
+    input_layernorm: Site,
+    q_proj: Site,
+    k_proj: Site,
+    v_proj: Site,
+    o_proj: Site,
+    post_attention_layernorm: Site,
+    gate_proj: Site,
+    up_proj: Site,
+    down_proj: Site,
+}
+
+/// A model of the family.
+pub struct Llama {
+    config: Config,
+    device: Device,
+    rotary: RwLock<Arc<Rotary>>,
+    embed_tokens: Site,
+    layers: Vec<Layer>,
+    norm: Site,
+    lm_head: Site,
+}
+
+impl Llama {
+    fn open(config: Config, weights: &Weights, device: &Device) -> Result<Self, ModelError> {
+        let c = &config;
+        let norm = |path: String, layer| -> Result<Site, ModelError> {
+            let weight = weights.vector(&format!("{path}.weight"), c.hidden_size)?;
+            Ok(Site::new(path, SiteKind::Norm, layer, weight))
+        };
+        let q = c.num_attention_heads * c.head_dim;
+        let kv = c.num_key_value_heads * c.head_dim;
+        let layer = |index: usize| -> Result<Layer, ModelError> {
+            let linear = |name: &str, rows, cols, bias: bool| -> Result<Site, ModelError> {
+                let path = format!("model.layers.{index}.{name}");
+                let weight = weights.matrix(&format!("{path}.weight"), rows, cols)?;
+                let bias = match bias {
+                    true => Some(weights.vector(&format!("{path}.bias"), rows)?),
+                    false => None,
+                };
+                let mut site = Site::new(path, SiteKind::Linear, Some(index), weight);
+                site.bias = bias;
+                Ok(site)
+            };
+            let (d, ff) = (c.hidden_size, c.intermediate_size);
+            let (attention, mlp) = (c.attention_bias, c.mlp_bias);
+            let path = |name: &str| format!("model.layers.{index}.{name}");
+            Ok(Layer {
+                input_layernorm: norm(path("input_layernorm"), Some(index))?,
+                q_proj: linear("self_attn.q_proj", q, d, attention)?,
+                k_proj: linear("self_attn.k_proj", kv, d, attention)?,
+                v_proj: linear("self_attn.v_proj", kv, d, attention)?,
+                o_proj: linear("self_attn.o_proj", d, q, attention)?,
+                post_attention_layernorm: norm(path("post_attention_layernorm"), Some(index))?,
+                gate_proj: linear("mlp.gate_proj", ff, d, mlp)?,
+                up_proj: linear("mlp.up_proj", ff, d, mlp)?,
+                down_proj: linear("mlp.down_proj", d, ff, mlp)?,
+            })
+        };
+        let table = weights.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?;
+        let head = match c.tie_word_embeddings {
+            true => table.clone(),
+            false => weights.matrix("lm_head.weight", c.vocab_size, c.hidden_size)?,
+        };
+        let embedding = "model.embed_tokens".to_owned();
+        let mut lm_head = Site::new("lm_head".into(), SiteKind::Head, None, head);
+        lm_head.tied_to = c.tie_word_embeddings.then(|| embedding.clone());
+        let frequencies = c.rope.inverse_frequencies(c.head_dim);
+        Ok(Self {
+            rotary: RwLock::new(Arc::new(Rotary::new(frequencies, 256))),
+            device: device.clone(),
+            embed_tokens: Site::new(embedding, SiteKind::Embedding, None, table),
+            layers: (0..c.num_hidden_layers)
+                .map(layer)
+                .collect::<Result<_, _>>()?,
+            norm: norm("model.norm".into(), None)?,
+            lm_head,
+            config,
+        })
+    }
+}
+
+impl Model for Llama {
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
+    fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+            window: self.config.sliding_window,
+        }
+    }
+
+    fn rotary(&self, positions: usize) -> Arc<Rotary> {
+        let table = self
+            .rotary
+            .read()
+            .unwrap_or_else(|e| e.into_inner())
+            .clone();
+        if table.positions() >= positions {
+            return table;
+        }
+        let longer = Arc::new(table.extended(positions.next_power_of_two()));
+        *self.rotary.write().unwrap_or_else(|e| e.into_inner()) = longer.clone();
+        longer
+    }
+
+    fn sites(&self) -> Vec<&Site> {
+        let layers = self.layers.iter().flat_map(|l| {
+            [
+                &l.input_layernorm,
+                &l.q_proj,
+                &l.k_proj,
+                &l.v_proj,
+                &l.o_proj,
+                &l.post_attention_layernorm,
+                &l.gate_proj,
+                &l.up_proj,
+                &l.down_proj,
+            ]
+        });
+        std::iter::once(&self.embed_tokens)
+            .chain(layers)
+            .chain([&self.norm, &self.lm_head])
+            .collect()
+    }
+
+    fn sites_mut(&mut self) -> Vec<&mut Site> {
+        let layers = self.layers.iter_mut().flat_map(|l| {
+            [
+                &mut l.input_layernorm,
+                &mut l.q_proj,
+                &mut l.k_proj,
+                &mut l.v_proj,
+                &mut l.o_proj,
+                &mut l.post_attention_layernorm,
+                &mut l.gate_proj,
+                &mut l.up_proj,
+                &mut l.down_proj,
+            ]
+        });
+        std::iter::once(&mut self.embed_tokens)
+            .chain(layers)
+            .chain([&mut self.norm, &mut self.lm_head])
+            .collect()
+    }
+
+    fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2> {
+        self.embed_tokens.embed(ids, pass)
+    }
+
+    fn layer(&self, index: usize, x: Tensor<2>, attend: &mut Attend<'_>, pass: &Pass) -> Tensor<2> {
+        let l = &self.layers[index];
+        let eps = self.config.rms_norm_eps;
+        let h = l.input_layernorm.rms_norm(x.clone(), eps, pass);
+        let q = l.q_proj.linear(h.clone(), pass);
+        let k = l.k_proj.linear(h.clone(), pass);
+        let v = l.v_proj.linear(h, pass);
+        let x = x + l.o_proj.linear(attend(q, k, v), pass);
+        let h = l.post_attention_layernorm.rms_norm(x.clone(), eps, pass);
+        let gate = l.gate_proj.linear(h.clone(), pass);
+        let up = l.up_proj.linear(h, pass);
+        x + l.down_proj.linear(tangent_ops::swiglu(gate, up), pass)
+    }
+
+    fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
+        self.norm.rms_norm(x, self.config.rms_norm_eps, pass)
+    }
+
+    fn head(&self) -> &Site {
+        &self.lm_head
+    }
+}

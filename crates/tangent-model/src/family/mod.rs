@@ -1,0 +1,89 @@
+//! Model families. A family is one file and one line in [`FAMILIES`].
+
+use std::path::Path;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+use serde_json::Value;
+use tangent_ops::{AttentionShape, Rotary};
+
+use crate::error::ModelError;
+use crate::pass::Pass;
+use crate::site::Site;
+use crate::weights::Weights;
+
+pub mod llama;
+
+/// Attention as a layer calls it: `(q, k, v)` to outputs, all `(tokens, features)`.
+pub type Attend<'a> = dyn FnMut(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2> + 'a;
+
+/// A decoder whose layers can be driven one at a time.
+pub trait Model: Send + Sync {
+    /// The device that activations live on.
+    fn device(&self) -> Device;
+    /// Number of layers.
+    fn layers(&self) -> usize;
+    /// Rows of the embedding.
+    fn vocabulary(&self) -> usize;
+    /// Longest row that the model was trained for.
+    fn max_positions(&self) -> usize;
+    /// Heads of the attention.
+    fn attention_shape(&self) -> AttentionShape;
+    /// A rotary table for at least `positions` positions.
+    fn rotary(&self, positions: usize) -> Arc<Rotary>;
+    /// All sites in the order of the model's own parts.
+    fn sites(&self) -> Vec<&Site>;
+    /// All sites, to attach adapters.
+    fn sites_mut(&mut self) -> Vec<&mut Site>;
+    /// Hidden states of tokens, `(tokens, d)`.
+    fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2>;
+    /// One layer with the given attention.
+    fn layer(&self, index: usize, x: Tensor<2>, attend: &mut Attend<'_>, pass: &Pass) -> Tensor<2>;
+    /// The normalization before the head.
+    fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2>;
+    /// The output head.
+    fn head(&self) -> &Site;
+}
+
+/// How a family is recognized and opened.
+pub struct Family {
+    /// Values of `model_type` in `config.json`.
+    pub model_types: &'static [&'static str],
+    /// Builds the model from its configuration and weights.
+    pub open: fn(&Value, &Path, &Weights, &Device) -> Result<Box<dyn Model>, ModelError>,
+}
+
+/// Every family.
+pub const FAMILIES: &[Family] = &[llama::FAMILY];
+
+/// Opens the model that `config` describes; `path` names it in errors.
+///
+/// # Errors
+/// If no family knows the model type, or the family refuses the configuration or the weights.
+pub fn open(
+    config: &Value,
+    path: &Path,
+    weights: &Weights,
+    device: &Device,
+) -> Result<Box<dyn Model>, ModelError> {
+    let model_type = config
+        .get("model_type")
+        .and_then(Value::as_str)
+        .unwrap_or("");
+    let Some(family) = FAMILIES
+        .iter()
+        .find(|f| f.model_types.contains(&model_type))
+    else {
+        return Err(ModelError::Family {
+            path: path.to_owned(),
+            model_type: model_type.to_owned(),
+            supported: FAMILIES
+                .iter()
+                .flat_map(|f| f.model_types)
+                .copied()
+                .collect::<Vec<_>>()
+                .join(", "),
+        });
+    };
+    (family.open)(config, path, weights, device)
+}

@@ -1,0 +1,197 @@
+//! Sites: the places of a model where an adapter may attach. A model owns its sites and knows no
+//! method; an adapter sees a site and knows no family.
+
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+use tangent_ops::{FrozenMatrix, Head};
+
+use crate::parameter::Parameter;
+use crate::pass::Pass;
+
+/// What a site's weight is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SiteKind {
+    /// A linear map inside a layer, weight `(d_out, d_in)`.
+    Linear,
+    /// The output head, weight `(vocabulary, d)`.
+    Head,
+    /// A table of token embeddings, weight `(vocabulary, d)`.
+    Embedding,
+    /// The scale of a normalization, weight `(1, d)`.
+    Norm,
+}
+
+/// What an adapter does at a site with a weight: its definition, and fast paths held to it.
+pub trait WeightAdapter: Send + Sync {
+    /// The definition: the effective weight as a function of the frozen one.
+    fn weight(&self, base: Tensor<2>, pass: &Pass) -> Tensor<2>;
+
+    /// `x W'^T` for a linear site.
+    fn linear(&self, x: Tensor<2>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
+        tangent_ops::linear(x, self.weight(dense(base, pass), pass))
+    }
+
+    /// Rows `ids` of `W'` for an embedding site.
+    fn embed(&self, ids: &Arc<[u32]>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
+        tangent_ops::embedding(ids, self.weight(dense(base, pass), pass))
+    }
+
+    /// Whether the definition adds to the frozen weight something that does not depend on it, so
+    /// that it can be taken out of a merged weight again.
+    fn is_additive(&self) -> bool {
+        false
+    }
+
+    /// The effective weight where it is a trained tensor of its own and no function of the
+    /// frozen one, so that the head's loss can use it directly.
+    fn replacement(&self, _pass: &Pass) -> Option<Tensor<2>> {
+        None
+    }
+}
+
+/// The frozen weight as a dense constant.
+pub fn dense(base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
+    tangent_ops::tensor(base.to_values(), base.rows(), base.cols(), &pass.device)
+}
+
+/// One place in the model: a frozen weight, perhaps a bias, and at most one adapter.
+pub struct Site {
+    /// Path of the module in Hugging Face's naming, such as `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// What the weight is used for.
+    pub kind: SiteKind,
+    /// The layer that the site belongs to.
+    pub layer: Option<usize>,
+    /// The frozen weight.
+    pub weight: FrozenMatrix,
+    /// The frozen bias, `(1, d_out)`.
+    pub bias: Option<FrozenMatrix>,
+    /// Path of the site whose weight this one shares (a tied head).
+    pub tied_to: Option<String>,
+    adapter: Option<Arc<dyn WeightAdapter>>,
+    trained_bias: Option<Parameter>,
+}
+
+impl std::fmt::Debug for Site {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Site")
+            .field("path", &self.path)
+            .field("kind", &self.kind)
+            .field("adapted", &self.is_adapted())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Site {
+    /// A site without an adapter.
+    pub fn new(path: String, kind: SiteKind, layer: Option<usize>, weight: FrozenMatrix) -> Self {
+        Self {
+            path,
+            kind,
+            layer,
+            weight,
+            bias: None,
+            tied_to: None,
+            adapter: None,
+            trained_bias: None,
+        }
+    }
+
+    /// Attaches an adapter in the place of any earlier one.
+    pub fn attach(&mut self, adapter: Arc<dyn WeightAdapter>) {
+        self.adapter = Some(adapter);
+    }
+
+    /// Trains the bias in place.
+    pub fn attach_bias(&mut self, bias: Parameter) {
+        self.trained_bias = Some(bias);
+    }
+
+    /// Removes whatever is attached.
+    pub fn detach(&mut self) {
+        self.adapter = None;
+        self.trained_bias = None;
+    }
+
+    /// The attached adapter.
+    pub fn attached(&self) -> Option<Arc<dyn WeightAdapter>> {
+        self.adapter.clone()
+    }
+
+    /// Whether anything of this site trains.
+    pub fn is_trained(&self) -> bool {
+        self.adapter.is_some() || self.trained_bias.is_some()
+    }
+
+    /// Whether something is attached to the weight.
+    pub fn is_adapted(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    /// Whether this site and `other` have one and the same adapter, or neither has one.
+    pub fn shares_adapter_with(&self, other: Option<&Self>) -> bool {
+        match (&self.adapter, other.and_then(|o| o.adapter.as_ref())) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
+    /// Whether the attached adapter can be taken out of a merged weight: true without one.
+    pub fn is_additive(&self) -> bool {
+        self.trained_bias.is_none() && self.adapter.as_ref().is_none_or(|a| a.is_additive())
+    }
+
+    /// The effective weight, by the adapter's definition.
+    pub fn effective_weight(&self, pass: &Pass) -> Tensor<2> {
+        let base = dense(&self.weight, pass);
+        match &self.adapter {
+            Some(adapter) => adapter.weight(base, pass),
+            None => base,
+        }
+    }
+
+    /// The effective bias, `(1, d_out)`.
+    pub fn effective_bias(&self, pass: &Pass) -> Option<Tensor<2>> {
+        match (&self.trained_bias, &self.bias) {
+            (Some(trained), _) => Some(pass.value(trained)),
+            (None, Some(frozen)) => Some(dense(frozen, pass)),
+            (None, None) => None,
+        }
+    }
+
+    /// `x W^T + b` for linear sites and heads.
+    pub fn linear(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
+        let y = match &self.adapter {
+            Some(adapter) => adapter.linear(x, &self.weight, &pass.at(&self.path)),
+            None => tangent_ops::frozen_linear(x, &self.weight),
+        };
+        match self.effective_bias(pass) {
+            Some(bias) => y + bias,
+            None => y,
+        }
+    }
+
+    /// Rows `ids` of an embedding site.
+    pub fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2> {
+        match &self.adapter {
+            Some(adapter) => adapter.embed(ids, &self.weight, &pass.at(&self.path)),
+            None => tangent_ops::frozen_embedding(ids, &self.weight, &pass.device),
+        }
+    }
+
+    /// Root-mean-square normalization with this site's scale.
+    pub fn rms_norm(&self, x: Tensor<2>, eps: f32, pass: &Pass) -> Tensor<2> {
+        tangent_ops::rms_norm(x, self.effective_weight(pass), eps)
+    }
+
+    /// The head's weight in the form that the fused loss takes; `None` if an adapter computes
+    /// the logits in its own way.
+    pub(crate) fn head(&self, pass: &Pass) -> Option<Head> {
+        match &self.adapter {
+            None => Some(Head::Frozen(self.weight.clone())),
+            Some(adapter) => adapter.replacement(pass).map(Head::Trained),
+        }
+    }
+}

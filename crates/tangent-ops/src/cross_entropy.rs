@@ -1,0 +1,256 @@
+//! Output head and cross-entropy in one, at supervised positions only and in chunks of them.
+//!
+//! `loss = factor * sum_i (logsumexp(W x_i) - (W x_i)[target_i])`. The gradient is formed in the
+//! forward pass while the logits of a chunk exist, so logits of all positions never do.
+
+use burn::tensor::{Int, Tensor, TensorData, activation};
+use rayon::prelude::*;
+
+use crate::custom::{self, CpuOp, Matrix};
+use crate::frozen_linear;
+use crate::kernel::{self, Into, Threads, View, ViewMut};
+use crate::matrix::FrozenMatrix;
+
+/// A supervised position: the token whose output predicts `id`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Row of `x` that makes the prediction.
+    pub token: usize,
+    /// The id to be predicted.
+    pub id: u32,
+}
+
+/// The output head's `(vocabulary, d)` weight.
+#[derive(Clone, Debug)]
+pub enum Head {
+    /// Never receives a gradient.
+    Frozen(FrozenMatrix),
+    /// Receives a gradient.
+    Trained(Tensor<2>),
+}
+
+/// The loss `(1, 1)` of `x: (tokens, d)`, `factor` times the summed negative log-likelihood.
+pub fn linear_cross_entropy(
+    x: Tensor<2>,
+    head: Head,
+    targets: Vec<Target>,
+    factor: f32,
+) -> Tensor<2> {
+    if !custom::has_kernels(&x) {
+        return definition(x, head, &targets, factor);
+    }
+    let d_head = match &head {
+        Head::Frozen(_) => false,
+        Head::Trained(weight) => weight.is_tracked(),
+    };
+    let op = |frozen| LinearCrossEntropy {
+        frozen,
+        targets,
+        factor,
+        d_head,
+    };
+    match head {
+        Head::Frozen(weight) => custom::apply1(op(Some(weight)), x),
+        Head::Trained(weight) => custom::apply2(op(None), x, weight),
+    }
+}
+
+/// The definition in plain tensor operations.
+pub fn definition(x: Tensor<2>, head: Head, targets: &[Target], factor: f32) -> Tensor<2> {
+    let device = x.device().without_autodiff();
+    let m = targets.len();
+    let ints = |values: Vec<i32>| TensorData::new(values, [m]);
+    let rows = ints(targets.iter().map(|t| t.token as i32).collect());
+    let ids = ints(targets.iter().map(|t| t.id as i32).collect());
+    let x = x.select(0, Tensor::<1, Int>::from_data(rows, &device));
+    let logits = match head {
+        Head::Frozen(weight) => frozen_linear::definition(x, &weight),
+        Head::Trained(weight) => x.matmul(weight.transpose()),
+    };
+    let ids = Tensor::<1, Int>::from_data(ids, &device).unsqueeze_dim::<2>(1);
+    let picked = activation::log_softmax(logits, 1).gather(1, ids);
+    (picked.sum() * -factor).reshape([1, 1])
+}
+
+/// `log softmax(logits)[id]` of each row of `logits: (rows, vocabulary)`.
+pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
+    let vocabulary = logits.len() / ids.len().max(1);
+    logits
+        .par_chunks(vocabulary.max(1))
+        .zip(ids)
+        .map(|(row, &id)| {
+            let mut scratch = row.to_vec();
+            let (max, sum) = kernel::simd(|| kernel::exp_minus_max(&mut scratch));
+            row[id as usize] - max - sum.ln()
+        })
+        .collect()
+}
+
+/// Supervised positions whose logits exist at one time.
+const CHUNK: usize = 256;
+
+#[derive(Debug)]
+struct LinearCrossEntropy {
+    frozen: Option<FrozenMatrix>,
+    targets: Vec<Target>,
+    factor: f32,
+    d_head: bool,
+}
+
+impl LinearCrossEntropy {
+    /// Turns the logits of a chunk into `factor * (softmax - one_hot)`; returns the chunk's loss.
+    fn gradient_in_place(&self, logits: &mut [f32], targets: &[Target]) -> f64 {
+        let vocabulary = logits.len() / targets.len();
+        let losses: Vec<f64> = logits
+            .par_chunks_mut(vocabulary)
+            .zip(targets)
+            .map(|(row, target)| {
+                let id = target.id as usize;
+                let logit = row[id];
+                let (max, sum) = kernel::simd(|| {
+                    let (max, sum) = kernel::exp_minus_max(row);
+                    let scale = self.factor / sum;
+                    for v in row.iter_mut() {
+                        *v *= scale;
+                    }
+                    (max, sum)
+                });
+                row[id] -= self.factor;
+                f64::from(sum).ln() + f64::from(max) - f64::from(logit)
+            })
+            .collect();
+        // A fixed order, so that the sum does not depend on threads.
+        losses.iter().sum()
+    }
+}
+
+impl CpuOp for LinearCrossEntropy {
+    fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
+        let x = &inputs[0];
+        let trained;
+        let head = match &self.frozen {
+            Some(weight) => weight,
+            None => {
+                let (w, v, d) = (&inputs[1], inputs[1].rows(), inputs[1].cols());
+                trained = FrozenMatrix::from_values(w.values().to_vec(), v, d);
+                &trained
+            }
+        };
+        let (n, d, vocabulary) = (x.rows(), x.cols(), head.rows());
+        let mut d_x = vec![0f32; if tracked { n * d } else { 0 }];
+        let want_head = tracked && self.d_head;
+        let mut d_head = vec![0f32; if want_head { vocabulary * d } else { 0 }];
+        let mut loss = 0f64;
+        for targets in self.targets.chunks(CHUNK) {
+            let m = targets.len();
+            let mut rows = Vec::with_capacity(m * d);
+            for target in targets {
+                rows.extend_from_slice(&x.values()[target.token * d..][..d]);
+            }
+            let mut logits = frozen_linear::forward(&rows, m, head);
+            loss += self.gradient_in_place(&mut logits, targets);
+            if !tracked {
+                continue;
+            }
+            let d_rows = frozen_linear::backward(&logits, m, head);
+            for (d_row, target) in d_rows.chunks_exact(d).zip(targets) {
+                for (out, v) in d_x[target.token * d..][..d].iter_mut().zip(d_row) {
+                    *out += v;
+                }
+            }
+            if want_head {
+                kernel::matmul(
+                    ViewMut::dense(&mut d_head, vocabulary, d),
+                    Into::Add,
+                    1.0,
+                    View::dense(&logits, m, vocabulary).t(),
+                    View::dense(&rows, m, d),
+                    Threads::Pool,
+                );
+            }
+        }
+        let mut saved = vec![];
+        if tracked {
+            saved.push(Matrix::new(d_x, n, d));
+        }
+        if want_head {
+            saved.push(Matrix::new(d_head, vocabulary, d));
+        }
+        let loss = (loss * f64::from(self.factor)) as f32;
+        (Matrix::new(vec![loss], 1, 1), saved)
+    }
+
+    fn backward(&self, saved: Vec<Matrix>, dy: Matrix, needed: &[bool]) -> Vec<Option<Matrix>> {
+        let dy = dy.values()[0];
+        let mut gradients: Vec<Option<Matrix>> = saved
+            .into_iter()
+            .map(|m| {
+                if dy == 1.0 {
+                    return Some(m);
+                }
+                let scaled = m.values().iter().map(|v| v * dy).collect();
+                Some(Matrix::new(scaled, m.rows(), m.cols()))
+            })
+            .collect();
+        gradients.resize(needed.len(), None);
+        gradients
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{self, Case};
+
+    fn targets() -> Vec<Target> {
+        [(0, 4), (2, 0), (2, 7), (5, 8)]
+            .map(|(token, id)| Target { token, id })
+            .to_vec()
+    }
+
+    #[test]
+    fn frozen_head_equals_definition_and_differences() {
+        let head = Head::Frozen(FrozenMatrix::from_values(check::values(9 * 5, 2), 9, 5));
+        check::operation(Case {
+            shapes: &[(6, 5)],
+            fused: |t| linear_cross_entropy(t[0].clone(), head.clone(), targets(), 0.3),
+            definition: |t| definition(t[0].clone(), head.clone(), &targets(), 0.3),
+        });
+    }
+
+    #[test]
+    fn trained_head_equals_definition_and_differences() {
+        let head = |t: &[Tensor<2>]| Head::Trained(t[1].clone());
+        check::operation(Case {
+            shapes: &[(6, 5), (9, 5)],
+            fused: |t| linear_cross_entropy(t[0].clone(), head(t), targets(), 0.3),
+            definition: |t| definition(t[0].clone(), head(t), &targets(), 0.3),
+        });
+    }
+
+    #[test]
+    fn chunks_add_up() {
+        let n = 2 * CHUNK + 3;
+        let targets: Vec<Target> = (0..n)
+            .map(|token| Target {
+                token,
+                id: (token * 7 % 9) as u32,
+            })
+            .collect();
+        check::equal(Case {
+            shapes: &[(n, 5), (9, 5)],
+            fused: |t| {
+                let head = Head::Trained(t[1].clone());
+                linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.01)
+            },
+            definition: |t| definition(t[0].clone(), Head::Trained(t[1].clone()), &targets, 0.01),
+        });
+    }
+
+    #[test]
+    fn log_softmax_at_normalizes() {
+        let logits = [1.0, 2.0, 3.0, 0.0, 0.0, 0.0];
+        let got = log_softmax_at(&logits, &[2, 1]);
+        check::close(&got, &[-0.407_605_95, -(3f32.ln())], 1e-6);
+    }
+}

@@ -1,0 +1,155 @@
+//! A linear map with a frozen weight in its stored type, `y = x W^T`; no weight gradient exists.
+
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::custom::{self, CpuOp, Matrix};
+use crate::kernel::{self, Into, Threads, View, ViewMut};
+use crate::matrix::FrozenMatrix;
+
+/// `x: (tokens, d_in)` times the frozen `weight: (d_out, d_in)` transposed.
+pub fn frozen_linear(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
+    if custom::has_kernels(&x) {
+        custom::apply1(FrozenLinear(weight.clone()), x)
+    } else {
+        definition(x, weight)
+    }
+}
+
+/// The definition in plain tensor operations.
+pub fn definition(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
+    let device = x.device().without_autodiff();
+    let dense = crate::tensor(weight.to_values(), weight.rows(), weight.cols(), &device);
+    x.matmul(dense.transpose())
+}
+
+/// Up to this many tokens a row of the weight is widened in cache and multiplied at once, which
+/// is what decoding needs; above it panels go through the matrix product.
+const FEW_TOKENS: usize = 8;
+
+/// `x W^T` for row-major `x: (n, d_in)`.
+pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
+    let (d_out, d_in) = (weight.rows(), weight.cols());
+    let mut y = kernel::buffer(n * d_out);
+    if n <= FEW_TOKENS {
+        forward_few(x, n, weight, &mut y);
+    } else {
+        weight.for_each_panel(|first, rows, panel| {
+            kernel::matmul(
+                ViewMut::new(&mut y[first..], n, rows, d_out),
+                Into::Overwrite,
+                1.0,
+                View::dense(x, n, d_in),
+                View::dense(panel, rows, d_in).t(),
+                Threads::Pool,
+            );
+        });
+    }
+    y
+}
+
+fn forward_few(x: &[f32], n: usize, weight: &FrozenMatrix, y: &mut [f32]) {
+    let (d_out, d_in) = (weight.rows(), weight.cols());
+    let rows_per_task = (65_536 / d_in.max(1)).clamp(1, d_out.max(1));
+    let parts: Vec<Vec<f32>> = (0..d_out.div_ceil(rows_per_task))
+        .into_par_iter()
+        .map(|task| {
+            let first = task * rows_per_task;
+            let rows = rows_per_task.min(d_out - first);
+            let mut widened = kernel::buffer(if weight.values().is_some() { 0 } else { d_in });
+            let mut part = kernel::buffer(rows * n);
+            for row in 0..rows {
+                let w: &[f32] = match weight.values() {
+                    Some(values) => &values[(first + row) * d_in..][..d_in],
+                    None => {
+                        weight.widen_here(first + row, &mut widened);
+                        &widened
+                    }
+                };
+                kernel::simd(|| {
+                    for token in 0..n {
+                        part[row * n + token] = kernel::dot(&x[token * d_in..][..d_in], w);
+                    }
+                });
+            }
+            part
+        })
+        .collect();
+    for (task, part) in parts.iter().enumerate() {
+        for (row, values) in part.chunks_exact(n).enumerate() {
+            for (token, value) in values.iter().enumerate() {
+                y[token * d_out + task * rows_per_task + row] = *value;
+            }
+        }
+    }
+}
+
+/// `dx = dy W` for row-major `dy: (n, d_out)`.
+pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
+    let (d_out, d_in) = (weight.rows(), weight.cols());
+    let mut dx = kernel::buffer(n * d_in);
+    let mut mode = Into::Overwrite;
+    weight.for_each_panel(|first, rows, panel| {
+        kernel::matmul(
+            ViewMut::dense(&mut dx, n, d_in),
+            mode,
+            1.0,
+            View::new(&dy[first..], n, rows, d_out),
+            View::dense(panel, rows, d_in),
+            Threads::Pool,
+        );
+        mode = Into::Add;
+    });
+    dx
+}
+
+#[derive(Debug)]
+struct FrozenLinear(FrozenMatrix);
+
+impl CpuOp for FrozenLinear {
+    fn forward(&self, inputs: &[Matrix], _tracked: bool) -> (Matrix, Vec<Matrix>) {
+        let x = &inputs[0];
+        let y = forward(x.values(), x.rows(), &self.0);
+        (Matrix::new(y, x.rows(), self.0.rows()), vec![])
+    }
+
+    fn backward(&self, _saved: Vec<Matrix>, dy: Matrix, _needed: &[bool]) -> Vec<Option<Matrix>> {
+        let dx = backward(dy.values(), dy.rows(), &self.0);
+        vec![Some(Matrix::new(dx, dy.rows(), self.0.cols()))]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::StoredType;
+    use crate::check::{self, Case};
+
+    #[test]
+    fn kernel_equals_definition_and_differences() {
+        for tokens in [3, 11] {
+            for stored in [StoredType::F32, StoredType::BF16, StoredType::F16] {
+                let weight =
+                    FrozenMatrix::from_values(check::values(9 * 7, 5), 9, 7).convert(stored);
+                check::operation(Case {
+                    shapes: &[(tokens, 7)],
+                    fused: |t| frozen_linear(t[0].clone(), &weight),
+                    definition: |t| definition(t[0].clone(), &weight),
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn many_panels_equal_one() {
+        // Wide enough that the bf16 weight is widened in several panels.
+        let (d_out, d_in, n) = (70, 8_192, 9);
+        let wide = FrozenMatrix::from_values(check::values(d_out * d_in, 3), d_out, d_in)
+            .convert(StoredType::BF16);
+        let dense = wide.convert(StoredType::F32);
+        let x = check::values(n * d_in, 4);
+        let dy = check::values(n * d_out, 6);
+        check::close(&forward(&x, n, &wide), &forward(&x, n, &dense), 1e-4);
+        check::close(&backward(&dy, n, &wide), &backward(&dy, n, &dense), 1e-4);
+    }
+}

@@ -1,0 +1,313 @@
+//! What kernels share: matrix products over strided views, run-time SIMD dispatch, the exponential.
+
+use rayon::prelude::*;
+
+/// A strided read-only view of a matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// A row-major view whose rows are `row_stride` apart.
+    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride,
+            col_stride: 1,
+        }
+    }
+
+    /// A dense row-major view.
+    pub(crate) fn dense(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::new(data, rows, cols, cols)
+    }
+
+    /// The transposed view.
+    pub(crate) fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// The view of the first `rows` rows.
+    pub(crate) fn first_rows(self, rows: usize) -> Self {
+        assert!(rows <= self.rows, "rows of the view");
+        Self { rows, ..self }
+    }
+
+    fn last(&self) -> usize {
+        (self.rows.max(1) - 1) * self.row_stride + (self.cols.max(1) - 1) * self.col_stride
+    }
+}
+
+/// A strided row-major destination.
+pub(crate) struct ViewMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    /// A destination whose rows are `row_stride` apart.
+    pub(crate) fn new(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride,
+        }
+    }
+
+    /// A dense destination.
+    pub(crate) fn dense(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::new(data, rows, cols, cols)
+    }
+}
+
+/// Whether a product overwrites its destination or adds to it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Into {
+    Overwrite,
+    Add,
+}
+
+/// Whether a product may use the thread pool.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    Pool,
+    One,
+}
+
+/// `dst (+)= factor * lhs @ rhs`.
+///
+/// # Panics
+/// If shapes disagree or a view reaches past its slice.
+pub(crate) fn matmul(
+    dst: ViewMut<'_>,
+    mode: Into,
+    factor: f32,
+    lhs: View<'_>,
+    rhs: View<'_>,
+    threads: Threads,
+) {
+    let (m, n, k) = (dst.rows, dst.cols, lhs.cols);
+    assert!(lhs.rows == m && rhs.rows == k && rhs.cols == n, "shapes");
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * dst.row_stride + n <= dst.data.len(), "dst bounds");
+    assert!(dst.row_stride >= n, "rows of the destination overlap");
+    assert!(k == 0 || (lhs.last() < lhs.data.len() && rhs.last() < rhs.data.len()));
+    let parallelism = match threads {
+        Threads::Pool if m * n * k > 1 << 18 => gemm::Parallelism::Rayon(0),
+        _ => gemm::Parallelism::None,
+    };
+    // SAFETY: the asserts above keep every address of the three strided views inside their
+    // slices, the destination is borrowed mutably and its rows do not overlap.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.data.as_mut_ptr(),
+            1,
+            dst.row_stride as isize,
+            mode == Into::Add,
+            lhs.data.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            1.0,
+            factor,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// A buffer that a kernel fills completely before anything reads it.
+pub(crate) fn buffer(len: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    // SAFETY: the capacity was just reserved, every bit pattern is an f32, and callers write each
+    // element before reading it; clearing these buffers first costs several percent of a step.
+    #[expect(
+        clippy::uninit_vec,
+        reason = "kernels overwrite the whole buffer before it is read"
+    )]
+    unsafe {
+        values.set_len(len);
+    }
+    values
+}
+
+/// Runs `f` compiled for the widest SIMD of this CPU. Small closures are inlined into it.
+#[inline(always)]
+pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
+    struct Run<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Run<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn call(self) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Run(f))
+}
+
+/// Fills the rows of a `(rows, cols)` buffer in parallel, `f(row, output)`, under SIMD dispatch.
+pub(crate) fn fill_rows(out: &mut [f32], cols: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    let rows_per_task = (16_384 / cols.max(1)).max(1);
+    out.par_chunks_mut(rows_per_task * cols.max(1))
+        .enumerate()
+        .for_each(|(task, chunk)| {
+            simd(|| {
+                for (i, row) in chunk.chunks_mut(cols.max(1)).enumerate() {
+                    f(task * rows_per_task + i, row);
+                }
+            });
+        });
+}
+
+/// Sum in eight interleaved lanes, so that the order does not depend on the CPU's vector width
+/// and the loop still vectorizes.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let tail: f32 = a_chunks
+        .remainder()
+        .iter()
+        .zip(b_chunks.remainder())
+        .map(|(x, y)| x * y)
+        .sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..16 {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// `exp(x)` to 2 ulp, branch-free so that loops over it vectorize. Clamped to the finite range.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Cody-Waite reduction: x = n ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer.
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5e-1;
+    let value = p * r * r + r + 1.0;
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    value * f32::from_bits(((exponent + 127) << 23) as u32)
+}
+
+/// Turns `row` into `exp(row - max)` and returns `(max, sum)`.
+#[inline(always)]
+pub(crate) fn exp_minus_max(row: &mut [f32]) -> (f32, f32) {
+    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let mut lanes = [0f32; 16];
+    let mut chunks = row.chunks_exact_mut(16);
+    for chunk in &mut chunks {
+        for i in 0..16 {
+            chunk[i] = exp(chunk[i] - max);
+            lanes[i] += chunk[i];
+        }
+    }
+    let mut sum: f32 = lanes.iter().sum();
+    for v in chunks.into_remainder() {
+        *v = exp(*v - max);
+        sum += *v;
+    }
+    (max, sum)
+}
+
+/// A raw pointer that tasks writing disjoint elements may share.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut(*mut f32, usize);
+
+// SAFETY: `slice` documents that tasks use disjoint ranges, so no element is aliased.
+unsafe impl Send for SharedMut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut {}
+
+impl SharedMut {
+    /// Shares `data` between tasks.
+    pub(crate) fn new(data: &mut [f32]) -> Self {
+        Self(data.as_mut_ptr(), data.len())
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// While the slice lives, no other task may read or write elements that this one writes,
+    /// and the buffer behind the pointer must be alive.
+    #[expect(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
+    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= self.1, "inside the shared buffer");
+        // SAFETY: in bounds by the assert; aliasing is excluded by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_its_range() {
+        let mut worst = 0f64;
+        for i in -8_700..=8_800 {
+            let x = i as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 3e-7, "worst relative error {worst:e}");
+        assert!(exp(-1e30) > 0.0 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn matmul_handles_transposes_and_strides() {
+        let a: Vec<f32> = (0..12).map(|v| v as f32).collect(); // (3, 4)
+        let b: Vec<f32> = (0..12).map(|v| v as f32 * 0.5).collect(); // (3, 4)
+        let mut c = vec![1.0; 3 * 5];
+        matmul(
+            ViewMut::new(&mut c, 3, 3, 5),
+            Into::Add,
+            2.0,
+            View::dense(&a, 3, 4),
+            View::dense(&b, 3, 4).t(),
+            Threads::One,
+        );
+        for i in 0..3 {
+            for j in 0..3 {
+                let want: f32 = (0..4).map(|k| a[i * 4 + k] * b[j * 4 + k]).sum();
+                assert_eq!(c[i * 5 + j], 1.0 + 2.0 * want);
+            }
+            assert_eq!(c[i * 5 + 3], 1.0, "outside the view is untouched");
+        }
+    }
+}

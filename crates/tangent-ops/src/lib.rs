@@ -1,0 +1,57 @@
+//! Fused differentiable operations for fine-tuning language models.
+//!
+//! Every operation is one file with its definition (plain tensor operations, which also serve
+//! devices without kernels of ours), its CPU kernel with a hand-written backward pass, and a test
+//! that holds the kernel to the definition and to finite differences. Activations are flat:
+//! `(tokens, features)` matrices of `f32`, rows of all sequences one after another, no padding.
+
+mod custom;
+mod kernel;
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod frozen_linear;
+pub mod linear;
+pub mod low_rank;
+pub mod matrix;
+pub mod rms_norm;
+pub mod rotary;
+pub mod segments;
+pub mod swiglu;
+
+#[cfg(test)]
+mod check;
+
+pub use attention::{AttentionShape, attend, attention};
+pub use cross_entropy::{Head, Target, linear_cross_entropy, log_softmax_at};
+pub use embedding::{embedding, frozen_embedding};
+pub use frozen_linear::frozen_linear;
+pub use linear::linear;
+pub use low_rank::{low_rank_delta, low_rank_linear};
+pub use matrix::{FrozenMatrix, MatrixError, StoredType, WeightBytes};
+pub use rms_norm::rms_norm;
+pub use rotary::Rotary;
+pub use segments::{Segment, Segments};
+pub use swiglu::swiglu;
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// A `(rows, cols)` tensor from row-major values.
+///
+/// # Panics
+/// If `values.len() != rows * cols`.
+pub fn tensor(values: Vec<f32>, rows: usize, cols: usize, device: &Device) -> Tensor<2> {
+    assert_eq!(values.len(), rows * cols, "one value per element");
+    Tensor::from_data(TensorData::new(values, [rows, cols]), device)
+}
+
+/// The row-major values of a tensor, without its graph. Free of copies when the tensor is the
+/// only owner of its buffer.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor
+        .without_autodiff()
+        .into_data()
+        .try_into_vec::<f32>()
+        .expect("activations and parameters are f32")
+}

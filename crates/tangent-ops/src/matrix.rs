@@ -1,0 +1,357 @@
+//! Frozen weights in the type they were stored in, widened to `f32` panel by panel.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::quantized::k_quants::{self, GgmlType};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use crate::kernel;
+
+/// How the values of a [`FrozenMatrix`] are stored. The quantized types are ggml's blocks along
+/// the columns of one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the formats' own")]
+#[expect(non_camel_case_types, reason = "the names are the formats' own")]
+pub enum StoredType {
+    F32,
+    F16,
+    BF16,
+    Q8_0,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+}
+
+impl StoredType {
+    /// `(values, bytes)` of one block; `(1, size)` for plain numbers.
+    pub const fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::BF16 => (1, 2),
+            Self::Q8_0 => (32, 34),
+            Self::Q4_0 => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q4_K => (256, 144),
+            Self::Q5_K => (256, 176),
+            Self::Q6_K => (256, 210),
+        }
+    }
+
+    /// Bytes of a row of `cols` values, or `None` if blocks do not divide it.
+    pub const fn row_bytes(self, cols: usize) -> Option<usize> {
+        let (values, bytes) = self.block();
+        if cols.is_multiple_of(values) {
+            Some(cols / values * bytes)
+        } else {
+            None
+        }
+    }
+
+    /// Whether values are blocks that training cannot move in place.
+    pub const fn is_quantized(self) -> bool {
+        self.block().0 > 1
+    }
+}
+
+/// Bytes of a weight: part of a mapped file, or a buffer of our own.
+#[derive(Clone, Debug)]
+pub enum WeightBytes {
+    /// A range of a mapped file.
+    Mapped(Arc<memmap2::Mmap>, Range<usize>),
+    /// A buffer in memory.
+    Owned(Arc<[u8]>),
+    /// Values in memory, aligned for direct use.
+    Values(Arc<[f32]>),
+}
+
+impl WeightBytes {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map, range) => &map[range.clone()],
+            Self::Owned(bytes) => bytes,
+            Self::Values(values) => bytemuck::cast_slice(values),
+        }
+    }
+}
+
+/// A weight that cannot be held as described.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MatrixError {
+    /// The rows are not whole blocks.
+    #[error("rows of {cols} values are not whole {stored:?} blocks of {block}")]
+    PartialBlock {
+        /// Values in a row.
+        cols: usize,
+        /// Stored type.
+        stored: StoredType,
+        /// Values in a block.
+        block: usize,
+    },
+    /// The byte count does not fit the shape.
+    #[error("expected {expected} bytes for {rows} x {cols} {stored:?}, got {got}")]
+    Size {
+        /// Rows of the weight.
+        rows: usize,
+        /// Columns of the weight.
+        cols: usize,
+        /// Stored type.
+        stored: StoredType,
+        /// Bytes that the shape needs.
+        expected: usize,
+        /// Bytes given.
+        got: usize,
+    },
+}
+
+/// A frozen `(rows, cols)` = `(d_out, d_in)` weight in its stored type. Cloning shares the data.
+#[derive(Clone, Debug)]
+pub struct FrozenMatrix {
+    rows: usize,
+    cols: usize,
+    stored: StoredType,
+    bytes: WeightBytes,
+}
+
+/// Values widened at a time inside products: the panel stays in the second-level cache.
+const PANEL_VALUES: usize = 256 * 1024;
+
+impl FrozenMatrix {
+    /// A weight over stored bytes.
+    ///
+    /// # Errors
+    /// If rows are not whole blocks or the size does not fit the shape.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        stored: StoredType,
+        bytes: WeightBytes,
+    ) -> Result<Self, MatrixError> {
+        let row_bytes = stored.row_bytes(cols).ok_or(MatrixError::PartialBlock {
+            cols,
+            stored,
+            block: stored.block().0,
+        })?;
+        let got = bytes.bytes().len();
+        let expected = row_bytes.saturating_mul(rows);
+        if got != expected {
+            return Err(MatrixError::Size {
+                rows,
+                cols,
+                stored,
+                expected,
+                got,
+            });
+        }
+        let aligned = match stored {
+            StoredType::F32 => bytemuck::try_cast_slice::<u8, f32>(bytes.bytes()).is_ok(),
+            _ => (bytes.bytes().as_ptr() as usize).is_multiple_of(2),
+        };
+        // Rare files place tensors at odd offsets; their bytes are copied once.
+        let bytes = match (aligned, stored) {
+            (true, _) => bytes,
+            (false, StoredType::F32) => WeightBytes::Values(
+                bytes
+                    .bytes()
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .map(|b| f32::from_le_bytes(*b))
+                    .collect(),
+            ),
+            (false, _) => WeightBytes::Owned(bytes.bytes().into()),
+        };
+        Ok(Self {
+            rows,
+            cols,
+            stored,
+            bytes,
+        })
+    }
+
+    /// A weight over `f32` values.
+    ///
+    /// # Panics
+    /// If `values.len() != rows * cols`.
+    pub fn from_values(values: Vec<f32>, rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols, "one value per element");
+        Self {
+            rows,
+            cols,
+            stored: StoredType::F32,
+            bytes: WeightBytes::Values(values.into()),
+        }
+    }
+
+    /// The same values held as `f32`, or rounded to `bf16` or `f16`.
+    ///
+    /// # Panics
+    /// If `stored` is a quantized type.
+    pub fn convert(&self, stored: StoredType) -> Self {
+        if stored == self.stored {
+            return self.clone();
+        }
+        let values = self.to_values();
+        let bytes = match stored {
+            StoredType::F32 => return Self::from_values(values, self.rows, self.cols),
+            StoredType::BF16 => {
+                let narrow: Vec<half::bf16> = values
+                    .par_iter()
+                    .map(|&v| half::bf16::from_f32(v))
+                    .collect();
+                bytemuck::cast_slice::<_, u8>(&narrow).into()
+            }
+            StoredType::F16 => {
+                let narrow: Vec<half::f16> =
+                    values.par_iter().map(|&v| half::f16::from_f32(v)).collect();
+                bytemuck::cast_slice::<_, u8>(&narrow).into()
+            }
+            quantized => unreachable!("no conversion to {quantized:?}"),
+        };
+        Self {
+            stored,
+            bytes: WeightBytes::Owned(bytes),
+            ..*self
+        }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Stored type.
+    pub fn stored(&self) -> StoredType {
+        self.stored
+    }
+
+    /// Bytes that the weight occupies.
+    pub fn size(&self) -> usize {
+        self.bytes.bytes().len()
+    }
+
+    /// The stored bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.bytes()
+    }
+
+    /// All values widened, row-major.
+    pub fn to_values(&self) -> Vec<f32> {
+        if let Some(values) = self.values() {
+            return values.to_vec();
+        }
+        let mut out = kernel::buffer(self.rows * self.cols);
+        self.widen(0, &mut out);
+        out
+    }
+
+    /// The values themselves where they are stored as `f32`.
+    pub(crate) fn values(&self) -> Option<&[f32]> {
+        match self.stored {
+            StoredType::F32 => bytemuck::try_cast_slice(self.bytes.bytes()).ok(),
+            _ => None,
+        }
+    }
+
+    /// Widens whole rows from `first` on into `out`, in parallel.
+    pub(crate) fn widen(&self, first: usize, out: &mut [f32]) {
+        let rows_per_task = (8_192 / self.cols.max(1)).max(1);
+        out.par_chunks_mut(rows_per_task * self.cols)
+            .enumerate()
+            .for_each(|(task, chunk)| self.widen_here(first + task * rows_per_task, chunk));
+    }
+
+    /// Widens whole rows from `first` on into `out`, on this thread.
+    pub(crate) fn widen_here(&self, first: usize, out: &mut [f32]) {
+        let row_bytes = self.bytes.bytes().len() / self.rows.max(1);
+        let rows = out.len() / self.cols;
+        let bytes = &self.bytes.bytes()[first * row_bytes..(first + rows) * row_bytes];
+        match self.stored {
+            StoredType::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
+            StoredType::F16 => {
+                bytemuck::cast_slice::<_, half::f16>(bytes).convert_to_f32_slice(out);
+            }
+            StoredType::BF16 => kernel::simd(|| {
+                for (out, v) in out.iter_mut().zip(bytemuck::cast_slice::<_, u16>(bytes)) {
+                    *out = f32::from_bits(u32::from(*v) << 16);
+                }
+            }),
+            StoredType::Q8_0 => widen_blocks::<k_quants::BlockQ8_0>(bytes, out),
+            StoredType::Q4_0 => widen_blocks::<k_quants::BlockQ4_0>(bytes, out),
+            StoredType::Q4_1 => widen_blocks::<k_quants::BlockQ4_1>(bytes, out),
+            StoredType::Q5_0 => widen_blocks::<k_quants::BlockQ5_0>(bytes, out),
+            StoredType::Q5_1 => widen_blocks::<k_quants::BlockQ5_1>(bytes, out),
+            StoredType::Q4_K => widen_blocks::<k_quants::BlockQ4K>(bytes, out),
+            StoredType::Q5_K => widen_blocks::<k_quants::BlockQ5K>(bytes, out),
+            StoredType::Q6_K => widen_blocks::<k_quants::BlockQ6K>(bytes, out),
+        }
+    }
+
+    /// Calls `f(first_row, rows, values)` for panels of rows from the first to the last; each
+    /// panel is widened in parallel. `f32` weights come as one panel without a copy.
+    pub(crate) fn for_each_panel(&self, mut f: impl FnMut(usize, usize, &[f32])) {
+        if let Some(values) = self.values() {
+            return f(0, self.rows, values);
+        }
+        let panel_rows = (PANEL_VALUES / self.cols.max(1)).clamp(1, self.rows.max(1));
+        let mut panel = kernel::buffer(panel_rows * self.cols);
+        for first in (0..self.rows).step_by(panel_rows) {
+            let rows = panel_rows.min(self.rows - first);
+            let values = &mut panel[..rows * self.cols];
+            self.widen(first, values);
+            f(first, rows, values);
+        }
+    }
+}
+
+/// Widens ggml blocks of type `B`.
+fn widen_blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
+    assert_eq!(bytes.len() / size_of::<B>() * B::BLCK_SIZE, out.len());
+    assert!((bytes.as_ptr() as usize).is_multiple_of(align_of::<B>()));
+    // SAFETY: the blocks are `repr(C)` structs of integers and f16 without padding, valid for any
+    // bit pattern; length and alignment were checked above.
+    let blocks = unsafe {
+        std::slice::from_raw_parts(bytes.as_ptr().cast::<B>(), bytes.len() / size_of::<B>())
+    };
+    kernel::simd(|| B::to_float(blocks, out));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_blocks_are_checked() {
+        let bytes = WeightBytes::Owned(vec![0u8; 34].into());
+        assert!(FrozenMatrix::new(1, 32, StoredType::Q8_0, bytes.clone()).is_ok());
+        assert!(matches!(
+            FrozenMatrix::new(1, 33, StoredType::Q8_0, bytes.clone()),
+            Err(MatrixError::PartialBlock { block: 32, .. })
+        ));
+        assert!(matches!(
+            FrozenMatrix::new(2, 32, StoredType::Q8_0, bytes),
+            Err(MatrixError::Size { expected: 68, .. })
+        ));
+    }
+
+    #[test]
+    fn narrow_types_widen_exactly() {
+        let values: Vec<f32> = (0..64).map(|i| i as f32 - 31.5).collect();
+        let wide = FrozenMatrix::from_values(values.clone(), 4, 16);
+        for stored in [StoredType::BF16, StoredType::F16] {
+            assert_eq!(wide.convert(stored).to_values(), values, "{stored:?}");
+        }
+    }
+}

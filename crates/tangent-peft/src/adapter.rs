@@ -1,0 +1,256 @@
+//! Attaching a method to a model: sites are chosen, parameters are named and collected.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use tangent_model::family::Model;
+use tangent_model::{Parameter, Site, SiteKind, WeightAdapter, pass};
+
+use crate::config::{AdapterConfig, BiasMode};
+use crate::error::PeftError;
+use crate::methods::{self, Method};
+use crate::targets::{ends_with_name, near};
+use crate::trained::{TrainedRows, TrainedWeight};
+
+/// What is attached to a model: its settings and its trained tensors.
+pub struct Adapter {
+    /// The method.
+    pub method: &'static Method,
+    /// The settings.
+    pub config: AdapterConfig,
+    /// Every trained tensor, in the order of the sites.
+    pub parameters: Vec<Parameter>,
+    /// Paths of the sites that the method adapts.
+    pub sites: Vec<String>,
+}
+
+impl Adapter {
+    /// Number of trained values.
+    pub fn count(&self) -> usize {
+        self.parameters.iter().map(Parameter::count).sum()
+    }
+}
+
+/// Where a method creates its parameters.
+pub struct Scope<'a> {
+    parameters: &'a mut Vec<Parameter>,
+    device: burn::tensor::Device,
+    seed: u64,
+}
+
+impl Scope<'_> {
+    /// A trained tensor of `site`; `suffix` is its name in files after the site's path. `start`
+    /// gets random numbers that depend on the seed and the name only.
+    pub fn parameter(
+        &mut self,
+        site: &Site,
+        suffix: &str,
+        shape: Vec<usize>,
+        start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
+    ) -> Parameter {
+        let name = format!("{}.{suffix}", site.path);
+        let mut rng = ChaCha8Rng::seed_from_u64(pass::mix(self.seed, &name));
+        let parameter = Parameter::new(name, shape, start(&mut rng), &self.device);
+        self.parameters.push(parameter.clone());
+        parameter
+    }
+
+    /// The site's whole weight as a trained tensor.
+    pub fn trained_weight(&mut self, site: &Site) -> TrainedWeight {
+        let shape = match site.kind {
+            SiteKind::Norm => vec![site.weight.cols()],
+            _ => vec![site.weight.rows(), site.weight.cols()],
+        };
+        TrainedWeight(self.parameter(site, "weight", shape, |_| site.weight.to_values()))
+    }
+
+    fn bias(&mut self, site: &Site, adapted: bool) -> Option<Parameter> {
+        let bias = site.bias.as_ref()?;
+        // PEFT wraps adapted modules, which moves the bias one level down.
+        let suffix = if adapted { "base_layer.bias" } else { "bias" };
+        Some(self.parameter(site, suffix, vec![bias.cols()], |_| bias.to_values()))
+    }
+}
+
+/// What will be attached to one site.
+#[derive(Default)]
+struct Attachment {
+    adapter: Option<Arc<dyn WeightAdapter>>,
+    bias: Option<Parameter>,
+}
+
+/// Attaches `config` to the model, whose earlier adapters are removed. `seed` decides the start
+/// values.
+///
+/// # Errors
+/// If a setting does not fit the model.
+pub fn attach(
+    model: &mut dyn Model,
+    config: &AdapterConfig,
+    seed: u64,
+) -> Result<Adapter, PeftError> {
+    config.validate()?;
+    let method = methods::find(&config.method)?;
+    let mut parameters = vec![];
+    let mut scope = Scope {
+        parameters: &mut parameters,
+        device: model.device(),
+        seed,
+    };
+    let (attachments, adapted) = plan(model, method, config, &mut scope)?;
+    for site in model.sites_mut() {
+        site.detach();
+        let Some(attachment) = attachments.get(&site.path) else {
+            continue;
+        };
+        if let Some(adapter) = &attachment.adapter {
+            site.attach(adapter.clone());
+        }
+        if let Some(bias) = &attachment.bias {
+            site.attach_bias(bias.clone());
+        }
+    }
+    Ok(Adapter {
+        method,
+        config: config.clone(),
+        parameters,
+        sites: adapted,
+    })
+}
+
+type Attachments = BTreeMap<String, Attachment>;
+
+fn plan(
+    model: &dyn Model,
+    method: &Method,
+    config: &AdapterConfig,
+    scope: &mut Scope<'_>,
+) -> Result<(Attachments, Vec<String>), PeftError> {
+    let sites = model.sites();
+    let targets = match method.whole_model {
+        true => sites.clone(),
+        false => chosen(config, &sites)?,
+    };
+    let is_target = |site: &Site| targets.iter().any(|t| t.path == site.path);
+    for name in &config.modules_to_save {
+        // PEFT matches these by bare suffix, without a dot; files depend on it.
+        if !sites.iter().any(|s| s.path.ends_with(name.as_str())) {
+            return Err(PeftError::UnknownTarget {
+                target: name.clone(),
+                near: near(name, &sites),
+            });
+        }
+    }
+    let saved = |site: &Site| {
+        let ends = |name: &String| site.path.ends_with(name.as_str());
+        !method.whole_model && config.modules_to_save.iter().any(ends)
+    };
+    let rows = token_rows(config, &sites)?;
+    let mut attachments = Attachments::new();
+    let mut adapted = vec![];
+    for site in &sites {
+        let mut attachment = Attachment::default();
+        let uses = [
+            (is_target(site), "target module"),
+            (saved(site), "module to save"),
+            (rows.contains_key(&site.path), "trainable tokens"),
+        ];
+        let mut named = uses.iter().filter(|u| u.0).map(|u| u.1);
+        if let (Some(first), Some(second)) = (named.next(), named.next()) {
+            return Err(PeftError::Conflict {
+                site: site.path.clone(),
+                first,
+                second,
+            });
+        }
+        let tied = |attachments: &Attachments| {
+            let embedding = site.tied_to.as_ref()?;
+            attachments.get(embedding)?.adapter.clone()
+        };
+        if method.whole_model && site.tied_to.is_some() {
+            attachment.adapter = tied(&attachments);
+        } else if is_target(site) {
+            attachment.adapter = Some((method.attach)(config, site, scope)?);
+            adapted.push(site.path.clone());
+        } else if saved(site) {
+            attachment.adapter = Some(Arc::new(scope.trained_weight(site)));
+            attachment.bias = scope.bias(site, false);
+        } else if let Some(tokens) = rows.get(&site.path) {
+            attachment.adapter = Some(Arc::new(trained_rows(site, tokens, scope)));
+        } else if site.tied_to.as_ref().is_some_and(|e| rows.contains_key(e)) {
+            attachment.adapter = tied(&attachments);
+        }
+        let train_bias = match config.bias {
+            _ if method.whole_model => true,
+            BiasMode::All => true,
+            BiasMode::LoraOnly => is_target(site),
+            BiasMode::None => false,
+        };
+        if train_bias && attachment.bias.is_none() {
+            attachment.bias = scope.bias(site, is_target(site) && !method.whole_model);
+        }
+        attachments.insert(site.path.clone(), attachment);
+    }
+    Ok((attachments, adapted))
+}
+
+/// The target sites after exclusions.
+fn chosen<'a>(config: &AdapterConfig, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
+    let mut targets = config.targets.select(sites)?;
+    if let Some(exclude) = &config.exclude {
+        let excluded = exclude.select(sites)?;
+        targets.retain(|t| !excluded.iter().any(|e| e.path == t.path));
+    }
+    if let Some(layers) = &config.layers {
+        targets.retain(|t| t.layer.is_some_and(|l| layers.contains(&l)));
+    }
+    if targets.is_empty() {
+        return Err(PeftError::Setting {
+            setting: "target_modules",
+            value: format!("{:?}", config.targets),
+            why: "exclusions leave no site",
+        });
+    }
+    Ok(targets)
+}
+
+/// Trained rows by the path of their embedding.
+fn token_rows<'a>(
+    config: &'a AdapterConfig,
+    sites: &[&Site],
+) -> Result<BTreeMap<String, &'a Vec<u32>>, PeftError> {
+    let mut rows = BTreeMap::new();
+    for (name, tokens) in &config.trainable_tokens {
+        let site = sites
+            .iter()
+            .find(|s| s.kind == SiteKind::Embedding && ends_with_name(&s.path, name))
+            .ok_or_else(|| PeftError::UnknownTarget {
+                target: name.clone(),
+                near: near(name, sites),
+            })?;
+        if tokens.is_empty() || tokens.iter().any(|&t| t as usize >= site.weight.rows()) {
+            return Err(PeftError::Setting {
+                setting: "trainable_token_indices",
+                value: format!("{tokens:?}"),
+                why: "must be ids of the vocabulary, at least one",
+            });
+        }
+        rows.insert(site.path.clone(), tokens);
+    }
+    Ok(rows)
+}
+
+fn trained_rows(site: &Site, tokens: &[u32], scope: &mut Scope<'_>) -> TrainedRows {
+    let d = site.weight.cols();
+    let shape = vec![tokens.len(), d];
+    let rows = scope.parameter(site, "token_adapter.trainable_tokens_delta", shape, |_| {
+        let device = burn::tensor::Device::flex();
+        tangent_ops::values(tangent_ops::frozen_embedding(tokens, &site.weight, &device))
+    });
+    TrainedRows {
+        tokens: tokens.to_vec(),
+        rows,
+    }
+}

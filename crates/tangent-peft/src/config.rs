@@ -1,0 +1,179 @@
+//! The settings of an adapter, independent of the method's own parameters.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use crate::error::PeftError;
+use crate::targets::Targets;
+
+/// Which biases train along.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BiasMode {
+    /// None.
+    #[default]
+    None,
+    /// Those of every site that has one.
+    All,
+    /// Those of adapted sites.
+    LoraOnly,
+}
+
+impl BiasMode {
+    /// The name in files and flags.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        }
+    }
+}
+
+impl FromStr for BiasMode {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "none" => Ok(Self::None),
+            "all" => Ok(Self::All),
+            "lora_only" | "lora-only" => Ok(Self::LoraOnly),
+            other => Err(format!("\"{other}\" is not one of none, all, lora_only")),
+        }
+    }
+}
+
+/// What to attach and where.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterConfig {
+    /// Id of the method.
+    pub method: String,
+    /// Rank of the low-rank product.
+    pub rank: usize,
+    /// Numerator of the scaling.
+    pub alpha: f32,
+    /// Scaling `alpha / sqrt(rank)` instead of `alpha / rank` (rsLoRA, 2312.03732).
+    pub use_rslora: bool,
+    /// Probability of dropping a feature of the adapter's input in training.
+    pub dropout: f32,
+    /// Sites to adapt.
+    pub targets: Targets,
+    /// Sites left out of the targets.
+    pub exclude: Option<Targets>,
+    /// Layers whose sites are adapted; all when `None`.
+    pub layers: Option<Vec<usize>>,
+    /// Ranks of sites whose path matches a pattern; the first match counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Alphas of sites whose path matches a pattern; the first match counts.
+    pub alpha_pattern: Vec<(String, f32)>,
+    /// Biases that train along.
+    pub bias: BiasMode,
+    /// Modules that train whole: a site trains if its path ends with one of these.
+    pub modules_to_save: Vec<String>,
+    /// Rows of embeddings that train, by module suffix.
+    pub trainable_tokens: BTreeMap<String, Vec<u32>>,
+}
+
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            method: "lora".into(),
+            rank: 8,
+            alpha: 16.0,
+            use_rslora: false,
+            dropout: 0.0,
+            targets: Targets::parse(&["all-linear".into()]),
+            exclude: None,
+            layers: None,
+            rank_pattern: vec![],
+            alpha_pattern: vec![],
+            bias: BiasMode::None,
+            modules_to_save: vec![],
+            trainable_tokens: BTreeMap::new(),
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Checks the settings that need no model.
+    ///
+    /// # Errors
+    /// If one is out of its range.
+    pub fn validate(&self) -> Result<(), PeftError> {
+        let fault = |setting, value: String, why| PeftError::Setting {
+            setting,
+            value,
+            why,
+        };
+        if self.rank == 0 {
+            return Err(fault("rank", "0".into(), "must be at least 1"));
+        }
+        if !self.alpha.is_finite() || self.alpha <= 0.0 {
+            return Err(fault("alpha", self.alpha.to_string(), "must be above 0"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            let value = self.dropout.to_string();
+            return Err(fault("dropout", value, "must be in [0, 1)"));
+        }
+        Ok(())
+    }
+
+    /// Rank at the site `path`.
+    ///
+    /// # Errors
+    /// If a pattern does not parse.
+    pub fn rank_at(&self, path: &str) -> Result<usize, PeftError> {
+        Ok(first_match(&self.rank_pattern, path)?.unwrap_or(self.rank))
+    }
+
+    /// Scaling at the site `path`: `alpha / rank`, or `alpha / sqrt(rank)`.
+    ///
+    /// # Errors
+    /// If a pattern does not parse.
+    pub fn scaling_at(&self, path: &str) -> Result<f32, PeftError> {
+        let rank = self.rank_at(path)? as f64;
+        let alpha = f64::from(first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha));
+        let divisor = if self.use_rslora { rank.sqrt() } else { rank };
+        Ok((alpha / divisor) as f32)
+    }
+}
+
+/// PEFT's rule: the key matches at the end of the path, after a dot or from its start.
+fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T>, PeftError> {
+    for (key, value) in patterns {
+        let whole = regex::Regex::new(&format!(r"^(.*\.)?({key})$"));
+        let whole = whole.map_err(|e| PeftError::Pattern {
+            pattern: key.clone(),
+            why: e.to_string(),
+        })?;
+        if whole.is_match(path) {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_at_the_end_and_the_first_counts() {
+        let config = AdapterConfig {
+            rank_pattern: vec![
+                ("layers.1.self_attn.q_proj".into(), 2),
+                ("q_proj".into(), 3),
+            ],
+            alpha_pattern: vec![("q_proj".into(), 12.0)],
+            ..AdapterConfig::default()
+        };
+        let at = |path: &str| {
+            (
+                config.rank_at(path).unwrap(),
+                config.scaling_at(path).unwrap(),
+            )
+        };
+        assert_eq!(at("model.layers.1.self_attn.q_proj"), (2, 6.0));
+        assert_eq!(at("model.layers.0.self_attn.q_proj"), (3, 4.0));
+        assert_eq!(at("model.layers.0.self_attn.xq_proj"), (8, 2.0));
+    }
+}

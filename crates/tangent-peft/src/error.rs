@@ -1,0 +1,164 @@
+//! What can go wrong with an adapter.
+
+use std::path::PathBuf;
+
+use tangent_model::folder::FolderError;
+
+/// An adapter that cannot be attached, read, written or merged as asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeftError {
+    /// A method that does not exist.
+    #[error("method \"{name}\" does not exist; methods: {known}")]
+    UnknownMethod {
+        /// What was asked for.
+        name: String,
+        /// All methods.
+        known: String,
+    },
+    /// A target that matches no site.
+    #[error(
+        "target module \"{target}\" matches nothing in this model; near: {near}; \
+         presets: attention, mlp, all-linear"
+    )]
+    UnknownTarget {
+        /// What was asked for.
+        target: String,
+        /// Module names like it.
+        near: String,
+    },
+    /// A pattern that does not parse.
+    #[error("pattern \"{pattern}\" does not parse: {why}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A rank that the matrix cannot have.
+    #[error(
+        "{site}: rank {rank} is not between 1 and {limit}, the smaller side of {rows} x {cols}"
+    )]
+    Rank {
+        /// Site.
+        site: String,
+        /// Rank asked for.
+        rank: usize,
+        /// Smaller side.
+        limit: usize,
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+    },
+    /// A setting out of its range.
+    #[error("{setting} = {value}: {why}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// A method that has nothing to do at a kind of site.
+    #[error("{method} cannot adapt {site}: {why}")]
+    Site {
+        /// Method.
+        method: &'static str,
+        /// Site.
+        site: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// Two things want the same site.
+    #[error("{site} is named twice: as {first} and as {second}; keep one")]
+    Conflict {
+        /// Site.
+        site: String,
+        /// First use.
+        first: &'static str,
+        /// Second use.
+        second: &'static str,
+    },
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Io {
+        /// File.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A file that does not parse.
+    #[error("{path} is malformed: {why}", path = path.display())]
+    Malformed {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// An adapter setting that is not supported.
+    #[error("{path}: \"{key}\": {value} is not supported; it would change what the adapter computes", path = path.display())]
+    Unsupported {
+        /// `adapter_config.json`.
+        path: PathBuf,
+        /// Key.
+        key: String,
+        /// Value.
+        value: String,
+    },
+    /// A tensor that does not fit the model.
+    #[error(
+        "{path}: tensor \"{tensor}\" has shape {got:?}, this model needs {expected:?}; the adapter \
+         was trained for another base model",
+        path = path.display()
+    )]
+    Shape {
+        /// File.
+        path: PathBuf,
+        /// Tensor.
+        tensor: String,
+        /// Shape by the model.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        got: Vec<usize>,
+    },
+    /// Tensors that the model needs and the adapter lacks, or the other way round.
+    #[error(
+        "{path}: {count} tensors are {what}, such as {first:?}; the adapter was trained for \
+         another base model or other target modules",
+        path = path.display()
+    )]
+    Tensors {
+        /// File.
+        path: PathBuf,
+        /// "missing" or "unknown".
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// The first of them.
+        first: Vec<String>,
+    },
+    /// An adapter that cannot be taken out of merged weights.
+    #[error("{site}: {why}; keep the unmerged model instead")]
+    NotSubtractable {
+        /// Site.
+        site: String,
+        /// Why.
+        why: &'static str,
+    },
+    /// A configuration that a Hugging Face folder cannot express.
+    #[error("{path}: {why}", path = path.display())]
+    NotExportable {
+        /// Model.
+        path: PathBuf,
+        /// Why.
+        why: &'static str,
+    },
+    /// The output folder could not be written.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The model could not be read again.
+    #[error(transparent)]
+    Model(#[from] tangent_model::ModelError),
+}

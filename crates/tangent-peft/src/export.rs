@@ -1,0 +1,383 @@
+//! Whole models as Hugging Face folders: merged, unmerged, switched or fully fine-tuned.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::str::FromStr;
+
+use half::bf16;
+use rayon::prelude::*;
+use safetensors::{Dtype, View};
+use serde_json::{Value, json};
+use tangent_model::family::Model;
+use tangent_model::folder::NewFolder;
+use tangent_model::{LanguageModel, Pass, Site, SiteKind};
+
+use crate::error::PeftError;
+
+/// Number type of written weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteDtype {
+    /// 32 bits.
+    F32,
+    /// 16 bits, IEEE.
+    F16,
+    /// 16 bits, the upper half of an `f32`.
+    Bf16,
+}
+
+impl FromStr for WriteDtype {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" | "float32" => Ok(Self::F32),
+            "f16" | "float16" => Ok(Self::F16),
+            "bf16" | "bfloat16" => Ok(Self::Bf16),
+            other => Err(format!("\"{other}\" is not one of f32, f16, bf16")),
+        }
+    }
+}
+
+impl WriteDtype {
+    fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+
+    fn stored(self) -> (Dtype, usize) {
+        match self {
+            Self::F32 => (Dtype::F32, 4),
+            Self::F16 => (Dtype::F16, 2),
+            Self::Bf16 => (Dtype::BF16, 2),
+        }
+    }
+
+    fn bytes(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F32 => values
+                .par_iter()
+                .flat_map_iter(|v| v.to_le_bytes())
+                .collect(),
+            Self::F16 => values
+                .par_iter()
+                .flat_map_iter(|v| half::f16::from_f32(*v).to_le_bytes())
+                .collect(),
+            Self::Bf16 => values
+                .par_iter()
+                .flat_map_iter(|v| bf16::from_f32(*v).to_le_bytes())
+                .collect(),
+        }
+    }
+}
+
+/// A tensor that is computed when its turn to be written comes.
+struct Tensor<'a> {
+    shape: Vec<usize>,
+    dtype: WriteDtype,
+    values: Box<dyn Fn() -> Vec<f32> + 'a>,
+}
+
+impl View for &Tensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype.stored().0
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.dtype.bytes(&(self.values)()))
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.stored().1
+    }
+}
+
+/// Most bytes of weights in one file.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// Writes the model with its effective weights as a Hugging Face folder in the making.
+///
+/// # Errors
+/// If the configuration cannot be expressed or the system refuses.
+pub fn write_model(
+    folder: &NewFolder,
+    opened: &LanguageModel,
+    dtype: WriteDtype,
+) -> Result<(), PeftError> {
+    let model = &*opened.model;
+    let pass = Pass::inference(&model.device());
+    write_weights(folder, model, dtype, &|site| {
+        tangent_ops::values(site.effective_weight(&pass))
+    })?;
+    write_config(folder, opened, dtype)?;
+    write_tokenizer(folder, opened)
+}
+
+/// A tied head stays tied as long as both sites have the same effective weight.
+fn stays_tied(model: &dyn Model) -> bool {
+    let sites = model.sites();
+    let Some(embedding) = model.head().tied_to.as_ref() else {
+        return false;
+    };
+    let adapted = sites.iter().find(|s| &s.path == embedding);
+    model.head().shares_adapter_with(adapted.copied())
+}
+
+fn write_weights<'a>(
+    folder: &NewFolder,
+    model: &'a dyn Model,
+    dtype: WriteDtype,
+    weight: &'a (dyn Fn(&Site) -> Vec<f32> + 'a),
+) -> Result<(), PeftError> {
+    let tied = stays_tied(model);
+    let pass = Pass::inference(&model.device());
+    let mut tensors: Vec<(String, Tensor<'_>)> = vec![];
+    for site in model.sites() {
+        if tied && site.kind == SiteKind::Head {
+            continue;
+        }
+        let (rows, cols) = (site.weight.rows(), site.weight.cols());
+        let shape = match site.kind {
+            SiteKind::Norm => vec![cols],
+            _ => vec![rows, cols],
+        };
+        let values = Box::new(move || weight(site));
+        let tensor = Tensor {
+            shape,
+            dtype,
+            values,
+        };
+        tensors.push((format!("{}.weight", site.path), tensor));
+        if let Some(bias) = site.effective_bias(&pass) {
+            let values = tangent_ops::values(bias);
+            let tensor = Tensor {
+                shape: vec![rows],
+                dtype,
+                values: Box::new(move || values.clone()),
+            };
+            tensors.push((format!("{}.bias", site.path), tensor));
+        }
+    }
+    write_shards(folder, &tensors)
+}
+
+fn write_shards(folder: &NewFolder, tensors: &[(String, Tensor<'_>)]) -> Result<(), PeftError> {
+    let mut shards: Vec<Vec<&(String, Tensor<'_>)>> = vec![vec![]];
+    let mut size = 0;
+    for tensor in tensors {
+        let bytes = (&tensor.1).data_len();
+        if size + bytes > SHARD_BYTES && size > 0 {
+            shards.push(vec![]);
+            size = 0;
+        }
+        size += bytes;
+        if let Some(last) = shards.last_mut() {
+            last.push(tensor);
+        }
+    }
+    let mut map = serde_json::Map::new();
+    let count = shards.len();
+    for (index, shard) in shards.iter().enumerate() {
+        let name = match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+        };
+        let path = folder.path().join(&name);
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let views = shard.iter().map(|(name, tensor)| (name, tensor));
+        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|e| {
+            PeftError::Malformed {
+                path,
+                why: e.to_string(),
+            }
+        })?;
+        for (tensor, _) in shard {
+            map.insert(tensor.clone(), json!(name));
+        }
+    }
+    if count > 1 {
+        let total: usize = tensors.iter().map(|(_, t)| t.data_len()).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        folder.write("model.safetensors.index.json", pretty(&index).as_bytes())?;
+    }
+    Ok(())
+}
+
+fn pretty(json: &Value) -> String {
+    format!("{json:#}\n")
+}
+
+fn write_config(
+    folder: &NewFolder,
+    opened: &LanguageModel,
+    dtype: WriteDtype,
+) -> Result<(), PeftError> {
+    let mut config = opened.config.clone();
+    if config.get("rope_freq_factors").is_some() {
+        return Err(PeftError::NotExportable {
+            path: opened.path.clone(),
+            why: "the GGUF holds scaled rotary frequencies, whose settings a Hugging Face \
+                  configuration needs; use the model's Hugging Face folder instead",
+        });
+    }
+    let tied = stays_tied(&*opened.model);
+    if let Some(map) = config.as_object_mut() {
+        map.remove("torch_dtype");
+        map.insert("dtype".into(), json!(dtype.torch_name()));
+        map.insert("tie_word_embeddings".into(), json!(tied));
+    }
+    Ok(folder.write("config.json", pretty(&config).as_bytes())?)
+}
+
+fn write_tokenizer(folder: &NewFolder, opened: &LanguageModel) -> Result<(), PeftError> {
+    let kept = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ];
+    if opened.path.is_dir() {
+        for name in kept {
+            let from = opened.path.join(name);
+            if from.exists() {
+                copy(&from, folder, name)?;
+            }
+        }
+        return Ok(());
+    }
+    let tokenizer = &opened.tokenizer;
+    let json = tokenizer
+        .to_json()
+        .map_err(tangent_model::ModelError::from)?;
+    folder.write("tokenizer.json", json.as_bytes())?;
+    let name = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+    let config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name(tokenizer.bos),
+        "eos_token": name(tokenizer.eos),
+        "pad_token": name(tokenizer.pad),
+        "clean_up_tokenization_spaces": false,
+        "model_max_length": opened.model.max_positions(),
+    });
+    folder.write("tokenizer_config.json", pretty(&config).as_bytes())?;
+    let generation = json!({
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+    });
+    folder.write("generation_config.json", pretty(&generation).as_bytes())?;
+    if let Some(template) = &tokenizer.chat_template {
+        folder.write("chat_template.jinja", template.source().as_bytes())?;
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, folder: &NewFolder, name: &str) -> Result<(), PeftError> {
+    let bytes = std::fs::read(from).map_err(|source| PeftError::Io {
+        path: from.to_owned(),
+        source,
+    })?;
+    Ok(folder.write(name, &bytes)?)
+}
+
+/// What taking one adapter out of merged weights, or swapping it for another, did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Drift {
+    /// Largest difference between the exact result and what is written in the chosen number type.
+    pub rounding: f32,
+    /// Largest absolute weight, to compare with.
+    pub largest_weight: f32,
+}
+
+/// Writes `W - delta(A) + delta(B)` for a model whose weights hold the merged adapter `A`.
+///
+/// `removed` and, if given, `added` are the merged model opened once more with the adapter
+/// attached, so that `effective - frozen` is the adapter's own part.
+///
+/// # Errors
+/// If an adapter is not additive, or the system refuses.
+pub fn write_without(
+    folder: &NewFolder,
+    removed: &LanguageModel,
+    added: Option<&LanguageModel>,
+    dtype: WriteDtype,
+) -> Result<Drift, PeftError> {
+    for opened in std::iter::once(removed).chain(added) {
+        if let Some(site) = opened.model.sites().into_iter().find(|s| !s.is_additive()) {
+            return Err(PeftError::NotSubtractable {
+                site: site.path.clone(),
+                why: "its trained weight replaced the original, which is not in the merged model",
+            });
+        }
+    }
+    let pass = Pass::inference(&removed.model.device());
+    let drift = std::sync::Mutex::new(Drift::default());
+    let added_sites = added.map(|a| a.model.sites());
+    let result = |site: &Site| -> Vec<f32> {
+        let mut values = site.weight.to_values();
+        if site.is_adapted() {
+            let merged = tangent_ops::values(site.effective_weight(&pass));
+            for (v, m) in values.iter_mut().zip(merged) {
+                *v -= m - *v;
+            }
+        }
+        let other = added_sites
+            .as_ref()
+            .and_then(|sites| sites.iter().find(|s| s.path == site.path && s.is_adapted()));
+        if let Some(other) = other {
+            let base = other.weight.to_values();
+            let with = tangent_ops::values(other.effective_weight(&pass));
+            for ((v, w), b) in values.iter_mut().zip(with).zip(base) {
+                *v += w - b;
+            }
+        }
+        let mut drift = drift.lock().unwrap_or_else(|e| e.into_inner());
+        for &v in &values {
+            let written = match dtype {
+                WriteDtype::F32 => v,
+                WriteDtype::F16 => half::f16::from_f32(v).to_f32(),
+                WriteDtype::Bf16 => bf16::from_f32(v).to_f32(),
+            };
+            drift.rounding = drift.rounding.max((written - v).abs());
+            drift.largest_weight = drift.largest_weight.max(v.abs());
+        }
+        values
+    };
+    write_weights(folder, &*removed.model, dtype, &result)?;
+    write_config(folder, removed, dtype)?;
+    write_tokenizer(folder, removed)?;
+    let drift = *drift.lock().unwrap_or_else(|e| e.into_inner());
+    Ok(drift)
+}
+
+/// Largest absolute difference between the weights of two models of one architecture.
+///
+/// # Errors
+/// If their sites differ.
+pub fn distance(a: &dyn Model, b: &dyn Model) -> Result<f32, PeftError> {
+    let others = b.sites();
+    let mut largest = 0f32;
+    for site in a.sites() {
+        let other = others
+            .iter()
+            .find(|s| s.path == site.path && s.weight.rows() == site.weight.rows())
+            .ok_or_else(|| PeftError::NotSubtractable {
+                site: site.path.clone(),
+                why: "the base has another architecture",
+            })?;
+        let (x, y) = (site.weight.to_values(), other.weight.to_values());
+        largest = x
+            .iter()
+            .zip(y)
+            .map(|(x, y)| (x - y).abs())
+            .fold(largest, f32::max);
+    }
+    Ok(largest)
+}

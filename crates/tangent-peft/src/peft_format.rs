@@ -1,0 +1,528 @@
+//! Adapters in Hugging Face PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a
+//! model card.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors, View};
+use serde_json::{Map, Value, json};
+use tangent_model::family::Model;
+use tangent_model::folder::NewFolder;
+use tangent_model::{Parameter, Site};
+use tangent_ops::FrozenMatrix;
+
+use crate::adapter::{Adapter, attach};
+use crate::config::{AdapterConfig, BiasMode};
+use crate::error::PeftError;
+use crate::targets::{Targets, ends_with_name, peft_names};
+
+/// Version of PEFT whose format is written.
+const PEFT_VERSION: &str = "0.21.2";
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+const PREFIX: &str = "base_model.model.";
+
+/// Keys of a LoRA configuration that are not read, with the value at which they have no effect.
+/// Written so, and refused at any other value.
+fn neutral_keys() -> Map<String, Value> {
+    let neutral = json!({
+        "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null,
+        "corda_config": null, "ensure_weight_tying": false, "eva_config": null,
+        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null,
+        "layers_pattern": null, "loftq_config": {}, "lora_bias": false, "lora_ga_config": null,
+        "megatron_config": null, "monteclora_config": null, "target_parameters": null,
+        "use_bdlora": null, "use_dora": false, "use_qalora": false, "velora_config": null
+    });
+    match neutral {
+        Value::Object(map) => map,
+        other => unreachable!("an object, not {other}"),
+    }
+}
+
+/// Keys without an effect on what the adapter computes.
+const INFORMATION: &[&str] = &[
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+];
+
+/// A tensor of an adapter file.
+struct Stored {
+    shape: Vec<usize>,
+    values: Vec<f32>,
+}
+
+/// Attaches the adapter in the folder `dir` to the model.
+///
+/// # Errors
+/// If the files are malformed, ask for what is not supported, or were made for another base.
+pub fn load(model: &mut dyn Model, dir: &Path) -> Result<Adapter, PeftError> {
+    let config = read_config(&dir.join(CONFIG))?;
+    let adapter = attach(model, &config, 0)?;
+    fill(model, &adapter, &dir.join(TENSORS))?;
+    Ok(adapter)
+}
+
+/// Sets the adapter's parameters from a file.
+///
+/// # Errors
+/// If the file is malformed or its tensors are not the adapter's.
+pub fn fill(model: &mut dyn Model, adapter: &Adapter, path: &Path) -> Result<(), PeftError> {
+    let mut tensors = read_tensors(path)?;
+    let mut missing = vec![];
+    for parameter in &adapter.parameters {
+        let Some(stored) = tensors.remove(parameter.name()) else {
+            missing.push(parameter.name().to_owned());
+            continue;
+        };
+        check_shape(path, parameter.name(), parameter.shape(), &stored.shape)?;
+        parameter.set(stored.values);
+    }
+    refuse(path, "missing", missing)?;
+    for site in model.sites_mut() {
+        restore_base(site, path, &mut tensors)?;
+    }
+    refuse(path, "unknown", tensors.into_keys().collect())
+}
+
+/// PEFT saves the frozen weight of targeted embeddings and heads along with the adapter.
+fn restore_base(
+    site: &mut Site,
+    path: &Path,
+    tensors: &mut BTreeMap<String, Stored>,
+) -> Result<(), PeftError> {
+    let name = format!("{}.base_layer.weight", site.path);
+    let Some(stored) = tensors.remove(&name) else {
+        return Ok(());
+    };
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    check_shape(path, &name, &[rows, cols], &stored.shape)?;
+    if site.weight.to_values() != stored.values {
+        site.weight = FrozenMatrix::from_values(stored.values, rows, cols);
+    }
+    Ok(())
+}
+
+fn check_shape(
+    path: &Path,
+    tensor: &str,
+    expected: &[usize],
+    got: &[usize],
+) -> Result<(), PeftError> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(PeftError::Shape {
+        path: path.to_owned(),
+        tensor: tensor.to_owned(),
+        expected: expected.to_vec(),
+        got: got.to_vec(),
+    })
+}
+
+fn refuse(path: &Path, what: &'static str, names: Vec<String>) -> Result<(), PeftError> {
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(PeftError::Tensors {
+        path: path.to_owned(),
+        what,
+        count: names.len(),
+        first: names.into_iter().take(4).collect(),
+    })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, PeftError> {
+    std::fs::read(path).map_err(|source| PeftError::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn malformed(path: &Path, why: impl ToString) -> PeftError {
+    PeftError::Malformed {
+        path: path.to_owned(),
+        why: why.to_string(),
+    }
+}
+
+fn read_tensors(path: &Path) -> Result<BTreeMap<String, Stored>, PeftError> {
+    let bytes = read(path)?;
+    let parsed = SafeTensors::deserialize(&bytes).map_err(|e| malformed(path, e))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in parsed.iter() {
+        let Some(short) = name.strip_prefix(PREFIX) else {
+            let why = format!("tensor \"{name}\" does not begin with \"{PREFIX}\"");
+            return Err(malformed(path, why));
+        };
+        let data = view.data();
+        let values = match view.dtype() {
+            Dtype::F32 => data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f32::from_le_bytes(*b))
+                .collect(),
+            Dtype::F16 => pairs(data, |b| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => pairs(data, |b| half::bf16::from_le_bytes(b).to_f32()),
+            other => {
+                return Err(malformed(
+                    path,
+                    format!("\"{name}\" is stored as {other:?}"),
+                ));
+            }
+        };
+        let stored = Stored {
+            shape: view.shape().to_vec(),
+            values,
+        };
+        // Training checkpoints of PEFT keep the adapter's name inside tensor names.
+        tensors.insert(short.replace(".default.", "."), stored);
+    }
+    Ok(tensors)
+}
+
+fn pairs(data: &[u8], widen: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
+    data.as_chunks::<2>().0.iter().map(|b| widen(*b)).collect()
+}
+
+/// Reads `adapter_config.json`.
+///
+/// # Errors
+/// If it is malformed or asks for what is not supported.
+pub fn read_config(path: &Path) -> Result<AdapterConfig, PeftError> {
+    let json: Value = serde_json::from_slice(&read(path)?).map_err(|e| malformed(path, e))?;
+    let map = json
+        .as_object()
+        .ok_or_else(|| malformed(path, "expected an object"))?;
+    let fields = Fields { map, path };
+    fields.refuse_unsupported()?;
+    let defaults = AdapterConfig::default();
+    let layers = match fields.get("layers_to_transform") {
+        None => None,
+        Some(v) => Some(fields.integers("layers_to_transform", v)?),
+    };
+    let exclude = match fields.get("exclude_modules") {
+        None => None,
+        Some(v) => Some(fields.targets("exclude_modules", v)?),
+    };
+    let targets = fields
+        .get("target_modules")
+        .ok_or_else(|| fields.fault("target_modules", "missing"))?;
+    let config = AdapterConfig {
+        method: defaults.method,
+        rank: fields.number("r")?.map_or(8, |n| n as usize),
+        alpha: fields.number("lora_alpha")?.map_or(8.0, |n| n as f32),
+        use_rslora: fields.get("use_rslora") == Some(&Value::Bool(true)),
+        dropout: fields.number("lora_dropout")?.map_or(0.0, |n| n as f32),
+        targets: fields.targets("target_modules", targets)?,
+        exclude,
+        layers: layers.map(|l| l.into_iter().map(|n| n as usize).collect()),
+        rank_pattern: fields.pattern("rank_pattern", |n| n as usize)?,
+        alpha_pattern: fields.pattern("alpha_pattern", |n| n as f32)?,
+        bias: match fields.get("bias").and_then(Value::as_str) {
+            None => BiasMode::None,
+            Some(s) => s.parse().map_err(|e: String| fields.fault("bias", &e))?,
+        },
+        modules_to_save: match fields.get("modules_to_save") {
+            None => vec![],
+            Some(v) => fields.strings("modules_to_save", v)?,
+        },
+        trainable_tokens: fields.tokens()?,
+    };
+    config.validate()?;
+    Ok(config)
+}
+
+/// Typed access to the keys of a configuration.
+struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    path: &'a Path,
+}
+
+impl<'a> Fields<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    fn fault(&self, key: &str, why: &str) -> PeftError {
+        malformed(self.path, format!("\"{key}\": {why}"))
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), PeftError> {
+        let unsupported = |key: &str, value: &Value| PeftError::Unsupported {
+            path: self.path.to_owned(),
+            key: key.to_owned(),
+            value: value.to_string(),
+        };
+        match self.get("peft_type") {
+            Some(Value::String(kind)) if kind == "LORA" => {}
+            other => return Err(unsupported("peft_type", other.unwrap_or(&Value::Null))),
+        }
+        const READ: &[&str] = &[
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "rank_pattern",
+            "alpha_pattern",
+            "bias",
+            "modules_to_save",
+            "trainable_token_indices",
+        ];
+        let without_effect = |v: &Value| match v {
+            Value::Null | Value::Bool(false) => true,
+            Value::Object(m) => m.is_empty(),
+            Value::Array(a) => a.is_empty(),
+            _ => false,
+        };
+        for (key, value) in self.map {
+            let known = READ.contains(&key.as_str()) || INFORMATION.contains(&key.as_str());
+            if !known && !without_effect(value) {
+                return Err(unsupported(key, value));
+            }
+        }
+        Ok(())
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>, PeftError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(v) => v
+                .as_f64()
+                .map(Some)
+                .ok_or_else(|| self.fault(key, &format!("expected a number, got {v}"))),
+        }
+    }
+
+    fn strings(&self, key: &str, value: &Value) -> Result<Vec<String>, PeftError> {
+        let strings = value.as_array().and_then(|a| {
+            a.iter()
+                .map(|v| v.as_str().map(str::to_owned))
+                .collect::<Option<Vec<_>>>()
+        });
+        strings.ok_or_else(|| self.fault(key, &format!("expected a list of names, got {value}")))
+    }
+
+    fn integers(&self, key: &str, value: &Value) -> Result<Vec<u64>, PeftError> {
+        let one = value.as_u64().map(|n| vec![n]);
+        let many = || {
+            let list = value.as_array()?;
+            list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>()
+        };
+        one.or_else(many)
+            .ok_or_else(|| self.fault(key, &format!("expected whole numbers, got {value}")))
+    }
+
+    fn targets(&self, key: &str, value: &Value) -> Result<Targets, PeftError> {
+        match value {
+            Value::String(s) if s == "all-linear" => Ok(Targets::parse(&[s.clone()])),
+            Value::String(s) => Ok(Targets::Regex(s.clone())),
+            other => Ok(Targets::List(self.strings(key, other)?)),
+        }
+    }
+
+    fn pattern<T>(&self, key: &str, cast: fn(f64) -> T) -> Result<Vec<(String, T)>, PeftError> {
+        let Some(value) = self.get(key) else {
+            return Ok(vec![]);
+        };
+        let map = value
+            .as_object()
+            .ok_or_else(|| self.fault(key, &format!("expected an object, got {value}")))?;
+        map.iter()
+            .map(|(pattern, v)| match v.as_f64() {
+                Some(n) => Ok((pattern.clone(), cast(n))),
+                None => Err(self.fault(key, &format!("expected a number, got {v}"))),
+            })
+            .collect()
+    }
+
+    fn tokens(&self) -> Result<BTreeMap<String, Vec<u32>>, PeftError> {
+        const KEY: &str = "trainable_token_indices";
+        let ids = |value: &Value| -> Result<Vec<u32>, PeftError> {
+            let ids = self.integers(KEY, value)?;
+            Ok(ids.into_iter().map(|n| n as u32).collect())
+        };
+        match self.get(KEY) {
+            None => Ok(BTreeMap::new()),
+            Some(Value::Object(map)) => map
+                .iter()
+                .map(|(name, v)| Ok((name.clone(), ids(v)?)))
+                .collect(),
+            Some(list) => Ok(BTreeMap::from([("embed_tokens".to_owned(), ids(list)?)])),
+        }
+    }
+}
+
+/// `adapter_config.json` of an adapter.
+pub fn config_json(adapter: &Adapter, sites: &[&Site], base: &str) -> Value {
+    let config = &adapter.config;
+    let mut map = neutral_keys();
+    let targets = match &config.targets {
+        Targets::Regex(pattern) if config.exclude.is_none() && config.layers.is_none() => {
+            json!(pattern)
+        }
+        _ => json!(peft_names(&adapter.sites, sites)),
+    };
+    let tokens = match &config.trainable_tokens {
+        t if t.is_empty() => Value::Null,
+        t if t.len() == 1 && t.contains_key("embed_tokens") => json!(t["embed_tokens"]),
+        t => json!(t),
+    };
+    let saved = match &config.modules_to_save {
+        names if names.is_empty() => Value::Null,
+        names => json!(names),
+    };
+    let pattern = |pairs: Vec<(&String, Value)>| {
+        Value::Object(pairs.into_iter().map(|(k, v)| (k.clone(), v)).collect())
+    };
+    let ranks = config.rank_pattern.iter().map(|(k, v)| (k, json!(v)));
+    let alphas = config.alpha_pattern.iter().map(|(k, v)| (k, number(*v)));
+    for (key, value) in [
+        ("alpha_pattern", pattern(alphas.collect())),
+        ("base_model_name_or_path", json!(base)),
+        ("bias", json!(config.bias.name())),
+        ("exclude_modules", Value::Null),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", json!(true)),
+        ("layers_to_transform", Value::Null),
+        ("lora_alpha", number(config.alpha)),
+        ("lora_dropout", number(config.dropout)),
+        ("megatron_core", json!("megatron.core")),
+        ("modules_to_save", saved),
+        ("peft_type", json!("LORA")),
+        ("peft_version", json!(PEFT_VERSION)),
+        ("qalora_group_size", json!(16)),
+        ("r", json!(config.rank)),
+        ("rank_pattern", pattern(ranks.collect())),
+        ("revision", Value::Null),
+        ("target_modules", targets),
+        ("task_type", json!("CAUSAL_LM")),
+        ("trainable_token_indices", tokens),
+        ("use_rslora", json!(config.use_rslora)),
+    ] {
+        map.insert(key.to_owned(), value);
+    }
+    map.sort_keys();
+    Value::Object(map)
+}
+
+/// Whole numbers without a fraction, as PEFT writes them.
+fn number(value: f32) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e9 && value != 0.0 {
+        json!(value as i64)
+    } else {
+        // The shortest decimal of the f32, not the f64's long one.
+        value
+            .to_string()
+            .parse::<f64>()
+            .map_or(json!(value), |v| json!(v))
+    }
+}
+
+/// A named `f32` tensor to be written.
+pub(crate) struct Output<'a> {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Box<dyn Fn() -> Vec<f32> + 'a>,
+}
+
+impl View for &Output<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = (self.values)();
+        Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * 4
+    }
+}
+
+/// Writes the adapter's files into a folder in the making.
+///
+/// # Errors
+/// If the system refuses.
+pub fn write(
+    folder: &NewFolder,
+    adapter: &Adapter,
+    model: &dyn Model,
+    base: &str,
+) -> Result<(), PeftError> {
+    let sites = model.sites();
+    let output = |parameter: &Parameter| {
+        let copy = parameter.clone();
+        Output {
+            shape: parameter.shape().to_vec(),
+            values: Box::new(move || copy.values()),
+        }
+    };
+    let mut outputs: BTreeMap<String, Output<'_>> = adapter
+        .parameters
+        .iter()
+        .map(|p| (format!("{PREFIX}{}", p.name()), output(p)))
+        .collect();
+    for site in &sites {
+        let whole = matches!(
+            site.kind,
+            tangent_model::SiteKind::Embedding | tangent_model::SiteKind::Head
+        );
+        let targeted = adapter.sites.iter().any(|p| ends_with_name(p, &site.path));
+        if whole && targeted {
+            let stored = Output {
+                shape: vec![site.weight.rows(), site.weight.cols()],
+                values: Box::new(|| site.weight.to_values()),
+            };
+            outputs.insert(format!("{PREFIX}{}.base_layer.weight", site.path), stored);
+        }
+    }
+    let path = folder.path().join(TENSORS);
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(outputs.iter(), Some(metadata), &path)
+        .map_err(|e| malformed(&path, e))?;
+    let json = config_json(adapter, &sites, base);
+    let text = serde_json::to_string_pretty(&json).map_err(|e| malformed(&path, e))?;
+    folder.write(CONFIG, text.as_bytes())?;
+    folder.write("README.md", card(adapter, base).as_bytes())?;
+    Ok(())
+}
+
+/// The model card, with PEFT's front matter.
+fn card(adapter: &Adapter, base: &str) -> String {
+    let config = &adapter.config;
+    let quoted = Value::String(base.to_owned());
+    format!(
+        "---\nbase_model: {quoted}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
+         - lora\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
+         {method} adapter of rank {rank}, alpha {alpha}{rs}, {count} trained parameters, for \
+         `{base}`.\n\n\
+         ```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
+         model = AutoModelForCausalLM.from_pretrained({quoted})\n\
+         model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n",
+        method = adapter.method.id,
+        rank = config.rank,
+        alpha = config.alpha,
+        rs = if config.use_rslora {
+            " (rank-stabilized)"
+        } else {
+            ""
+        },
+        count = adapter.count(),
+    )
+}

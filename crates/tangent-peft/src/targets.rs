@@ -1,0 +1,218 @@
+//! Which sites an adapter attaches to: names, globs, presets, regular expressions.
+
+use tangent_model::{Site, SiteKind};
+
+use crate::error::PeftError;
+
+/// A choice of sites.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// Module names (a site matches if its path is the name or ends with `.name`), globs over
+    /// whole paths, and the presets `attention`, `mlp` and `all-linear`.
+    List(Vec<String>),
+    /// A regular expression that the whole path must match.
+    Regex(String),
+}
+
+impl Targets {
+    /// A choice from names as they are typed.
+    pub fn parse(names: &[String]) -> Self {
+        Self::List(names.to_vec())
+    }
+
+    /// The chosen ones of `sites`, in their order.
+    ///
+    /// # Errors
+    /// If a name matches nothing or a pattern does not parse.
+    pub fn select<'a>(&self, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
+        let matchers = match self {
+            Self::List(names) => names
+                .iter()
+                .map(|n| Matcher::parse(n))
+                .collect::<Result<_, _>>()?,
+            Self::Regex(pattern) => vec![Matcher::regex(pattern)?],
+        };
+        for matcher in &matchers {
+            if !sites.iter().any(|site| matcher.matches(site)) {
+                return Err(PeftError::UnknownTarget {
+                    target: matcher.text().to_owned(),
+                    near: near(matcher.text(), sites),
+                });
+            }
+        }
+        let chosen = |site: &&&Site| matchers.iter().any(|m| m.matches(site));
+        Ok(sites.iter().filter(chosen).copied().collect())
+    }
+}
+
+enum Matcher {
+    Name(String),
+    Glob(String, globset::GlobMatcher),
+    Regex(String, regex::Regex),
+    /// Linear maps inside layers whose path has one of these words in a component.
+    Preset(String, &'static [&'static str]),
+}
+
+impl Matcher {
+    fn parse(name: &str) -> Result<Self, PeftError> {
+        Ok(match name {
+            "all-linear" => Self::Preset(name.into(), &[""]),
+            "attention" => Self::Preset(name.into(), &["attn", "attention"]),
+            "mlp" => Self::Preset(name.into(), &["mlp", "feed_forward", "ffn"]),
+            glob if glob.contains(['*', '?', '[', '{']) => {
+                let parsed = globset::Glob::new(glob).map_err(|e| PeftError::Pattern {
+                    pattern: glob.to_owned(),
+                    why: e.to_string(),
+                })?;
+                Self::Glob(glob.into(), parsed.compile_matcher())
+            }
+            name => Self::Name(name.into()),
+        })
+    }
+
+    fn regex(pattern: &str) -> Result<Self, PeftError> {
+        let whole = regex::Regex::new(&format!("^(?:{pattern})$"));
+        let whole = whole.map_err(|e| PeftError::Pattern {
+            pattern: pattern.to_owned(),
+            why: e.to_string(),
+        })?;
+        Ok(Self::Regex(pattern.into(), whole))
+    }
+
+    fn text(&self) -> &str {
+        match self {
+            Self::Name(t) | Self::Glob(t, _) | Self::Regex(t, _) | Self::Preset(t, _) => t,
+        }
+    }
+
+    fn matches(&self, site: &Site) -> bool {
+        match self {
+            Self::Name(name) => ends_with_name(&site.path, name),
+            Self::Glob(_, glob) => glob.is_match(&site.path),
+            Self::Regex(_, regex) => regex.is_match(&site.path),
+            Self::Preset(_, words) => {
+                site.kind == SiteKind::Linear
+                    && words
+                        .iter()
+                        .any(|w| site.path.split('.').any(|part| part.contains(w)))
+            }
+        }
+    }
+}
+
+/// Whether `path` is `name` or ends with it after a dot.
+pub(crate) fn ends_with_name(path: &str, name: &str) -> bool {
+    path == name
+        || path
+            .strip_suffix(name)
+            .is_some_and(|head| head.ends_with('.'))
+}
+
+/// Module names like `name`.
+pub(crate) fn near(name: &str, sites: &[&Site]) -> String {
+    let mut names: Vec<&str> = sites.iter().map(|s| last_part(&s.path)).collect();
+    names.sort_unstable();
+    names.dedup();
+    let wanted = last_part(name);
+    names.sort_by(|a, b| {
+        strsim::jaro_winkler(b, wanted).total_cmp(&strsim::jaro_winkler(a, wanted))
+    });
+    names.truncate(4);
+    names.join(", ")
+}
+
+fn last_part(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+/// The names that PEFT needs to choose exactly `chosen` out of `sites`: a module name where all
+/// sites of that name are chosen, whole paths otherwise.
+pub fn peft_names(chosen: &[String], sites: &[&Site]) -> Vec<String> {
+    let mut names: Vec<String> = chosen
+        .iter()
+        .map(|path| {
+            let name = last_part(path);
+            let all = sites
+                .iter()
+                .filter(|s| last_part(&s.path) == name)
+                .all(|s| chosen.contains(&s.path));
+            if all { name.to_owned() } else { path.clone() }
+        })
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tangent_ops::FrozenMatrix;
+
+    fn sites() -> Vec<Site> {
+        let site = |path: &str, kind| {
+            Site::new(
+                path.into(),
+                kind,
+                None,
+                FrozenMatrix::from_values(vec![0.0], 1, 1),
+            )
+        };
+        vec![
+            site("model.embed_tokens", SiteKind::Embedding),
+            site("model.layers.0.self_attn.q_proj", SiteKind::Linear),
+            site("model.layers.0.mlp.up_proj", SiteKind::Linear),
+            site("model.layers.1.self_attn.q_proj", SiteKind::Linear),
+            site("lm_head", SiteKind::Head),
+        ]
+    }
+
+    #[track_caller]
+    fn check(targets: &Targets, want: &[&str]) {
+        let sites = sites();
+        let sites: Vec<&Site> = sites.iter().collect();
+        let got = targets.select(&sites).unwrap();
+        let got: Vec<&str> = got.iter().map(|s| s.path.as_str()).collect();
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn names_globs_presets_and_expressions_choose_sites() {
+        let list = |names: &[&str]| Targets::List(names.iter().map(|n| (*n).to_owned()).collect());
+        let (q0, q1) = (
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+        );
+        let up = "model.layers.0.mlp.up_proj";
+        check(&list(&["q_proj"]), &[q0, q1]);
+        check(&list(&["attention"]), &[q0, q1]);
+        check(&list(&["mlp", "lm_head"]), &[up, "lm_head"]);
+        check(&list(&["all-linear"]), &[q0, up, q1]);
+        check(&list(&["model.layers.1.*"]), &[q1]);
+        check(&Targets::Regex(r".*\.[01]\..*q_proj".into()), &[q0, q1]);
+    }
+
+    #[test]
+    fn unknown_names_list_near_ones() {
+        let sites = sites();
+        let sites: Vec<&Site> = sites.iter().collect();
+        let error = Targets::parse(&["qproj".into()])
+            .select(&sites)
+            .unwrap_err();
+        assert!(error.to_string().contains("near: q_proj"), "{error}");
+        // A suffix must begin after a dot.
+        assert!(Targets::parse(&["proj".into()]).select(&sites).is_err());
+    }
+
+    #[test]
+    fn peft_names_are_short_where_they_are_exact() {
+        let sites = sites();
+        let sites: Vec<&Site> = sites.iter().collect();
+        let up = "model.layers.0.mlp.up_proj".to_owned();
+        let q1 = "model.layers.1.self_attn.q_proj".to_owned();
+        assert_eq!(
+            peft_names(&[up, q1.clone()], &sites),
+            [q1.as_str(), "up_proj"]
+        );
+    }
+}

@@ -1,0 +1,140 @@
+//! Stored references and the tiny models they belong to.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+use tangent_model::family::{self, Model};
+use tangent_model::{BaseDtype, Batch, Pass, Weights, forward, read_json};
+
+/// A folder of `testdata/golden`.
+pub fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../testdata/golden")
+        .join(name)
+}
+
+/// The model of a folder without a tokenizer.
+pub fn model(dir: &Path) -> Box<dyn Model> {
+    model_with(dir, "config.json")
+}
+
+/// The model of a folder with another configuration file.
+pub fn model_with(dir: &Path, config: &str) -> Box<dyn Model> {
+    let path = dir.join(config);
+    let config = read_json(&path).unwrap();
+    let weights = Weights::folder(dir, BaseDtype::Auto).unwrap();
+    let model = family::open(&config, &path, &weights, &Device::flex()).unwrap();
+    weights.finish().unwrap();
+    model
+}
+
+/// Tensors of a reference file.
+pub struct Reference {
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f64>)>,
+}
+
+impl Reference {
+    pub fn open(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap();
+        let parsed = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = parsed
+            .iter()
+            .map(|(name, view)| {
+                let data = view.data();
+                let values = match view.dtype() {
+                    Dtype::F32 => {
+                        let chunks = data.as_chunks::<4>().0.iter();
+                        chunks.map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+                    }
+                    Dtype::F64 => {
+                        let chunks = data.as_chunks::<8>().0.iter();
+                        chunks.map(|b| f64::from_le_bytes(*b)).collect()
+                    }
+                    Dtype::I32 => {
+                        let chunks = data.as_chunks::<4>().0.iter();
+                        chunks.map(|b| f64::from(i32::from_le_bytes(*b))).collect()
+                    }
+                    Dtype::U8 => data.iter().map(|b| f64::from(*b)).collect(),
+                    other => panic!("unexpected {other:?}"),
+                };
+                (name.to_owned(), (view.shape().to_vec(), values))
+            })
+            .collect();
+        Self { tensors }
+    }
+
+    pub fn values(&self, name: &str) -> Vec<f32> {
+        let (_, values) = self
+            .tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("reference has no \"{name}\""));
+        values.iter().map(|v| *v as f32).collect()
+    }
+
+    pub fn names(&self, prefix: &str) -> Vec<String> {
+        let names = self.tensors.keys();
+        names
+            .filter_map(|n| n.strip_prefix(prefix))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// The rows `(ids, supervised)`.
+    pub fn rows(&self) -> Vec<(Vec<u32>, Vec<bool>)> {
+        (0..self.names("ids.").len())
+            .map(|i| {
+                let ids = self.values(&format!("ids.{i}"));
+                let supervised = self.values(&format!("supervised.{i}"));
+                (
+                    ids.iter().map(|v| *v as u32).collect(),
+                    supervised.iter().map(|v| *v != 0.0).collect(),
+                )
+            })
+            .collect()
+    }
+
+    pub fn batch(&self) -> Batch {
+        let rows = self.rows();
+        Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
+    }
+
+    /// All logits of all rows in the order of the flat batch.
+    pub fn logits(&self) -> Vec<f32> {
+        (0..self.names("logits.").len())
+            .flat_map(|i| self.values(&format!("logits.{i}")))
+            .collect()
+    }
+}
+
+/// Asserts `got == want` to `tolerance` relative to the largest value of `want`.
+#[track_caller]
+pub fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len(), "{what}: number of values");
+    let scale = want.iter().fold(1e-6f32, |a, b| a.max(b.abs()));
+    let worst = got
+        .iter()
+        .zip(want)
+        .map(|(g, w)| (g - w).abs())
+        .fold(0.0f32, f32::max);
+    assert!(
+        worst <= tolerance * scale,
+        "{what}: differs by {worst:e}, scale {scale:e}"
+    );
+}
+
+/// Logits of every token of a batch.
+pub fn all_logits(model: &dyn Model, batch: &Batch) -> Vec<f32> {
+    let rows: Vec<usize> = (0..batch.ids.len()).collect();
+    let pass = Pass::inference(&model.device());
+    tangent_ops::values(forward::logits(model, batch, &rows, &pass))
+}
+
+/// The mean loss over supervised tokens, as a tracked scalar.
+pub fn mean_loss(model: &dyn Model, batch: &Batch) -> Tensor<2> {
+    let pass = Pass::training(&model.device(), 0);
+    let x = forward::hidden(model, batch, &pass);
+    let factor = 1.0 / batch.targets.len() as f32;
+    forward::loss(model, x, &batch.targets, factor, &pass)
+}

@@ -1,0 +1,245 @@
+//! What every method of the list must keep, on every kind of base.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tangent_model::family::{self, Model};
+use tangent_model::folder::NewFolder;
+use tangent_model::site::WeightAdapter;
+use tangent_model::{BaseDtype, Pass, Weights, read_json};
+use tangent_peft::{Adapter, AdapterConfig, METHODS, Method, Targets, attach, peft_format};
+
+use crate::golden::{Reference, all_logits, close, folder, mean_loss};
+
+/// A base in each type that is held differently.
+const BASES: &[BaseDtype] = &[BaseDtype::F32, BaseDtype::Bf16];
+
+fn base(dtype: BaseDtype) -> Box<dyn Model> {
+    let dir = folder("llama/everything");
+    let path = dir.join("config.json");
+    let config = read_json(&path).unwrap();
+    let weights = Weights::folder(&dir, dtype).unwrap();
+    family::open(&config, &path, &weights, &burn::tensor::Device::flex()).unwrap()
+}
+
+fn reference() -> Reference {
+    Reference::open(&folder("llama/everything/reference.safetensors"))
+}
+
+/// Every method with the settings that reach all of its code.
+fn cases() -> Vec<(&'static Method, AdapterConfig)> {
+    let targets = ["all-linear", "embed_tokens", "lm_head"].map(String::from);
+    METHODS
+        .iter()
+        .map(|method| {
+            let config = AdapterConfig {
+                method: method.id.into(),
+                rank: 4,
+                alpha: 6.0,
+                targets: Targets::parse(&targets),
+                ..AdapterConfig::default()
+            };
+            (method, config)
+        })
+        .collect()
+}
+
+fn randomize(adapter: &Adapter) {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    for parameter in &adapter.parameters {
+        parameter.update(|values| {
+            for v in values {
+                *v += rng.random::<f32>() * 0.4 - 0.2;
+            }
+        });
+    }
+}
+
+fn for_every_case(check: impl Fn(&Method, &AdapterConfig, Box<dyn Model>)) {
+    for (method, config) in cases() {
+        for dtype in BASES {
+            check(method, &config, base(*dtype));
+        }
+    }
+}
+
+#[test]
+fn the_start_leaves_the_model_unchanged() {
+    let batch = reference().batch();
+    for_every_case(|method, config, mut model| {
+        let before = all_logits(&*model, &batch);
+        attach(&mut *model, config, 3).unwrap();
+        if method.identity_at_start {
+            close(method.id, &all_logits(&*model, &batch), &before, 1e-6);
+        }
+    });
+}
+
+#[test]
+fn fast_paths_equal_the_definition_in_outputs_and_gradients() {
+    /// The definition alone, every fast path left at its default.
+    struct ByDefinition(std::sync::Arc<dyn WeightAdapter>);
+    impl WeightAdapter for ByDefinition {
+        fn weight(&self, base: burn::tensor::Tensor<2>, pass: &Pass) -> burn::tensor::Tensor<2> {
+            self.0.weight(base, pass)
+        }
+    }
+    let batch = reference().batch();
+    for_every_case(|method, config, mut model| {
+        let adapter = attach(&mut *model, config, 3).unwrap();
+        randomize(&adapter);
+        let gradients = |model: &dyn Model| -> Vec<Vec<f32>> {
+            let mut gradients = mean_loss(model, &batch).backward();
+            let all = adapter.parameters.iter();
+            all.map(|p| p.take_gradient(&mut gradients).expect(p.name()))
+                .collect()
+        };
+        let (fast, fast_gradients) = (all_logits(&*model, &batch), gradients(&*model));
+        for site in model.sites_mut() {
+            if let Some(attached) = site.attached() {
+                site.attach(std::sync::Arc::new(ByDefinition(attached)));
+            }
+        }
+        close(method.id, &fast, &all_logits(&*model, &batch), 1e-5);
+        let slow = gradients(&*model);
+        for ((parameter, got), want) in adapter.parameters.iter().zip(&fast_gradients).zip(&slow) {
+            close(parameter.name(), got, want, 1e-4);
+        }
+    });
+}
+
+#[test]
+fn gradients_equal_finite_differences() {
+    let batch = reference().batch();
+    for (method, config) in cases() {
+        let mut model = base(BaseDtype::F32);
+        let adapter = attach(&mut *model, &config, 3).unwrap();
+        randomize(&adapter);
+        let mut gradients = mean_loss(&*model, &batch).backward();
+        for parameter in &adapter.parameters {
+            let gradient = parameter.take_gradient(&mut gradients).unwrap();
+            let (at, largest) = gradient
+                .iter()
+                .enumerate()
+                .max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()))
+                .unwrap();
+            let moved = |by: f32| {
+                parameter.update(|values| values[at] += by);
+                let loss = tangent_ops::values(mean_loss(&*model, &batch))[0];
+                parameter.update(|values| values[at] -= by);
+                f64::from(loss)
+            };
+            let difference = ((moved(5e-3) - moved(-5e-3)) / 1e-2) as f32;
+            assert!(
+                (difference - largest).abs() <= 0.03 * largest.abs() + 2e-4,
+                "{} {}: {largest} against {difference}",
+                method.id,
+                parameter.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn merged_equals_adapted() {
+    let batch = reference().batch();
+    for_every_case(|method, config, mut model| {
+        let adapter = attach(&mut *model, config, 3).unwrap();
+        randomize(&adapter);
+        let adapted = all_logits(&*model, &batch);
+        let pass = Pass::inference(&model.device());
+        for site in model.sites_mut() {
+            let merged = tangent_ops::values(site.effective_weight(&pass));
+            let (rows, cols) = (site.weight.rows(), site.weight.cols());
+            site.weight = tangent_ops::FrozenMatrix::from_values(merged, rows, cols);
+            if let Some(bias) = site.effective_bias(&pass) {
+                let bias = tangent_ops::values(bias);
+                site.bias = Some(tangent_ops::FrozenMatrix::from_values(bias, 1, rows));
+            }
+            site.detach();
+        }
+        close(method.id, &all_logits(&*model, &batch), &adapted, 1e-5);
+    });
+}
+
+#[test]
+fn counts_names_and_frozen_weights_are_right() {
+    for_every_case(|method, config, mut model| {
+        let before: Vec<Vec<f32>> = model.sites().iter().map(|s| s.weight.to_values()).collect();
+        let adapter = attach(&mut *model, config, 3).unwrap();
+        let counted: usize = adapter.parameters.iter().map(|p| p.values().len()).sum();
+        assert_eq!(adapter.count(), counted, "{}", method.id);
+        let mut names: Vec<&str> = adapter.parameters.iter().map(|p| p.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), adapter.parameters.len(), "names are unique");
+        randomize(&adapter);
+        let after: Vec<Vec<f32>> = model.sites().iter().map(|s| s.weight.to_values()).collect();
+        assert!(before == after, "{}: frozen weights moved", method.id);
+    });
+}
+
+#[test]
+fn saved_and_loaded_is_exact() {
+    let batch = reference().batch();
+    for (method, config) in cases().into_iter().filter(|c| !c.0.whole_model) {
+        let mut model = base(BaseDtype::F32);
+        let adapter = attach(&mut *model, &config, 3).unwrap();
+        randomize(&adapter);
+        let out = tempfile::tempdir().unwrap();
+        let place = out.path().join("adapter");
+        let new = NewFolder::begin(&place, false).unwrap();
+        peft_format::write(&new, &adapter, &*model, "base").unwrap();
+        new.finish().unwrap();
+        let mut again = base(BaseDtype::F32);
+        let loaded = peft_format::load(&mut *again, &place).unwrap();
+        for (a, b) in adapter.parameters.iter().zip(&loaded.parameters) {
+            assert_eq!(
+                (a.name(), a.values()),
+                (b.name(), b.values()),
+                "{}",
+                method.id
+            );
+        }
+        assert_eq!(all_logits(&*again, &batch), all_logits(&*model, &batch));
+    }
+}
+
+#[test]
+fn twenty_steps_lower_the_loss() {
+    let batch = reference().batch();
+    for_every_case(|method, config, mut model| {
+        let adapter = attach(&mut *model, config, 3).unwrap();
+        let loss = || tangent_ops::values(mean_loss(&*model, &batch))[0];
+        let before = loss();
+        for _ in 0..20 {
+            let mut gradients = mean_loss(&*model, &batch).backward();
+            for parameter in &adapter.parameters {
+                let gradient = parameter.take_gradient(&mut gradients).unwrap();
+                parameter.update(|values| {
+                    for (v, g) in values.iter_mut().zip(gradient) {
+                        *v -= 0.02 * g;
+                    }
+                });
+            }
+        }
+        assert!(
+            loss() < before - 0.01,
+            "{}: {before} to {}",
+            method.id,
+            loss()
+        );
+    });
+}
+
+#[test]
+fn ranks_outside_the_matrix_are_refused() {
+    for rank in [0, 1000] {
+        let mut model = base(BaseDtype::F32);
+        let config = AdapterConfig {
+            rank,
+            ..AdapterConfig::default()
+        };
+        let error = attach(&mut *model, &config, 0).err().unwrap().to_string();
+        assert!(error.contains("rank"), "{error}");
+    }
+}

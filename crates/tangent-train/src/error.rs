@@ -1,0 +1,86 @@
+//! What can stop a training run.
+
+use std::path::PathBuf;
+
+use tangent_model::ModelError;
+use tangent_model::folder::FolderError;
+use tangent_peft::PeftError;
+
+use crate::data::DataError;
+
+/// A run that cannot begin or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// A setting out of its range.
+    #[error("{setting} = {value}: {why}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// A loss or a gradient that is not a finite number.
+    #[error(
+        "step {step}: {what} is not finite; rows of the step: {rows}. The last checkpoint is kept; \
+         lower the learning rate or look at these rows"
+    )]
+    NotFinite {
+        /// Step, from 1.
+        step: usize,
+        /// The loss or the tensor.
+        what: String,
+        /// Rows of the step, as `file:line`.
+        rows: String,
+    },
+    /// There is nothing to resume.
+    #[error("{path} holds no checkpoint to resume; start without --resume", path = path.display())]
+    NoCheckpoint {
+        /// Output folder.
+        path: PathBuf,
+    },
+    /// A run resumed with other settings.
+    #[error(
+        "{path} was begun with other settings: {changes}; resume with the same settings or begin \
+         a new run",
+        path = path.display()
+    )]
+    Changed {
+        /// Checkpoint.
+        path: PathBuf,
+        /// Every difference.
+        changes: String,
+    },
+    /// A checkpoint that cannot be read.
+    #[error("checkpoint {path}: {why}; resume from an earlier one by removing it", path = path.display())]
+    Checkpoint {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A file could not be read or written.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// File.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A folder could not be written.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The adapter.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}

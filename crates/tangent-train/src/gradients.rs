@@ -1,0 +1,129 @@
+//! Loss and gradients of a micro-batch, over one graph or layer by layer.
+
+use burn::tensor::{Gradients, Tensor};
+use tangent_model::family::Model;
+use tangent_model::{Batch, Parameter, Pass, forward};
+
+/// Gradients of all parameters in their order; `None` for those that took no part.
+pub type Accumulated = Vec<Option<Vec<f32>>>;
+
+/// Adds the gradients of `factor * summed loss` of the batch to `into` and returns that loss.
+///
+/// With `checkpointing` only each layer's input is kept; a layer is computed again when its turn
+/// in the backward pass comes. Loss and gradients are the same to the bit.
+pub fn accumulate(
+    model: &dyn Model,
+    batch: &Batch,
+    factor: f32,
+    pass: &Pass,
+    checkpointing: bool,
+    parameters: &[Parameter],
+    into: &mut Accumulated,
+) -> f32 {
+    if checkpointing {
+        return layer_by_layer(model, batch, factor, pass, parameters, into);
+    }
+    let x = forward::hidden(model, batch, pass);
+    let loss = forward::loss(model, x, &batch.targets, factor, pass);
+    let mut gradients = loss.backward();
+    collect(parameters, &mut gradients, into);
+    tangent_ops::values(loss)[0]
+}
+
+fn collect(parameters: &[Parameter], gradients: &mut Gradients, into: &mut Accumulated) {
+    for (parameter, sum) in parameters.iter().zip(into) {
+        let Some(gradient) = parameter.take_gradient(gradients) else {
+            continue;
+        };
+        match sum {
+            None => *sum = Some(gradient),
+            Some(sum) => {
+                for (s, g) in sum.iter_mut().zip(gradient) {
+                    *s += g;
+                }
+            }
+        }
+    }
+}
+
+/// Pushes the gradient `d_y` through the graph of `y`.
+fn backward(y: Tensor<2>, d_y: Tensor<2>) -> Gradients {
+    (y * d_y).sum().backward()
+}
+
+fn layer_by_layer(
+    model: &dyn Model,
+    batch: &Batch,
+    factor: f32,
+    pass: &Pass,
+    parameters: &[Parameter],
+    into: &mut Accumulated,
+) -> f32 {
+    let untracked = pass.untracked();
+    let embedded = forward::embed(model, batch, pass);
+    let mut inputs = vec![embedded.clone().without_autodiff()];
+    for index in 0..model.layers() {
+        let x = inputs[index].clone();
+        inputs.push(forward::layer(model, index, x, batch, &untracked));
+    }
+    let leaf = |x: Tensor<2>| x.autodiff().require_grad();
+    let mut x = leaf(inputs.remove(model.layers()));
+    let loss = forward::loss(model, x.clone(), &batch.targets, factor, pass);
+    let mut gradients = loss.backward();
+    collect(parameters, &mut gradients, into);
+    let lowest = lowest_trained_layer(model, embedded.is_tracked());
+    for index in (lowest..model.layers()).rev() {
+        let Some(d_x) = x.grad_remove(&mut gradients) else {
+            break;
+        };
+        let input = inputs.remove(index);
+        // Below the lowest trained layer no gradient of the input is wanted.
+        let wanted = index > lowest || embedded.is_tracked();
+        x = if wanted { leaf(input) } else { input };
+        let y = forward::layer(model, index, x.clone(), batch, pass);
+        gradients = backward(y, d_x);
+        collect(parameters, &mut gradients, into);
+    }
+    if embedded.is_tracked()
+        && let Some(d_x) = x.grad_remove(&mut gradients)
+    {
+        let mut gradients = backward(embedded, d_x);
+        collect(parameters, &mut gradients, into);
+    }
+    tangent_ops::values(loss)[0]
+}
+
+/// The first layer with something to train; the number of layers if there is none.
+fn lowest_trained_layer(model: &dyn Model, embedding_trained: bool) -> usize {
+    if embedding_trained {
+        return 0;
+    }
+    let sites = model.sites();
+    let trained = sites.iter().filter(|s| s.is_trained());
+    trained
+        .filter_map(|s| s.layer)
+        .min()
+        .unwrap_or(model.layers())
+}
+
+/// The norm of all gradients together.
+pub fn global_norm(gradients: &Accumulated) -> f64 {
+    let squares = gradients.iter().flatten().map(|g| {
+        let partial = g.chunks(4096).map(|c| {
+            let sum: f32 = c.iter().map(|v| v * v).sum();
+            f64::from(sum)
+        });
+        partial.sum::<f64>()
+    });
+    squares.sum::<f64>().sqrt()
+}
+
+/// Scales gradients whose norm is above `limit` down to it, as PyTorch's `clip_grad_norm_`.
+pub fn clip(gradients: &mut Accumulated, norm: f64, limit: f32) {
+    let factor = (f64::from(limit) / (norm + 1e-6)) as f32;
+    if limit > 0.0 && factor < 1.0 {
+        for v in gradients.iter_mut().flatten().flatten() {
+            *v *= factor;
+        }
+    }
+}

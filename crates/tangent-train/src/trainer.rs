@@ -1,0 +1,433 @@
+//! The training loop.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use tangent_model::folder::{self, NewFolder};
+use tangent_model::{Batch, LanguageModel, Pass, pass};
+use tangent_peft::Adapter;
+
+use crate::checkpoint::{self, Progress};
+use crate::config::TrainConfig;
+use crate::data::Example;
+use crate::error::TrainError;
+use crate::eval::{EvalReport, evaluate};
+use crate::event::{Event, LogEntry};
+use crate::gradients::{self, Accumulated};
+use crate::memory;
+use crate::optim::{self, Optimizer};
+use crate::sampler::{StepRows, epoch_steps, total_steps};
+
+/// Everything that a run needs.
+pub struct Run<'a> {
+    /// The model with the adapter attached.
+    pub opened: &'a LanguageModel,
+    /// The adapter.
+    pub adapter: &'a Adapter,
+    /// Rows to train on.
+    pub train: &'a [Example],
+    /// Rows to evaluate on; may be empty.
+    pub eval: &'a [Example],
+    /// Settings of the loop.
+    pub config: &'a TrainConfig,
+    /// All settings of the run, which a resumed run must repeat.
+    pub settings: Value,
+    /// Name of the base model in the adapter's files.
+    pub base: String,
+    /// Output folder.
+    pub output: PathBuf,
+    /// Whether to go on from the last checkpoint in `output`.
+    pub resume: bool,
+    /// Set from outside to stop after the current step.
+    pub stop: &'a AtomicBool,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were taken.
+    Finished,
+    /// It was stopped and can be resumed.
+    Interrupted,
+}
+
+/// What a run did.
+#[derive(Clone, Debug)]
+pub struct TrainReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Steps taken, over all parts of a resumed run.
+    pub steps: usize,
+    /// Mean loss per supervised token over the run.
+    pub train_loss: f64,
+    /// The last evaluation.
+    pub eval: Option<EvalReport>,
+    /// Tokens trained on.
+    pub tokens: usize,
+    /// Seconds of this part of the run, evaluation and checkpoints included.
+    pub seconds: f64,
+    /// Tokens a second of training steps alone.
+    pub tokens_per_second: f64,
+    /// Largest memory.
+    pub peak_memory_bytes: u64,
+}
+
+/// Trains and writes the result into the output folder.
+///
+/// # Errors
+/// If a setting is out of range, a loss is not finite, or files cannot be written.
+pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainReport, TrainError> {
+    let begun = Instant::now();
+    let config = run.config;
+    config.validate()?;
+    let rule = optim::find(&config.optimizer).map_err(|value| TrainError::Setting {
+        setting: "optim",
+        value,
+        why: "unknown optimizer",
+    })?;
+    let parameters = &run.adapter.parameters;
+    let mut optimizer = Optimizer::new(rule, config.hyper, config.weight_decay, parameters);
+    let total = total_steps(run.train, config);
+    let warmup = config.warmup_steps(total);
+    let mut progress = begin(run, &mut optimizer, total)?;
+    let mut metrics = Metrics::open(&run.output, &progress)?;
+    on_event(&Event::Start {
+        step: progress.global_step,
+        total,
+    });
+    let mut last_eval = None;
+    if progress.global_step == 0 && !run.eval.is_empty() {
+        let entry = entry(&progress, 0.0).with_eval(evaluate(&*run.opened.model, run.eval));
+        metrics.log(&mut progress, entry, on_event)?;
+    }
+    let mut stepping = 0f64;
+    let (mut window_seconds, mut tokens_here) = (0f64, 0usize);
+    let mut steps = epoch_steps(run.train, config, progress.epoch_index);
+    while progress.global_step < total && !run.stop.load(Ordering::Relaxed) {
+        if progress.step_in_epoch >= steps.len() {
+            progress.epoch_index += 1;
+            progress.step_in_epoch = 0;
+            steps = epoch_steps(run.train, config, progress.epoch_index);
+        }
+        let clock = Instant::now();
+        let rows = &steps[progress.step_in_epoch];
+        let rate = f64::from(config.learning_rate)
+            * config.schedule.factor(progress.global_step, warmup, total);
+        let step = progress.global_step + 1;
+        let (loss, mut gradients, counts) = step_gradients(run, rows, step)?;
+        let norm = finite_norm(run, &gradients, rows, step)?;
+        gradients::clip(&mut gradients, norm, config.max_grad_norm);
+        optimizer.step(rate as f32, &gradients);
+
+        progress.global_step = step;
+        progress.step_in_epoch += 1;
+        progress.epoch =
+            progress.epoch_index as f64 + progress.step_in_epoch as f64 / steps.len() as f64;
+        progress.window.add(loss, counts.supervised, counts.tokens);
+        progress.total.add(loss, counts.supervised, counts.tokens);
+        tokens_here += counts.tokens;
+        stepping += clock.elapsed().as_secs_f64();
+        window_seconds += clock.elapsed().as_secs_f64();
+
+        let last = step == total;
+        let every = |n: usize| n > 0 && step.is_multiple_of(n);
+        let evaluates = !run.eval.is_empty() && (every(config.eval_steps) || last);
+        if every(config.logging_steps) || evaluates || last {
+            let mut entry = entry(&progress, window_seconds).with_step(rate, norm);
+            if evaluates {
+                let report = evaluate(&*run.opened.model, run.eval);
+                if progress.best_metric.is_none_or(|best| report.loss < best) {
+                    progress.best_metric = Some(report.loss);
+                    progress.best_global_step = Some(step);
+                }
+                last_eval = Some(report.clone());
+                entry = entry.with_eval(report);
+            }
+            progress.window = checkpoint::Sums::default();
+            window_seconds = 0.0;
+            metrics.log(&mut progress, entry, on_event)?;
+        }
+        if every(config.save_steps) || (last && config.save_steps > 0) {
+            save(run, &progress, &optimizer, on_event)?;
+        }
+    }
+    let outcome = if progress.global_step < total {
+        save(run, &progress, &optimizer, on_event)?;
+        Outcome::Interrupted
+    } else {
+        let result = NewFolder::begin(&run.output.join("result"), false)?;
+        checkpoint::write_result(&result, run.opened, run.adapter, &run.base)?;
+        result.finish_into(&run.output)?;
+        Outcome::Finished
+    };
+    Ok(TrainReport {
+        outcome,
+        steps: progress.global_step,
+        train_loss: progress.total.mean_loss(),
+        eval: last_eval,
+        tokens: progress.total.tokens,
+        seconds: begun.elapsed().as_secs_f64(),
+        tokens_per_second: tokens_here as f64 / stepping.max(1e-9),
+        peak_memory_bytes: memory::peak_bytes(),
+    })
+}
+
+/// Counts of one step.
+struct Counts {
+    supervised: usize,
+    tokens: usize,
+}
+
+/// Summed loss and mean gradients of a step; micro-batches weigh by their supervised tokens, so
+/// that accumulation equals the big batch.
+fn step_gradients(
+    run: &Run<'_>,
+    rows: &StepRows,
+    step: usize,
+) -> Result<(f64, Accumulated, Counts), TrainError> {
+    let model = &*run.opened.model;
+    let examples =
+        |rows: &[usize]| -> Vec<&Example> { rows.iter().map(|&r| &run.train[r]).collect() };
+    let batches: Vec<Batch> = rows
+        .iter()
+        .map(|rows| {
+            let examples = examples(rows);
+            Batch::new(examples.iter().map(|e| (&e.tokens[..], &e.supervised[..])))
+        })
+        .collect();
+    let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
+    let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
+    let factor = 1.0 / supervised.max(1) as f32;
+    let mut gradients: Accumulated = vec![None; run.adapter.parameters.len()];
+    let mut loss = 0f64;
+    for (index, batch) in batches.iter().enumerate() {
+        if batch.targets.is_empty() {
+            continue;
+        }
+        let key = pass::mix(run.config.seed, &format!("dropout/{step}/{index}"));
+        let mean = gradients::accumulate(
+            model,
+            batch,
+            factor,
+            &Pass::training(&model.device(), key),
+            run.config.activation_checkpointing,
+            &run.adapter.parameters,
+            &mut gradients,
+        );
+        if !mean.is_finite() {
+            return Err(not_finite(run, rows, step, "the loss".into()));
+        }
+        loss += f64::from(mean) * supervised as f64;
+    }
+    let counts = Counts { supervised, tokens };
+    Ok((loss, gradients, counts))
+}
+
+/// The norm of the gradients, or which tensor's is not finite.
+fn finite_norm(
+    run: &Run<'_>,
+    gradients: &Accumulated,
+    rows: &StepRows,
+    step: usize,
+) -> Result<f64, TrainError> {
+    let norm = gradients::global_norm(gradients);
+    if norm.is_finite() {
+        return Ok(norm);
+    }
+    let culprit = run
+        .adapter
+        .parameters
+        .iter()
+        .zip(gradients)
+        .find(|(_, g)| g.as_ref().is_some_and(|g| g.iter().any(|v| !v.is_finite())));
+    let what = match culprit {
+        Some((parameter, _)) => format!("the gradient of {}", parameter.name()),
+        None => "the norm of all gradients".to_owned(),
+    };
+    Err(not_finite(run, rows, step, what))
+}
+
+fn not_finite(run: &Run<'_>, rows: &StepRows, step: usize, what: String) -> TrainError {
+    let names = rows.iter().flatten().map(|&r| {
+        let origin = &run.train[r].origin;
+        format!("{}:{}", origin.file.display(), origin.line)
+    });
+    TrainError::NotFinite {
+        step,
+        what,
+        rows: names.collect::<Vec<_>>().join(", "),
+    }
+}
+
+/// Progress of a new run, or of the run that is resumed.
+fn begin(run: &Run<'_>, optimizer: &mut Optimizer, total: usize) -> Result<Progress, TrainError> {
+    let record = run.output.join("run.json");
+    let new = Progress {
+        max_steps: total,
+        settings: run.settings.clone(),
+        ..Progress::default()
+    };
+    if !run.resume {
+        fs::create_dir_all(&run.output).map_err(|source| TrainError::Io {
+            action: "create",
+            path: run.output.clone(),
+            source,
+        })?;
+        for (_, path) in checkpoint::list(&run.output) {
+            fs::remove_dir_all(&path).map_err(|source| TrainError::Io {
+                action: "remove",
+                path,
+                source,
+            })?;
+        }
+        let text = format!("{:#}\n", run.settings);
+        folder::write_file(&record, text.as_bytes())?;
+        return Ok(new);
+    }
+    checkpoint::remove_leftovers(&run.output);
+    let Some((_, path)) = checkpoint::list(&run.output).pop() else {
+        // A run that was stopped before its first checkpoint starts from its beginning.
+        let Ok(bytes) = fs::read(&record) else {
+            return Err(TrainError::NoCheckpoint {
+                path: run.output.clone(),
+            });
+        };
+        let begun: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+        refuse_changes(&record, &begun, &run.settings)?;
+        return Ok(new);
+    };
+    let progress = checkpoint::load(&path, optimizer)?;
+    refuse_changes(&path, &progress.settings, &run.settings)?;
+    Ok(progress)
+}
+
+fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainError> {
+    let empty = serde_json::Map::new();
+    let map = |v| Value::as_object(v).unwrap_or(&empty);
+    let (then, now) = (map(then), map(now));
+    let mut keys: Vec<&String> = then.keys().chain(now.keys()).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let changes: Vec<String> = keys
+        .into_iter()
+        .filter(|k| then.get(*k) != now.get(*k))
+        .map(|k| {
+            let show = |v: Option<&Value>| v.map_or("nothing".to_owned(), Value::to_string);
+            format!("{k} was {}, is {}", show(then.get(k)), show(now.get(k)))
+        })
+        .collect();
+    if changes.is_empty() {
+        return Ok(());
+    }
+    Err(TrainError::Changed {
+        path: path.to_owned(),
+        changes: changes.join("; "),
+    })
+}
+
+fn save(
+    run: &Run<'_>,
+    progress: &Progress,
+    optimizer: &Optimizer,
+    on_event: &mut dyn FnMut(&Event),
+) -> Result<(), TrainError> {
+    let path = checkpoint::save(
+        &run.output,
+        progress,
+        optimizer,
+        run.opened,
+        run.adapter,
+        &run.base,
+    )?;
+    checkpoint::prune(
+        &run.output,
+        run.config.save_total_limit,
+        progress.best_global_step,
+    )?;
+    on_event(&Event::Saved { path });
+    Ok(())
+}
+
+fn entry(progress: &Progress, seconds: f64) -> LogEntry {
+    let window = progress.window;
+    let some = window.tokens > 0;
+    LogEntry {
+        step: progress.global_step,
+        epoch: progress.epoch,
+        loss: some.then(|| window.mean_loss()),
+        learning_rate: None,
+        grad_norm: None,
+        // A resumed window's time is not known; the rate is then left out.
+        tokens_per_second: (some && seconds > 0.0).then(|| window.tokens as f64 / seconds),
+        peak_memory_bytes: memory::peak_bytes(),
+        eval: None,
+    }
+}
+
+impl LogEntry {
+    fn with_eval(self, report: EvalReport) -> Self {
+        Self {
+            eval: Some(report),
+            ..self
+        }
+    }
+
+    fn with_step(self, rate: f64, norm: f64) -> Self {
+        Self {
+            learning_rate: Some(rate),
+            grad_norm: Some(norm),
+            ..self
+        }
+    }
+}
+
+/// `metrics.jsonl`, one log entry a line.
+struct Metrics {
+    path: PathBuf,
+}
+
+impl Metrics {
+    /// Begins the file again with the entries that the run has had so far.
+    fn open(output: &Path, progress: &Progress) -> Result<Self, TrainError> {
+        let path = output.join("metrics.jsonl");
+        let lines = progress.log_history.iter().map(|e| format!("{e}\n"));
+        folder::write_file(&path, lines.collect::<String>().as_bytes())?;
+        Ok(Self { path })
+    }
+
+    fn log(
+        &mut self,
+        progress: &mut Progress,
+        entry: LogEntry,
+        on_event: &mut dyn FnMut(&Event),
+    ) -> Result<(), TrainError> {
+        let json = entry.to_json();
+        let file = OpenOptions::new().append(true).open(&self.path);
+        file.and_then(|mut f| writeln!(f, "{json}"))
+            .map_err(|source| TrainError::Io {
+                action: "write",
+                path: self.path.clone(),
+                source,
+            })?;
+        progress.log_history.push(json);
+        on_event(&Event::Log(entry));
+        Ok(())
+    }
+}
+
+/// A fingerprint of examples, so that a resumed run notices other data.
+pub fn fingerprint(examples: &[Example]) -> Value {
+    let mut hash = 0u64;
+    for example in examples {
+        let mut text = String::new();
+        for (token, supervised) in example.tokens.iter().zip(&example.supervised) {
+            text.push_str(&format!("{token}{}", if *supervised { '+' } else { '-' }));
+        }
+        hash = pass::mix(hash, &text);
+    }
+    json!({"rows": examples.len(), "hash": format!("{hash:016x}")})
+}

@@ -1,0 +1,275 @@
+//! `cargo xtask tidy`: checks what the compiler does not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::failure::{Failure, file_failure};
+use crate::no_arguments;
+
+const MAX_LINES: usize = 600;
+/// Marks of unfinished work; split, so that this file does not carry them.
+const UNFINISHED: [&str; 5] = [
+    concat!("TO", "DO"),
+    concat!("FIX", "ME"),
+    concat!("todo", "!("),
+    concat!("unimplemented", "!("),
+    concat!("dbg", "!("),
+];
+/// Only programs print; a library reports through its return values.
+const PRINTS: [&str; 4] = ["println!", "eprintln!", "print!", "eprint!"];
+const PROGRAMS: [&str; 2] = ["crates/tangent-cli/", "xtask/"];
+/// Folders whose `mod.rs` is the list of what they hold.
+const LISTED: [&str; 2] = [
+    "crates/tangent-peft/src/methods",
+    "crates/tangent-model/src/family",
+];
+
+/// Reads every Rust file under `crates/` and `xtask/` and lists all faults at once.
+pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
+    no_arguments("tidy", arguments)?;
+    let mut files = Vec::new();
+    for folder in ["crates", "xtask"] {
+        rust_files(&root.join(folder), &mut files)?;
+    }
+    files.sort();
+    let mut faults = Vec::new();
+    for file in &files {
+        let text = fs::read_to_string(file).map_err(file_failure(file, "read"))?;
+        let path = file.strip_prefix(root).unwrap_or(file).to_string_lossy();
+        faults.extend(faults_in(&path.replace('\\', "/"), &text));
+    }
+    for folder in LISTED {
+        faults.extend(unlisted(root, folder)?);
+    }
+    if faults.is_empty() {
+        println!("{} Rust files are tidy.", files.len());
+        return Ok(());
+    }
+    Err(Failure::Untidy { faults })
+}
+
+fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Failure> {
+    for entry in fs::read_dir(folder).map_err(file_failure(folder, "read"))? {
+        let path = entry.map_err(file_failure(folder, "read"))?.path();
+        if path.is_dir() {
+            if path.file_name().is_none_or(|name| name != "target") {
+                rust_files(&path, files)?;
+            }
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn faults_in(path: &str, text: &str) -> Vec<String> {
+    let mut faults = Vec::new();
+    if !text.starts_with("//!") {
+        faults.push(format!(
+            "{path}:1: begin with a `//!` line that says what the file is"
+        ));
+    }
+    let length = text.lines().count();
+    if length > MAX_LINES {
+        faults.push(format!(
+            "{path}: {length} lines, at most {MAX_LINES}; split it"
+        ));
+    }
+    let may_print = may_print(path);
+    for ((index, line), in_test) in text.lines().enumerate().zip(test_lines(text)) {
+        let number = index + 1;
+        for mark in UNFINISHED.iter().filter(|mark| has_word(line, mark)) {
+            faults.push(format!(
+                "{path}:{number}: `{mark}`; finish it or file an issue"
+            ));
+        }
+        let is_comment = line.trim_start().starts_with("//");
+        if !may_print && !in_test && !is_comment && PRINTS.iter().any(|word| has_word(line, word)) {
+            faults.push(format!(
+                "{path}:{number}: a library prints; return the value or an error"
+            ));
+        }
+    }
+    faults
+}
+
+/// Whether the file belongs to a program, a build script, a test, a benchmark or an example.
+fn may_print(path: &str) -> bool {
+    let is_program = PROGRAMS.iter().any(|prefix| path.starts_with(prefix));
+    let is_outside_library = path.split('/').any(|part| {
+        matches!(
+            part,
+            "tests" | "benches" | "examples" | "tests.rs" | "build.rs"
+        )
+    });
+    is_program || is_outside_library
+}
+
+/// Whether `word` occurs in `line` and is not part of a longer identifier.
+fn has_word(line: &str, word: &str) -> bool {
+    let is_identifier = |character: char| character.is_alphanumeric() || character == '_';
+    let open_end = word.ends_with(is_identifier);
+    line.match_indices(word).any(|(start, found)| {
+        let before = line.get(..start).and_then(|text| text.chars().next_back());
+        let after = line
+            .get(start + found.len()..)
+            .and_then(|text| text.chars().next());
+        !before.is_some_and(is_identifier) && !(open_end && after.is_some_and(is_identifier))
+    })
+}
+
+/// For each line, whether it belongs to an item under `#[cfg(test)]`. Relies on the layout of
+/// rustfmt: an item ends with a brace at the indentation at which it began.
+fn test_lines(text: &str) -> Vec<bool> {
+    enum Place {
+        Library,
+        /// After the attribute, before the item, at this indentation.
+        Attribute(usize),
+        Item(usize),
+        Rest,
+    }
+    let mut place = Place::Library;
+    let mut marks = Vec::new();
+    for line in text.lines() {
+        let content = line.trim();
+        let indentation = line.len() - line.trim_start().len();
+        let (in_test, next) = match place {
+            Place::Rest => (true, Place::Rest),
+            Place::Library if content == "#![cfg(test)]" => (true, Place::Rest),
+            Place::Library if content.starts_with("#[cfg(test)]") => {
+                (true, Place::Attribute(indentation))
+            }
+            Place::Library => (false, Place::Library),
+            Place::Attribute(start) if content.starts_with("#[") || content.starts_with("//") => {
+                (true, Place::Attribute(start))
+            }
+            Place::Attribute(_) if content.ends_with([';', '}', ',']) => (true, Place::Library),
+            Place::Attribute(start) => (true, Place::Item(start)),
+            Place::Item(start) if indentation == start && content.starts_with('}') => {
+                (true, Place::Library)
+            }
+            Place::Item(start) => (true, Place::Item(start)),
+        };
+        marks.push(in_test);
+        place = next;
+    }
+    marks
+}
+
+/// Faults for what lies in `folder` and is not named in its `mod.rs`.
+fn unlisted(root: &Path, folder: &str) -> Result<Vec<String>, Failure> {
+    let path = root.join(folder);
+    if !path.is_dir() {
+        return Ok(Vec::new());
+    }
+    let list = path.join("mod.rs");
+    let text = fs::read_to_string(&list).map_err(file_failure(&list, "read"))?;
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&path).map_err(file_failure(&path, "read"))? {
+        let name = entry.map_err(file_failure(&path, "read"))?.file_name();
+        names.push(name.to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(unnamed(&text, &names)
+        .into_iter()
+        .map(|name| format!("{folder}/{name}: not named in {folder}/mod.rs; add it there"))
+        .collect())
+}
+
+/// The names whose stem is nowhere in the code of `list`.
+fn unnamed<'a>(list: &str, names: &'a [String]) -> Vec<&'a str> {
+    let is_listed = |name: &str| {
+        let stem = name.split('.').next().unwrap_or(name);
+        list.lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .any(|line| has_word(line, stem))
+    };
+    names
+        .iter()
+        .map(String::as_str)
+        .filter(|name| *name != "mod.rs" && !is_listed(name))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIBRARY: &str = "crates/tangent-ops/src/linear.rs";
+
+    #[test]
+    fn a_tidy_file_has_no_fault() {
+        let text = "//! A linear map.\n\n/// Returns one.\npub fn one() -> u8 {\n    1\n}\n";
+        assert_eq!(faults_in(LIBRARY, text), Vec::<String>::new());
+        assert_eq!(faults_in(LIBRARY, &text.replace("//! ", "// ")).len(), 1);
+    }
+
+    #[test]
+    fn long_files_are_named_with_their_length() {
+        let text = format!("//! Long.\n{}", "\n".repeat(MAX_LINES));
+        let faults = faults_in(LIBRARY, &text);
+        assert_eq!(faults.len(), 1);
+        assert!(faults[0].contains("601 lines"), "{faults:?}");
+        assert!(faults_in(LIBRARY, &format!("//! {}", "\n".repeat(MAX_LINES))).is_empty());
+    }
+
+    #[test]
+    fn unfinished_work_is_found_also_in_tests() {
+        for mark in UNFINISHED {
+            let text = format!("//! X.\n#[cfg(test)]\nmod tests {{\n    // {mark} x\n}}\n");
+            let faults = faults_in("xtask/src/x.rs", &text);
+            assert_eq!(faults.len(), 1, "{mark}");
+            assert!(faults[0].starts_with("xtask/src/x.rs:4:"), "{faults:?}");
+        }
+        let longer = concat!("//! X.\nconst TO", "DOS: u8 = 1;\n");
+        assert!(faults_in(LIBRARY, longer).is_empty());
+    }
+
+    #[test]
+    fn libraries_do_not_print() {
+        let text = "//! X.\nfn f() {\n    println!();\n}\n";
+        assert_eq!(faults_in(LIBRARY, text).len(), 1);
+        assert!(faults_in("crates/tangent-cli/src/main.rs", text).is_empty());
+        assert!(faults_in("crates/tangent-ops/build.rs", text).is_empty());
+        assert!(faults_in("crates/tangent-ops/tests/laws.rs", text).is_empty());
+        let comment = "//! X.\n/// println!(\"{x}\");\nfn f() {}\n";
+        assert!(faults_in(LIBRARY, comment).is_empty());
+    }
+
+    #[test]
+    fn only_items_under_cfg_test_are_tests() {
+        let text = "\
+#[cfg(test)]
+use a::b;
+fn f() {}
+#[cfg(test)]
+#[allow(unused)]
+mod tests {
+    fn g() {
+    }
+}
+fn h() {}
+";
+        let expected = [true, true, false, true, true, true, true, true, true, false];
+        assert_eq!(test_lines(text), expected);
+        assert_eq!(test_lines("#![cfg(test)]\nfn f() {}\n"), [true, true]);
+    }
+
+    #[test]
+    fn unlisted_files_are_found() {
+        let names = ["full.rs", "lora.rs", "mod.rs", "vera.rs"].map(str::to_owned);
+        let list = "//! The list; vera comes later.\npub mod full;\npub mod lora;\n";
+        assert_eq!(unnamed(list, &names), ["vera.rs"]);
+        assert_eq!(unnamed("pub mod lora_fa;\n", &names[1..2]), ["lora.rs"]);
+    }
+
+    #[test]
+    fn this_crate_is_tidy() {
+        let mut files = Vec::new();
+        rust_files(&crate::repository_root().join("xtask"), &mut files).unwrap();
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            assert_eq!(faults_in("xtask/src/x.rs", &text), Vec::<String>::new());
+        }
+    }
+}
