@@ -114,7 +114,7 @@ fn has_word(line: &str, word: &str) -> bool {
         let after = line
             .get(start + found.len()..)
             .and_then(|text| text.chars().next());
-        !before.is_some_and(is_identifier) && !(open_end && after.is_some_and(is_identifier))
+        !(before.is_some_and(is_identifier) || open_end && after.is_some_and(is_identifier))
     })
 }
 

@@ -167,7 +167,7 @@ mod tests {
         let want = words(&[
             "tangent",
             "train",
-            "--learning-rate=1e-3",
+            "--learning-rate=0.001",
             "--target-modules=q_proj,v_proj",
             "--use-rslora",
             "--per-device-train-batch-size=4",

@@ -70,14 +70,16 @@ pub struct ChatTemplate {
 
 struct Compiled {
     environment: Environment<'static>,
+    /// The template as parsed, which error lines refer to.
+    parsed: String,
+    /// The template as given.
     source: String,
-    given: String,
 }
 
 impl fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ChatTemplate")
-            .field("source", &self.compiled.source)
+            .field("source", &self.compiled.parsed)
             .finish()
     }
 }
@@ -104,15 +106,15 @@ impl ChatTemplate {
         Ok(Self {
             compiled: Arc::new(Compiled {
                 environment,
-                source,
-                given,
+                parsed: source,
+                source: given,
             }),
         })
     }
 
     /// The template as it was given.
     pub fn source(&self) -> &str {
-        &self.compiled.given
+        &self.compiled.source
     }
 
     /// Renders `messages` (objects with `role` and `content`); with `add_generation_prompt` the text
@@ -145,7 +147,7 @@ impl ChatTemplate {
             .environment
             .get_template(NAME)
             .and_then(|template| template.render(context))
-            .map_err(|error| render_error(&self.compiled.source, &error))
+            .map_err(|error| render_error(&self.compiled.parsed, &error))
     }
 }
 

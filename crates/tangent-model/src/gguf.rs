@@ -16,6 +16,7 @@ pub use llama::{gguf_name, hf_config, unpermute_rows};
 
 /// Why a GGUF file was refused; every message names the file and the place in it.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each message names its fields")]
 pub enum GgufError {
     /// The file could not be opened or mapped.
     #[error("cannot read {path}: {source}")]
@@ -92,6 +93,7 @@ pub enum GgufError {
 
 /// One metadata value. Arrays hold scalars or strings, never arrays.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "the names are the format's own")]
 pub enum Value {
     U8(u8),
     I8(i8),
@@ -164,6 +166,7 @@ impl Value {
 
 /// How a tensor's numbers are stored: plain, or in blocks along the row that share scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the format's own")]
 pub enum TensorType {
     F32,
     F16,

@@ -101,9 +101,7 @@ impl Parameter {
 
     /// Takes this parameter's gradient out of `gradients`; `None` if it took no part.
     pub fn take_gradient(&self, gradients: &mut Gradients) -> Option<Vec<f32>> {
-        self.leaf()
-            .grad_remove(gradients)
-            .map(|g| tangent_ops::values(g))
+        self.leaf().grad_remove(gradients).map(tangent_ops::values)
     }
 
     fn leaf(&self) -> std::sync::RwLockReadGuard<'_, Tensor<2>> {

@@ -171,12 +171,12 @@ impl Weights {
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<FrozenMatrix, ModelError> {
         match &self.source {
-            Source::Safetensors(tensors) => self.from_safetensors(tensors, name, shape),
+            Source::Safetensors(tensors) => self.safetensors_matrix(tensors, name, shape),
             Source::Gguf {
                 file,
                 heads,
                 kv_heads,
-            } => self.from_gguf(file, (*heads, *kv_heads), name, shape),
+            } => self.gguf_matrix(file, (*heads, *kv_heads), name, shape),
         }
     }
 
@@ -220,7 +220,7 @@ impl Weights {
         })
     }
 
-    fn from_safetensors(
+    fn safetensors_matrix(
         &self,
         tensors: &BTreeMap<String, Stored>,
         name: &str,
@@ -244,7 +244,7 @@ impl Weights {
         self.build(&tensor.file, name, shape, &tensor.shape, stored, bytes)
     }
 
-    fn from_gguf(
+    fn gguf_matrix(
         &self,
         file: &GgufFile,
         (heads, kv_heads): (usize, usize),

@@ -142,14 +142,14 @@ pub(crate) fn matmul(
 }
 
 /// A buffer that a kernel fills completely before anything reads it.
+#[expect(
+    clippy::uninit_vec,
+    reason = "clearing the buffers first costs several percent of a step"
+)]
 pub(crate) fn buffer(len: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
-    // SAFETY: the capacity was just reserved, every bit pattern is an f32, and callers write each
-    // element before reading it; clearing these buffers first costs several percent of a step.
-    #[expect(
-        clippy::uninit_vec,
-        reason = "kernels overwrite the whole buffer before it is read"
-    )]
+    // SAFETY: the capacity was just reserved, every bit pattern is an f32, and kernels write each
+    // element before reading it.
     unsafe {
         values.set_len(len);
     }

@@ -49,8 +49,8 @@ impl Rotary {
     /// Rotates every head of `x: (tokens, heads * head_dim)`; `inverse` rotates back, which is
     /// the derivative.
     pub fn rotate(&self, x: &[f32], positions: &[u32], inverse: bool) -> Vec<f32> {
-        let (n, half) = (positions.len(), self.half);
-        let width = if n == 0 { 1 } else { x.len() / n };
+        let half = self.half;
+        let width = x.len().checked_div(positions.len()).unwrap_or(1);
         let sign = if inverse { -1.0 } else { 1.0 };
         let mut out = kernel::buffer(x.len());
         kernel::fill_rows(&mut out, width, |token, out| {

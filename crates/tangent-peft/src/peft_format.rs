@@ -326,7 +326,7 @@ impl<'a> Fields<'a> {
 
     fn targets(&self, key: &str, value: &Value) -> Result<Targets, PeftError> {
         match value {
-            Value::String(s) if s == "all-linear" => Ok(Targets::parse(&[s.clone()])),
+            Value::String(s) if s == "all-linear" => Ok(Targets::parse(std::slice::from_ref(s))),
             Value::String(s) => Ok(Targets::Regex(s.clone())),
             other => Ok(Targets::List(self.strings(key, other)?)),
         }

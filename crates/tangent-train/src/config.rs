@@ -222,16 +222,16 @@ impl TrainConfig {
             Warmup::Ratio(r) => ("warmup_ratio", r),
         };
         json!({
-            "learning_rate": self.learning_rate,
+            "learning_rate": decimal(self.learning_rate),
             "lr_scheduler_type": self.schedule.to_string(),
             warmup: rise,
             "optim": self.optimizer,
-            "adam_beta1": self.hyper.beta1,
-            "adam_beta2": self.hyper.beta2,
-            "adam_epsilon": self.hyper.epsilon,
-            "momentum": self.hyper.momentum,
-            "weight_decay": self.weight_decay,
-            "max_grad_norm": self.max_grad_norm,
+            "adam_beta1": decimal(self.hyper.beta1),
+            "adam_beta2": decimal(self.hyper.beta2),
+            "adam_epsilon": decimal(self.hyper.epsilon),
+            "momentum": decimal(self.hyper.momentum),
+            "weight_decay": decimal(self.weight_decay),
+            "max_grad_norm": decimal(self.max_grad_norm),
             batching: batch,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             length: amount,
@@ -240,4 +240,12 @@ impl TrainConfig {
             "eval_steps": self.eval_steps,
         })
     }
+}
+
+/// The shortest decimal that is this `f32`, so that files show 0.001 and not 0.0010000000474974513.
+pub fn decimal(value: f32) -> Value {
+    value
+        .to_string()
+        .parse::<f64>()
+        .map_or(json!(value), |v| json!(v))
 }

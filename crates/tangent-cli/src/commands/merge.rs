@@ -66,7 +66,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         found.mean_kl,
         found.same_choice * 100.0,
     );
-    if !(found.mean_kl <= args.tolerance) {
+    if found.mean_kl.is_nan() || found.mean_kl > args.tolerance {
         return Err(Failure::Run(format!(
             "mean KL {:.3e} is above the tolerance {:.3e}; nothing was written. Merge with \
              --dtype f32, or allow more with --tolerance",

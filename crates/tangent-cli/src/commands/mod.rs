@@ -11,14 +11,14 @@ macro_rules! commands {
         /// What to do.
         #[derive(clap::Subcommand)]
         pub enum Command {
-            $($(#[$help])* $variant($module::Args),)*
+            $($(#[$help])* $variant(Box<$module::Args>),)*
         }
 
         impl Command {
             /// Does it.
             pub fn run(self) -> Result<ExitCode, Failure> {
                 match self {
-                    $(Self::$variant(args) => $module::run(args),)*
+                    $(Self::$variant(args) => $module::run(*args),)*
                 }
             }
         }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tangent_model::{LanguageModel, folder};
 use tangent_peft::{Adapter, AdapterConfig, BiasMode, Targets, attach};
-use tangent_train::config::{Batching, Length, TrainConfig, Warmup};
+use tangent_train::config::{Batching, Length, TrainConfig, Warmup, decimal};
 use tangent_train::data::{Example, TrainOn};
 use tangent_train::optim::Hyper;
 use tangent_train::trainer::{self, Outcome, Run};
@@ -377,9 +377,9 @@ fn settings(args: &Args, config: &TrainConfig, adapter: &Adapter, train: &[Examp
         "method": a.method,
         "model": args.model.model,
         "rank": a.rank,
-        "alpha": a.alpha,
+        "alpha": decimal(a.alpha),
         "use_rslora": a.use_rslora,
-        "dropout": a.dropout,
+        "dropout": decimal(a.dropout),
         "target_modules": adapter.sites,
         "rank_pattern": format!("{:?}", a.rank_pattern),
         "alpha_pattern": format!("{:?}", a.alpha_pattern),

@@ -45,12 +45,15 @@ pub trait Model: Send + Sync {
     fn head(&self) -> &Site;
 }
 
+/// Builds a model from its configuration, the path that names it in errors, and its weights.
+pub type Open = fn(&Value, &Path, &Weights, &Device) -> Result<Box<dyn Model>, ModelError>;
+
 /// How a family is recognized and opened.
 pub struct Family {
     /// Values of `model_type` in `config.json`.
     pub model_types: &'static [&'static str],
     /// Builds the model from its configuration and weights.
-    pub open: fn(&Value, &Path, &Weights, &Device) -> Result<Box<dyn Model>, ModelError>,
+    pub open: Open,
 }
 
 /// Every family.

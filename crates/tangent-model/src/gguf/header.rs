@@ -276,7 +276,7 @@ impl<'a> Cursor<'a> {
                 info.name
             ))
         })?;
-        if offset % alignment as u64 != 0 {
+        if !offset.is_multiple_of(alignment as u64) {
             return Err(self.malformed(format!(
                 "tensor {} at offset {offset} is not aligned to {alignment}",
                 info.name

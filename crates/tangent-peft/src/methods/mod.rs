@@ -11,6 +11,10 @@ use crate::error::PeftError;
 pub mod full;
 pub mod lora;
 
+/// Creates a site's parameters in the scope and what computes with them.
+pub type Attach =
+    fn(&AdapterConfig, &Site, &mut Scope<'_>) -> Result<Arc<dyn WeightAdapter>, PeftError>;
+
 /// A method as the rest of the program sees it.
 pub struct Method {
     /// Name in flags and files.
@@ -24,8 +28,7 @@ pub struct Method {
     /// Whether every weight trains and the result is a model of its own rather than an adapter.
     pub whole_model: bool,
     /// Attaches to one site.
-    pub attach:
-        fn(&AdapterConfig, &Site, &mut Scope<'_>) -> Result<Arc<dyn WeightAdapter>, PeftError>,
+    pub attach: Attach,
 }
 
 /// Every method.

@@ -2,7 +2,7 @@
 
 use tangent_peft::{AdapterConfig, attach};
 
-use crate::golden::{Reference, all_logits, close, folder, mean_loss, model_with};
+use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, model_with};
 
 #[track_caller]
 fn check(case: &str, config: &str) {

@@ -8,7 +8,7 @@ use tangent_model::folder::NewFolder;
 use tangent_model::{Pass, read_json};
 use tangent_peft::peft_format;
 
-use crate::golden::{Reference, all_logits, close, folder, mean_loss, model};
+use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, model};
 
 const PREFIX: &str = "base_model.model.";
 

@@ -1,4 +1,6 @@
-//! Stored references and the tiny models they belong to.
+//! Stored references and the tiny models they belong to, for the tests of the other crates.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,6 +38,7 @@ pub struct Reference {
 }
 
 impl Reference {
+    /// Reads a reference file.
     pub fn open(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap();
         let parsed = SafeTensors::deserialize(&bytes).unwrap();
@@ -65,6 +68,7 @@ impl Reference {
         Self { tensors }
     }
 
+    /// A tensor's values.
     pub fn values(&self, name: &str) -> Vec<f32> {
         let (_, values) = self
             .tensors
@@ -73,6 +77,7 @@ impl Reference {
         values.iter().map(|v| *v as f32).collect()
     }
 
+    /// Names that begin with `prefix`, without it.
     pub fn names(&self, prefix: &str) -> Vec<String> {
         let names = self.tensors.keys();
         names
@@ -95,6 +100,7 @@ impl Reference {
             .collect()
     }
 
+    /// All rows as one flat batch.
     pub fn batch(&self) -> Batch {
         let rows = self.rows();
         Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))

@@ -1,0 +1,101 @@
+//! The real SmolLM2-135M-Instruct against reference values of transformers on the same weights.
+
+use std::path::PathBuf;
+
+use burn::tensor::Device;
+use tangent_model::generate::{Sampling, argmax, generate};
+use tangent_model::{BaseDtype, Batch, LanguageModel, Pass, forward};
+
+/// The model that the values belong to, or a loud note that these tests did not run.
+fn open() -> Option<LanguageModel> {
+    let path = std::env::var_os("TANGENT_MODEL").map(PathBuf::from);
+    let fits = |p: &PathBuf| p.to_string_lossy().ends_with("Q4_1.gguf");
+    let Some(path) = path.filter(fits) else {
+        eprintln!(
+            "\n!!! SKIPPED: TANGENT_MODEL does not name SmolLM2-135M-Instruct.Q4_1.gguf; run \
+             `cargo xtask test`, which fetches it\n"
+        );
+        return None;
+    };
+    Some(tangent_model::open(&path, BaseDtype::Auto, &Device::flex()).unwrap())
+}
+
+const TEXTS: [(&str, &[u32], f64, u32, f32); 2] = [
+    (
+        "The capital of France is Paris. The capital of Germany is Berlin.",
+        &[
+            504, 3575, 282, 4649, 314, 7042, 30, 378, 3575, 282, 4521, 314, 11452, 30,
+        ],
+        1.71315,
+        378,
+        14.7522,
+    ),
+    (
+        "Water boils at one hundred degrees Celsius.",
+        &[12615, 36411, 418, 582, 3822, 5027, 20590, 30],
+        5.53975,
+        198,
+        17.7528,
+    ),
+];
+
+#[test]
+fn ids_losses_and_last_logits_are_transformers() {
+    let Some(opened) = open() else { return };
+    let model = &*opened.model;
+    for (text, ids, loss, next, logit) in TEXTS {
+        let got = opened.tokenizer.encode(text).unwrap();
+        assert_eq!(got, ids);
+        let batch = Batch::new([(&got[..], &vec![true; got.len()][..])]);
+        let scores = forward::log_probabilities(model, &batch);
+        let mean = -scores.iter().map(|v| f64::from(*v)).sum::<f64>() / scores.len() as f64;
+        assert!((mean - loss).abs() < 1e-3, "{mean} against {loss}");
+        let pass = Pass::inference(&Device::flex());
+        let last = forward::logits(model, &batch, &[got.len() - 1], &pass);
+        let last = tangent_ops::values(last);
+        assert_eq!(argmax(&last), next);
+        let got = last[next as usize];
+        assert!((got - logit).abs() < 2e-3, "{got} against {logit}");
+    }
+}
+
+#[test]
+fn greedy_text_is_transformers() {
+    let Some(opened) = open() else { return };
+    let prompt = opened.tokenizer.encode("The capital of Italy is").unwrap();
+    let sampling = Sampling {
+        max_new_tokens: 8,
+        ..Sampling::default()
+    };
+    let mut streamed = String::new();
+    let generated = generate(
+        &*opened.model,
+        &opened.tokenizer,
+        &prompt,
+        &sampling,
+        &mut |piece| streamed.push_str(piece),
+    )
+    .unwrap();
+    assert_eq!(generated.text, " Rome.\n\nThe Roman Empire was");
+    assert_eq!(streamed, generated.text);
+}
+
+#[test]
+fn rows_of_a_batch_never_see_each_other() {
+    let Some(opened) = open() else { return };
+    let rows: Vec<Vec<u32>> = TEXTS.iter().map(|t| t.1.to_vec()).collect();
+    let all: Vec<Vec<bool>> = rows.iter().map(|r| vec![true; r.len()]).collect();
+    let together = Batch::new(rows.iter().zip(&all).map(|(r, a)| (&r[..], &a[..])));
+    let together = forward::log_probabilities(&*opened.model, &together);
+    let alone: Vec<f32> = rows
+        .iter()
+        .zip(&all)
+        .flat_map(|(r, a)| {
+            let batch = Batch::new([(&r[..], &a[..])]);
+            forward::log_probabilities(&*opened.model, &batch)
+        })
+        .collect();
+    for (a, b) in together.iter().zip(&alone) {
+        assert!((a - b).abs() < 1e-3, "{a} against {b}");
+    }
+}

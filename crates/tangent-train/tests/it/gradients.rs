@@ -1,0 +1,129 @@
+//! Accumulation equals the big batch, and activation checkpointing changes no bit.
+
+use burn::tensor::Device;
+use tangent_model::family::Model;
+use tangent_model::{Batch, Pass};
+use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
+use tangent_testkit::{Reference, close, folder, model};
+use tangent_train::gradients::{Accumulated, accumulate, clip, global_norm};
+
+type Rows = Vec<(Vec<u32>, Vec<bool>)>;
+
+fn rows() -> Rows {
+    Reference::open(&folder("llama/everything/reference.safetensors")).rows()
+}
+
+fn batch(rows: &[(Vec<u32>, Vec<bool>)]) -> Batch {
+    Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
+}
+
+/// Adapters that train different parts of the model.
+fn configs() -> Vec<AdapterConfig> {
+    let lora = |targets: &[&str]| AdapterConfig {
+        rank: 4,
+        targets: Targets::List(targets.iter().map(|t| (*t).to_owned()).collect()),
+        ..AdapterConfig::default()
+    };
+    vec![
+        lora(&["all-linear"]),
+        lora(&["model.layers.1.*q_proj"]),
+        lora(&["q_proj", "embed_tokens", "lm_head"]),
+        AdapterConfig {
+            dropout: 0.3,
+            ..lora(&["all-linear", "lm_head"])
+        },
+        AdapterConfig {
+            modules_to_save: vec!["model.norm".into()],
+            ..lora(&["v_proj"])
+        },
+        AdapterConfig {
+            method: "full".into(),
+            ..AdapterConfig::default()
+        },
+    ]
+}
+
+fn attached(config: &AdapterConfig) -> (Box<dyn Model>, Adapter) {
+    let mut model = model(&folder("llama/everything"));
+    let adapter = attach(&mut *model, config, 5).unwrap();
+    for parameter in &adapter.parameters {
+        // B starts at zero, which would hide the gradients of A.
+        parameter.update(|values| {
+            for (i, v) in values.iter_mut().enumerate() {
+                *v += 0.01 * ((i % 13) as f32 - 6.0);
+            }
+        });
+    }
+    (model, adapter)
+}
+
+fn gradients(
+    model: &dyn Model,
+    adapter: &Adapter,
+    batches: &[Batch],
+    checkpointing: bool,
+) -> (f32, Accumulated) {
+    let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
+    let mut into: Accumulated = vec![None; adapter.parameters.len()];
+    let pass = Pass::training(&Device::flex(), 11);
+    let losses = batches.iter().map(|batch| {
+        accumulate(
+            model,
+            batch,
+            1.0 / supervised as f32,
+            &pass,
+            checkpointing,
+            &adapter.parameters,
+            &mut into,
+        )
+    });
+    let loss = losses.sum();
+    (loss, into)
+}
+
+#[test]
+fn accumulation_equals_the_big_batch() {
+    let rows = rows();
+    for config in configs().iter().filter(|c| c.dropout == 0.0) {
+        let (model, adapter) = attached(config);
+        let (big_loss, big) = gradients(&*model, &adapter, &[batch(&rows)], false);
+        // Micro-batches with very different numbers of supervised tokens.
+        let parts: Vec<Batch> = rows.chunks(1).map(batch).collect();
+        let counts: Vec<usize> = parts.iter().map(|p| p.targets.len()).collect();
+        assert!(counts.iter().any(|c| *c != counts[0]), "{counts:?}");
+        let (loss, sum) = gradients(&*model, &adapter, &parts, false);
+        close("loss", &[loss], &[big_loss], 1e-6);
+        for ((got, want), parameter) in sum.iter().zip(&big).zip(&adapter.parameters) {
+            let (got, want) = (got.as_ref().unwrap(), want.as_ref().unwrap());
+            close(parameter.name(), got, want, 2e-5);
+        }
+    }
+}
+
+#[test]
+fn activation_checkpointing_changes_no_bit() {
+    let rows = rows();
+    for config in &configs() {
+        let (model, adapter) = attached(config);
+        let batches = [batch(&rows)];
+        let (loss, plain) = gradients(&*model, &adapter, &batches, false);
+        let (again, checkpointed) = gradients(&*model, &adapter, &batches, true);
+        assert_eq!(loss.to_bits(), again.to_bits(), "{:?}", config.targets);
+        for ((a, b), parameter) in plain.iter().zip(&checkpointed).zip(&adapter.parameters) {
+            assert!(a == b, "{:?} {}", config.targets, parameter.name());
+        }
+    }
+}
+
+#[test]
+fn clipping_is_by_the_norm_of_all_gradients() {
+    let mut gradients: Accumulated = vec![Some(vec![3.0]), None, Some(vec![0.0, 4.0])];
+    let norm = global_norm(&gradients);
+    assert_eq!(norm, 5.0);
+    clip(&mut gradients, norm, 10.0);
+    assert_eq!(gradients[0], Some(vec![3.0]), "below the limit");
+    clip(&mut gradients, norm, 0.0);
+    assert_eq!(gradients[0], Some(vec![3.0]), "0 turns clipping off");
+    clip(&mut gradients, norm, 1.0);
+    close("clipped", gradients[2].as_ref().unwrap(), &[0.0, 0.8], 1e-6);
+}

@@ -1,0 +1,290 @@
+//! `cargo xtask bench`: the same work with our binary and with PyTorch, into BENCHMARKS.md.
+
+mod environment;
+mod results;
+mod reviews;
+mod tables;
+mod work;
+
+use std::fs;
+use std::path::Path;
+
+use crate::failure::{Failure, file_failure};
+use crate::process::Process;
+use environment::Environment;
+use results::{Measured, Results, Samples};
+use work::{Side, Work};
+
+const PAGE: &str = "BENCHMARKS.md";
+const RESULTS: &str = "bench/results.json";
+const RUNS: usize = 5;
+const THREADS: usize = 2;
+
+/// One comparison; `name` is for `--only`.
+#[derive(Debug)]
+struct Row {
+    name: &'static str,
+    kind: Kind,
+}
+
+/// What a row does, and so what it measures.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Seconds of one optimizer step, against PyTorch.
+    Step(Shape),
+    /// Seconds from launch to exit of a run of one step, against PyTorch.
+    Startup(Shape),
+    /// Seconds of one optimizer step with the base as the GGUF file stores it, against f32.
+    Base(Shape),
+    /// Rows a second of fine-tuning on `train.jsonl` of a folder, and the loss on its
+    /// `test.jsonl`, against PyTorch.
+    Tuning(&'static str),
+}
+
+/// A step on rows of equal length, every token supervised.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    method: &'static str,
+    rows: usize,
+    tokens: usize,
+}
+
+const fn lora(rows: usize, tokens: usize) -> Shape {
+    Shape {
+        method: "lora",
+        rows,
+        tokens,
+    }
+}
+
+const ROWS: &[Row] = &[
+    Row {
+        name: "step-4x256",
+        kind: Kind::Step(lora(4, 256)),
+    },
+    Row {
+        name: "step-1x2048",
+        kind: Kind::Step(lora(1, 2048)),
+    },
+    Row {
+        name: "step-16x64",
+        kind: Kind::Step(lora(16, 64)),
+    },
+    Row {
+        name: "step-full-4x256",
+        kind: Kind::Step(Shape {
+            method: "full",
+            rows: 4,
+            tokens: 256,
+        }),
+    },
+    Row {
+        name: "startup",
+        kind: Kind::Startup(lora(4, 256)),
+    },
+    Row {
+        name: "step-4x256-gguf",
+        kind: Kind::Base(lora(4, 256)),
+    },
+    Row {
+        name: "sft-debian",
+        kind: Kind::Tuning("examples/debian_sections"),
+    },
+    Row {
+        name: "sft-foods",
+        kind: Kind::Tuning("bench/data/fine_foods"),
+    },
+];
+
+impl Row {
+    /// The work in words, for the tables.
+    fn work(&self) -> String {
+        match self.kind {
+            Kind::Step(shape) | Kind::Base(shape) => shape.to_string(),
+            Kind::Startup(shape) => format!("launch and one step: {shape}"),
+            Kind::Tuning(folder) => format!(
+                "LoRA r={}, {} rows a step, {} steps: `{folder}`",
+                work::RANK,
+                work::TUNING_ROWS,
+                work::TUNING_STEPS
+            ),
+        }
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.method {
+            "lora" => write!(f, "LoRA r={}", work::RANK)?,
+            method => f.write_str(method)?,
+        }
+        write!(f, ", {} × {} tokens", self.rows, self.tokens)
+    }
+}
+
+/// Runs every row, or those that `--only` names, both sides in turn, and writes the tables after
+/// each row, so that an interrupted command keeps what it has measured.
+pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
+    let options = Options::parse(arguments)?;
+    let page = root.join(PAGE);
+    // Before the hours of work, not after.
+    with_tables(&page, "")?;
+    Process::cargo(root)
+        .args(["build", "--release", "--package", "tangent-cli"])
+        .run()?;
+    let work = Work::prepare(root, options.threads)?;
+    let environment = Environment::here(root, &work)?;
+    let path = root.join(RESULTS);
+    let mut results = Results::read(&path, environment)?;
+    for row in &options.rows {
+        let measured = measure(&work, row, &options)?;
+        results.rows.insert(row.name.to_owned(), measured);
+        results.write(&path)?;
+        let text = with_tables(&page, &tables::body(&results))?;
+        fs::write(&page, text).map_err(file_failure(&page, "write"))?;
+    }
+    println!("\n{}", tables::body(&results));
+    Ok(())
+}
+
+/// The page with `body` in the place of its tables.
+fn with_tables(page: &Path, body: &str) -> Result<String, Failure> {
+    let text = fs::read_to_string(page).map_err(file_failure(page, "read"))?;
+    tables::replace(&text, body).ok_or_else(|| Failure::Content {
+        path: page.to_path_buf(),
+        fault: format!(
+            "the lines `{}` and `{}` are not there once each, in this order; put them back",
+            tables::BEGIN,
+            tables::END
+        ),
+    })
+}
+
+/// The runs of a row, our side first in each.
+fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Failure> {
+    work.write_rows(row)?;
+    if matches!(row.kind, Kind::Startup(_)) {
+        println!("== {}: once without counting, into the page cache", row.name);
+        work.measure(row, Side::Ours, 0)?;
+        work.measure(row, Side::Other, 0)?;
+    }
+    let (mut ours, mut other) = (Samples::default(), Samples::default());
+    for run in 0..options.runs {
+        println!("== {}: run {} of {}", row.name, run + 1, options.runs);
+        ours.add(work.measure(row, Side::Ours, run)?);
+        other.add(work.measure(row, Side::Other, run)?);
+    }
+    ours.command = work.published(row, Side::Ours);
+    other.command = work.published(row, Side::Other);
+    Ok(Measured {
+        date: environment::today(),
+        reproduce: format!(
+            "cargo xtask bench --only {} --runs {} --threads {}",
+            row.name, options.runs, options.threads
+        ),
+        ours,
+        other,
+    })
+}
+
+struct Options {
+    runs: usize,
+    threads: usize,
+    rows: Vec<&'static Row>,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, Failure> {
+        let mut options = Self {
+            runs: RUNS,
+            threads: THREADS,
+            rows: Vec::new(),
+        };
+        let words: Vec<&str> = arguments.iter().flat_map(|word| word.split('=')).collect();
+        for pair in words.chunks(2) {
+            match *pair {
+                ["--runs", value] => options.runs = count("--runs", value)?,
+                ["--threads", value] => options.threads = count("--threads", value)?,
+                ["--only", name] => options.rows.push(find(name)?),
+                _ => {
+                    return Err(Failure::Usage(format!(
+                        "`bench` takes --runs N, --threads N and --only NAME, not `{}`",
+                        pair.join(" ")
+                    )));
+                }
+            }
+        }
+        if options.rows.is_empty() {
+            options.rows.extend(ROWS);
+        }
+        Ok(options)
+    }
+}
+
+fn count(flag: &str, value: &str) -> Result<usize, Failure> {
+    value
+        .parse()
+        .ok()
+        .filter(|number| *number > 0)
+        .ok_or_else(|| Failure::Usage(format!("{flag} is a number from 1, not `{value}`")))
+}
+
+fn find(name: &str) -> Result<&'static Row, Failure> {
+    ROWS.iter().find(|row| row.name == name).ok_or_else(|| {
+        let names: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+        Failure::Usage(format!(
+            "no benchmark `{name}`; there are {}",
+            names.join(", ")
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Options, Failure> {
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        Options::parse(&words)
+    }
+
+    #[test]
+    fn options_are_parsed() {
+        let all = parse(&[]).unwrap();
+        assert_eq!(
+            (all.runs, all.threads, all.rows.len()),
+            (RUNS, THREADS, ROWS.len())
+        );
+        let some = parse(&["--only=startup", "--runs", "3", "--threads=1"]).unwrap();
+        assert_eq!((some.runs, some.threads), (3, 1));
+        assert_eq!(some.rows.len(), 1);
+        assert_eq!(some.rows[0].name, "startup");
+        for wrong in [
+            &["--runs"][..],
+            &["--runs", "0"],
+            &["--only", "x"],
+            &["fast"],
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_rows_differ() {
+        for row in ROWS {
+            assert_eq!(find(row.name).unwrap().name, row.name);
+            assert_eq!(ROWS.iter().filter(|r| r.name == row.name).count(), 1);
+        }
+    }
+
+    #[test]
+    fn the_page_has_its_markers() {
+        let page = crate::repository_root().join(PAGE);
+        assert!(with_tables(&page, "| a |").unwrap().contains("| a |"));
+        let folder = tempfile::tempdir().unwrap();
+        let bare = folder.path().join("bare.md");
+        fs::write(&bare, "# Benchmarks\n").unwrap();
+        let message = with_tables(&bare, "").unwrap_err().to_string();
+        assert!(message.contains("bench:begin"), "{message}");
+    }
+}
