@@ -3,9 +3,9 @@
     python torch_peft_sft.py --model folder --train train.jsonl --eval test.jsonl --steps 40
 
 Rows are {"messages": [...]}; the loss is on the assistant's turns, content and end-of-turn token. The rows of a step
-are padded to the longest. The model is evaluated before and after; that time is not counted. Prints a JSON object every
-are padded to the longest. The model is evaluated before and after; that time is not counted. Prints a JSON object each
-set, accuracy by their first token, before and after; rows and tokens a second in the steps; peak memory in bytes.
+are padded to the longest. The model is evaluated before and after; that time is not counted. Every ten steps a JSON
+object is printed, and another one as the last line: held-out loss per supervised token and, where the answers are a
+closed set, accuracy by their first token, before and after; rows and tokens a second in the steps; peak memory in bytes.
 """
 
 import argparse

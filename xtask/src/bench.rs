@@ -1,11 +1,14 @@
 //! `cargo xtask bench`: the same work with our binary and with PyTorch, into BENCHMARKS.md.
 
+mod command;
 mod environment;
+mod peer;
 mod results;
 mod reviews;
 mod tables;
 mod work;
 
+use std::fmt;
 use std::fs;
 use std::path::Path;
 
@@ -22,14 +25,14 @@ const THREADS: usize = 2;
 
 /// One comparison; `name` is for `--only`.
 #[derive(Debug)]
-struct Row {
+pub struct Row {
     name: &'static str,
     kind: Kind,
 }
 
 /// What a row does, and so what it measures.
 #[derive(Clone, Copy, Debug)]
-enum Kind {
+pub enum Kind {
     /// Seconds of one optimizer step, against PyTorch.
     Step(Shape),
     /// Seconds from launch to exit of a run of one step, against PyTorch.
@@ -43,7 +46,7 @@ enum Kind {
 
 /// A step on rows of equal length, every token supervised.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
+pub struct Shape {
     method: &'static str,
     rows: usize,
     tokens: usize,
@@ -112,11 +115,11 @@ impl Row {
     }
 }
 
-impl std::fmt::Display for Shape {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.method {
-            "lora" => write!(f, "LoRA r={}", work::RANK)?,
-            method => f.write_str(method)?,
+            "full" => f.write_str("full fine-tuning")?,
+            _ => write!(f, "LoRA r={}", work::RANK)?,
         }
         write!(f, ", {} × {} tokens", self.rows, self.tokens)
     }
@@ -130,7 +133,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     // Before the hours of work, not after.
     with_tables(&page, "")?;
     Process::cargo(root)
-        .args(["build", "--release", "--package", "tangent-cli"])
+        .args(["build", "--release", "--workspace"])
         .run()?;
     let work = Work::prepare(root, options.threads)?;
     let environment = Environment::here(root, &work)?;
@@ -164,7 +167,10 @@ fn with_tables(page: &Path, body: &str) -> Result<String, Failure> {
 fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Failure> {
     work.write_rows(row)?;
     if matches!(row.kind, Kind::Startup(_)) {
-        println!("== {}: once without counting, into the page cache", row.name);
+        println!(
+            "== {}: once without counting, into the page cache",
+            row.name
+        );
         work.measure(row, Side::Ours, 0)?;
         work.measure(row, Side::Other, 0)?;
     }

@@ -37,6 +37,9 @@ pub enum Failure {
         reason: String,
     },
 
+    #[error("{}: {fault}", .path.display())]
+    Content { path: PathBuf, fault: String },
+
     #[error("{url}: {reason}")]
     Download { url: String, reason: String },
 

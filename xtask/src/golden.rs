@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, file_failure};
 use crate::process::Process;
-use crate::{only_flag, target_folder};
+use crate::{only_flag, python};
 
 const FOLDER: &str = "testdata/golden";
 
@@ -17,7 +17,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let check = only_flag("golden", "--check", arguments)?;
     let folder = root.join(FOLDER);
     let scripts = scripts(&folder)?;
-    let python = python(root, &folder.join("requirements.txt"))?;
+    let python = python::environment(root, "golden-venv", &folder.join("requirements.txt"))?;
     if !check {
         return generate(&python, &scripts);
     }
@@ -64,28 +64,6 @@ fn generate(python: &Path, scripts: &[PathBuf]) -> Result<(), Failure> {
             .run()?;
     }
     Ok(())
-}
-
-/// The interpreter of a virtual environment with the pinned packages, made if they changed.
-fn python(root: &Path, requirements: &Path) -> Result<PathBuf, Failure> {
-    let wanted = fs::read(requirements).map_err(file_failure(requirements, "read"))?;
-    let environment = target_folder(root).join("golden-venv");
-    let python = environment.join("bin/python");
-    // Written after the packages are in, so that an interrupted installation is done again.
-    let installed = environment.join("installed-requirements.txt");
-    if python.exists() && fs::read(&installed).is_ok_and(|content| content == wanted) {
-        return Ok(python);
-    }
-    Process::new(root, "python3", "python3")
-        .args(["-m", "venv"])
-        .args([environment.to_string_lossy()])
-        .run()?;
-    Process::new(root, &python, &python.to_string_lossy())
-        .args(["-m", "pip", "install", "--quiet", "--requirement"])
-        .args([requirements.to_string_lossy()])
-        .run()?;
-    fs::write(&installed, wanted).map_err(file_failure(&installed, "write"))?;
-    Ok(python)
 }
 
 /// Bytes of every file below `folder`, by its path there.

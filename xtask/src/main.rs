@@ -1,5 +1,6 @@
 //! `cargo xtask <command>`: the chores of this repository, one file a command.
 
+mod bench;
 mod ci;
 mod download;
 mod failure;
@@ -7,6 +8,7 @@ mod golden;
 mod hub;
 mod model;
 mod process;
+mod python;
 mod quickstart;
 mod test;
 mod tidy;
@@ -56,6 +58,12 @@ const COMMANDS: &[Command] = &[
         arguments: "[--check]",
         summary: "regenerate the stored references with Python, or check them",
         run: golden::run,
+    },
+    Command {
+        name: "bench",
+        arguments: "[--runs N] [--only NAME] [--threads N]",
+        summary: "measure against PyTorch + PEFT and write BENCHMARKS.md",
+        run: bench::run,
     },
     Command {
         name: "ci",
@@ -115,6 +123,14 @@ fn repository_root() -> PathBuf {
 /// Where cargo builds: `CARGO_TARGET_DIR`, seen from the repository root, or `target`.
 fn target_folder(root: &Path) -> PathBuf {
     root.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// The path from the root, where it lies below it, as typed on a command line.
+fn below(root: &Path, path: &Path) -> String {
+    path.strip_prefix(root)
+        .unwrap_or(path)
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Whether `flag`, the only argument that `command` takes, was given.

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::failure::{Failure, file_failure};
 use crate::model::{self, Source};
 use crate::process::{Process, Report};
-use crate::{only_flag, target_folder};
+use crate::{below, only_flag, target_folder};
 
 const TRAIN: &str = "examples/debian_sections/train.jsonl";
 const VALID: &str = "examples/debian_sections/valid.jsonl";
@@ -27,7 +27,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let short = only_flag("quickstart", "--short", arguments)?;
     let start = Instant::now();
     Process::cargo(root)
-        .args(["build", "--release", "--package", "tangent-cli"])
+        .args(["build", "--release", "--workspace"])
         .run()?;
     let model = model::obtain(root, Source::Auto)?;
     let rows = shown_rows(root)?;
@@ -141,14 +141,6 @@ impl<'a> Tangent<'a> {
 
 fn adapter_words(adapter: Option<&str>) -> Vec<&str> {
     adapter.map_or_else(Vec::new, |folder| vec!["--adapter", folder])
-}
-
-/// The path from the root, where it lies below it, as typed on a command line.
-fn below(root: &Path, path: &Path) -> String {
-    path.strip_prefix(root)
-        .unwrap_or(path)
-        .to_string_lossy()
-        .into_owned()
 }
 
 /// A held-out question with its answer.

@@ -1,6 +1,6 @@
 //! From what was typed to flags: underscores as in Hugging Face's names, and YAML run files.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use clap::CommandFactory;
@@ -10,14 +10,18 @@ use crate::Cli;
 use crate::failure::Failure;
 
 /// Replaces underscores in flag names by dashes and `--config FILE` by the file's keys as flags.
-/// Flags on the command line come after those of the file, so they win.
+/// A typed flag wins over the file's key, also where one of them is an alias.
 pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
     let mut plain = vec![];
     let mut file = None;
     let mut rest = arguments.into_iter().map(dashed);
     while let Some(argument) = rest.next() {
         match argument.to_str() {
-            Some("--config") => file = rest.next(),
+            Some("--config") => match rest.next() {
+                Some(value) => file = Some(value),
+                // The parser says that its value is missing.
+                None => plain.push(argument),
+            },
             Some(text) if text.starts_with("--config=") => {
                 file = Some(text["--config=".len()..].into());
             }
@@ -37,7 +41,8 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
         .and_then(|c| c.to_str())
         .unwrap_or_default()
         .to_owned();
-    let flags = from_yaml(Path::new(&file), &command)?;
+    let typed: Vec<String> = plain.iter().filter_map(|a| flag_name(a)).collect();
+    let flags = from_yaml(Path::new(&file), &known_options(&command), &typed)?;
     plain.splice(at..at, flags);
     Ok(plain)
 }
@@ -55,15 +60,46 @@ fn dashed(argument: OsString) -> OsString {
     }
 }
 
-/// The keys of a run file as flags of `command`.
-fn from_yaml(path: &Path, command: &str) -> Result<Vec<OsString>, Failure> {
+/// `name` of `--name` and `--name=value`.
+fn flag_name(argument: &OsStr) -> Option<String> {
+    let flag = argument.to_str()?.strip_prefix("--")?;
+    flag.split('=').next().map(str::to_owned)
+}
+
+/// An option of a command.
+struct Known {
+    /// Its name and its aliases.
+    names: Vec<String>,
+    /// Whether it takes no value.
+    flag: bool,
+}
+
+/// The options of `command` that a run file may hold.
+fn known_options(command: &str) -> Vec<Known> {
+    let cli = Cli::command();
+    let mut known = vec![];
+    let found = cli.find_subcommand(command);
+    for argument in found.into_iter().flat_map(|c| c.get_arguments()) {
+        let aliases = argument.get_all_aliases().unwrap_or_default();
+        let names = argument.get_long().into_iter().chain(aliases);
+        let names: Vec<String> = names.map(str::to_owned).collect();
+        // A run file cannot name another one.
+        if !names.iter().any(|n| n == "config") {
+            let flag = !argument.get_action().takes_values();
+            known.push(Known { names, flag });
+        }
+    }
+    known
+}
+
+/// The keys of a run file as flags, without those that were typed.
+fn from_yaml(path: &Path, known: &[Known], typed: &[String]) -> Result<Vec<OsString>, Failure> {
     let fault = |why: String| Failure::Request(format!("{}: {why}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|e| fault(format!("cannot read: {e}")))?;
     let yaml: Value = serde_yaml_ng::from_str(&text).map_err(|e| fault(e.to_string()))?;
     let Value::Mapping(map) = yaml else {
         return Err(fault("expected keys and values".into()));
     };
-    let (known, flags) = flags_of(command);
     let mut arguments = vec![];
     let mut unknown = vec![];
     for (key, value) in &map {
@@ -71,13 +107,22 @@ fn from_yaml(path: &Path, command: &str) -> Result<Vec<OsString>, Failure> {
             return Err(fault(format!("key {key:?} is not a name")));
         };
         let name = key.replace('_', "-");
-        if !known.contains(&name) {
-            unknown.push(format!("\"{key}\"{}", nearest(&name, &known)));
+        let Some(option) = known.iter().find(|o| o.names.contains(&name)) else {
+            unknown.push(format!("\"{key}\"{}", nearest(&name, known)));
+            continue;
+        };
+        if option.names.iter().any(|n| typed.contains(n)) {
             continue;
         }
-        match (value, flags.contains(&name)) {
-            (Value::Null | Value::Bool(false), _) => {}
+        match (value, option.flag) {
+            (Value::Null, _) | (Value::Bool(false), true) => {}
             (Value::Bool(true), true) => arguments.push(format!("--{name}").into()),
+            (Value::Sequence(items), false) => {
+                for item in items {
+                    let text = plain(item).ok_or_else(|| fault(format!("\"{key}\": bad value")))?;
+                    arguments.push(format!("--{name}={text}").into());
+                }
+            }
             (value, false) => {
                 let text = plain(value).ok_or_else(|| fault(format!("\"{key}\": bad value")))?;
                 arguments.push(format!("--{name}={text}").into());
@@ -91,26 +136,9 @@ fn from_yaml(path: &Path, command: &str) -> Result<Vec<OsString>, Failure> {
     Err(fault(format!("unknown keys: {}", unknown.join(", "))))
 }
 
-/// Names and aliases of a command's options, and those of them that take no value.
-fn flags_of(command: &str) -> (Vec<String>, Vec<String>) {
-    let cli = Cli::command();
-    let (mut known, mut flags) = (vec![], vec![]);
-    let found = cli.find_subcommand(command);
-    for argument in found.into_iter().flat_map(|c| c.get_arguments()) {
-        let aliases = argument.get_all_aliases().unwrap_or_default();
-        let names = argument.get_long().into_iter().chain(aliases);
-        let names: Vec<String> = names.map(str::to_owned).collect();
-        if !argument.get_action().takes_values() {
-            flags.extend(names.clone());
-        }
-        known.extend(names);
-    }
-    (known, flags)
-}
-
-fn nearest(name: &str, known: &[String]) -> String {
-    let best = known
-        .iter()
+fn nearest(name: &str, known: &[Known]) -> String {
+    let names = known.iter().flat_map(|o| &o.names);
+    let best = names
         .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
     match best {
         Some(best) if strsim::jaro_winkler(best, name) > 0.7 => {
@@ -120,16 +148,12 @@ fn nearest(name: &str, known: &[String]) -> String {
     }
 }
 
-/// A value as it would be typed: lists joined by commas, maps as JSON.
+/// A value as it would be typed, maps as JSON.
 fn plain(value: &Value) -> Option<String> {
     match value {
         Value::String(s) => Some(s.clone()),
         Value::Number(n) => Some(n.to_string()),
         Value::Bool(b) => Some(b.to_string()),
-        Value::Sequence(items) => {
-            let items: Option<Vec<String>> = items.iter().map(plain).collect();
-            items.map(|i| i.join(","))
-        }
         Value::Mapping(_) => serde_json::to_string(value).ok(),
         _ => None,
     }
@@ -168,13 +192,40 @@ mod tests {
             "tangent",
             "train",
             "--learning-rate=0.001",
-            "--target-modules=q_proj,v_proj",
+            "--target-modules=q_proj",
+            "--target-modules=v_proj",
             "--use-rslora",
             "--per-device-train-batch-size=4",
             "--rank",
             "4",
         ]);
         assert_eq!(got, want);
+    }
+
+    #[test]
+    fn typed_flags_win_over_the_run_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "rank: 2\ntarget_modules: [q_proj]\nseed: 1\n").unwrap();
+        let config = format!("--config={}", file.path().display());
+        let got = expand(words(&[
+            "tangent",
+            "train",
+            config.as_str(),
+            "--lora_r=4",
+            "--target-modules",
+            "v_proj",
+        ]));
+        let want = [
+            "tangent",
+            "train",
+            "--seed=1",
+            "--lora-r=4",
+            "--target-modules",
+            "v_proj",
+        ];
+        assert_eq!(got.unwrap(), words(&want));
+        let missing = words(&["tangent", "train", "--config"]);
+        assert_eq!(expand(missing.clone()).unwrap(), missing);
     }
 
     #[test]

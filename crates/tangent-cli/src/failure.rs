@@ -9,6 +9,8 @@ use tangent_peft::PeftError;
 use tangent_train::TrainError;
 use tangent_train::data::DataError;
 
+use crate::progress::say;
+
 /// Why a command did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -47,13 +49,13 @@ impl From<tangent_model::tokenizer::TokenizerError> for Failure {
 impl Failure {
     /// Prints the failure with its causes; 2 for a bad request, 1 for a failed run.
     pub fn report(&self) -> ExitCode {
-        eprintln!("error: {self}");
+        say(format_args!("error: {self}"));
         let mut printed = self.to_string();
         let mut cause = self.source();
         while let Some(error) = cause {
             let text = error.to_string();
             if !printed.contains(&text) {
-                eprintln!("caused by: {text}");
+                say(format_args!("caused by: {text}"));
                 printed.push_str(&text);
             }
             cause = error.source();

@@ -1,5 +1,6 @@
 //! The progress line of a run: rewritten in place in a terminal, a line an entry elsewhere.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ pub struct Progress {
     begun: Instant,
     from: usize,
     total: usize,
-    last_eval: Option<f64>,
+    last_eval: Option<(f64, usize)>,
     open_line: bool,
 }
 
@@ -39,6 +40,10 @@ impl Progress {
                 }
             }
             Event::Log(entry) => {
+                // The time left counts steps, not the evaluation before the first one.
+                if entry.step == self.from {
+                    self.begun = Instant::now();
+                }
                 let text = self.entry(entry);
                 // Evaluations and the end stay on the screen.
                 let stays = entry.eval.is_some() || entry.step == self.total;
@@ -58,12 +63,15 @@ impl Progress {
 
     fn entry(&mut self, entry: &LogEntry) -> String {
         if let Some(eval) = &entry.eval {
-            self.last_eval = Some(eval.loss);
+            self.last_eval = Some((eval.loss, entry.step));
         }
         let mut parts = vec![format!("step {}/{}", entry.step, self.total)];
         let mut add = |text: Option<String>| parts.extend(text);
         add(entry.loss.map(|v| format!("loss {v:.4}")));
-        add(self.last_eval.map(|v| format!("eval {v:.4}")));
+        add(self.last_eval.map(|(loss, step)| match step == entry.step {
+            true => format!("eval {loss:.4}"),
+            false => format!("eval {loss:.4} at step {step}"),
+        }));
         let accuracy = entry.eval.as_ref().and_then(|e| e.accuracy);
         add(accuracy.map(|v| format!("accuracy {:.1} %", v * 100.0)));
         add(entry.learning_rate.map(|v| format!("lr {v:.2e}")));
@@ -74,7 +82,7 @@ impl Progress {
         let done = entry.step.saturating_sub(self.from);
         if done > 0 && entry.step < self.total {
             let each = self.begun.elapsed().as_secs_f64() / done as f64;
-            let left = each * (self.total - entry.step) as f64;
+            let left = (each * (self.total - entry.step) as f64).min(1e9);
             add(Some(format!(
                 "{} left",
                 duration(Duration::from_secs_f64(left))
@@ -84,19 +92,37 @@ impl Progress {
     }
 
     fn rewrite(&mut self, text: &str) {
-        eprint!("\r\x1b[2K{text}");
-        // A terminal that is gone is no reason to stop training.
-        let _ = std::io::stderr().flush();
+        show(format_args!("\r\x1b[2K{text}"));
         self.open_line = true;
     }
 
     fn line(&mut self, text: &str) {
         if self.open_line {
-            eprint!("\r\x1b[2K");
+            show("\r\x1b[2K");
             self.open_line = false;
         }
-        eprintln!("{text}");
+        say(text);
     }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // What is printed next, an error perhaps, begins on a line of its own.
+        if self.open_line {
+            say("");
+        }
+    }
+}
+
+/// Prints a line to standard error.
+pub fn say(text: impl Display) {
+    show(format_args!("{text}\n"));
+}
+
+/// Prints to standard error; a terminal that is gone is no reason to stop training.
+pub fn show(text: impl Display) {
+    let mut err = std::io::stderr();
+    let _ = write!(err, "{text}").and_then(|()| err.flush());
 }
 
 /// `1h05m`, `2m10s`, `7s`.

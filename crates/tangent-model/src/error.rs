@@ -13,7 +13,7 @@ use crate::tokenizer::TokenizerError;
 #[non_exhaustive]
 pub enum ModelError {
     /// A file could not be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
+    #[error("cannot read {path}: {source}; check the path and its permissions", path = path.display())]
     Io {
         /// File or folder.
         path: PathBuf,
@@ -30,7 +30,7 @@ pub enum ModelError {
         path: PathBuf,
     },
     /// A JSON file that does not parse.
-    #[error("{path} is not valid JSON: {source}", path = path.display())]
+    #[error("{path} is not valid JSON: {source}; repair it or fetch it again", path = path.display())]
     Json {
         /// File.
         path: PathBuf,
@@ -84,7 +84,11 @@ pub enum ModelError {
         why: String,
     },
     /// A tensor that the model needs and no file has.
-    #[error("{path}: tensor \"{tensor}\" is missing", path = path.display())]
+    #[error(
+        "{path}: tensor \"{tensor}\" is missing; the model is incomplete or its configuration \
+         describes another: fetch it again",
+        path = path.display()
+    )]
     MissingTensor {
         /// Model folder or file.
         path: PathBuf,
@@ -107,7 +111,8 @@ pub enum ModelError {
     },
     /// A tensor of another shape than the configuration says.
     #[error(
-        "{path}: tensor \"{tensor}\" has shape {got:?}, the configuration expects {expected:?}",
+        "{path}: tensor \"{tensor}\" has shape {got:?}, the configuration expects {expected:?}; \
+         they do not belong together: fetch the model again",
         path = path.display()
     )]
     Shape {
@@ -145,14 +150,14 @@ pub enum ModelError {
     },
     /// A tokenizer with more tokens than the model has embeddings.
     #[error(
-        "{path}: the tokenizer has {tokens} tokens but the model only {vocabulary} embeddings; \
-         they do not belong together",
+        "{path}: the tokenizer has ids for {tokens} embeddings, the model has only {vocabulary}; \
+         they do not belong together: take both from one model",
         path = path.display()
     )]
     Vocabulary {
         /// Model folder or file.
         path: PathBuf,
-        /// Tokens of the tokenizer.
+        /// One more than the tokenizer's largest id.
         tokens: usize,
         /// Rows of the embedding.
         vocabulary: usize,

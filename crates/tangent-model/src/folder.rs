@@ -1,8 +1,12 @@
 //! Folders that appear whole or not at all: written beside their place, synced, renamed.
 
+use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+
+use safetensors::{SafeTensorError, View};
 
 /// A folder that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +21,11 @@ pub enum FolderError {
         path: PathBuf,
     },
     /// The system refused.
-    #[error("cannot {action} {path}: {source}; earlier files are untouched", path = path.display())]
+    #[error(
+        "cannot {action} {path}: {source}; earlier files are untouched. Check the free space and \
+         the permissions, or choose another place",
+        path = path.display()
+    )]
     Io {
         /// What was tried.
         action: &'static str,
@@ -75,7 +83,7 @@ impl NewFolder {
         if temporary.exists() {
             fs::remove_dir_all(&temporary).map_err(io("remove", &temporary))?;
         }
-        fs::create_dir(&temporary).map_err(io("create", &temporary))?;
+        fs::create_dir(&temporary).map_err(io("create", place))?;
         Ok(Self {
             temporary,
             place: place.to_owned(),
@@ -93,9 +101,38 @@ impl NewFolder {
     /// # Errors
     /// If the system refuses.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), FolderError> {
-        let path = self.temporary.join(name);
-        let mut file = File::create(&path).map_err(io("create", &path))?;
-        file.write_all(bytes).map_err(io("write", &path))
+        let place = self.place.join(name);
+        let file = File::create(self.temporary.join(name));
+        let mut file = file.map_err(io("create", &place))?;
+        file.write_all(bytes).map_err(io("write", &place))
+    }
+
+    /// Writes tensors into one safetensors file.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn write_tensors<S, V>(
+        &self,
+        name: &str,
+        tensors: impl IntoIterator<Item = (S, V)>,
+        metadata: Option<HashMap<String, String>>,
+    ) -> Result<(), FolderError>
+    where
+        S: AsRef<str> + Ord + Display,
+        V: View,
+    {
+        let (path, place) = (self.temporary.join(name), self.place.join(name));
+        // The writer puts a file that only its owner may read in the place of this one.
+        let usual = File::create(&path).and_then(|file| file.metadata());
+        let usual = usual.map_err(io("create", &place))?.permissions();
+        let written = safetensors::serialize_to_file(tensors, metadata, &path);
+        let written = written.map_err(|error| match error {
+            SafeTensorError::IoError(error) => error,
+            other => io::Error::other(other),
+        });
+        written
+            .and_then(|()| fs::set_permissions(&path, usual))
+            .map_err(io("write", &place))
     }
 
     /// Syncs every file, then moves the files into `folder`, replacing those of the same names.

@@ -19,13 +19,15 @@ pub use llama::{gguf_name, hf_config, unpermute_rows};
 #[expect(missing_docs, reason = "each message names its fields")]
 pub enum GgufError {
     /// The file could not be opened or mapped.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {source}; check the path and its permissions")]
     Io {
         path: PathBuf,
         source: std::io::Error,
     },
     /// The first four bytes are not `GGUF`.
-    #[error("{path} is not a GGUF file: it does not start with the bytes GGUF")]
+    #[error(
+        "{path} is not a GGUF file: it does not start with the bytes GGUF; name a .gguf file or a model folder"
+    )]
     NotGguf { path: PathBuf },
     /// Only versions 2 and 3, little-endian, are read.
     #[error(
@@ -44,10 +46,12 @@ pub enum GgufError {
         what: String,
     },
     /// The file contradicts itself or the format.
-    #[error("{path}: {what}")]
+    #[error("{path}: {what}; the file is damaged: fetch it again")]
     Malformed { path: PathBuf, what: String },
     /// The number of the tensor's type is not one of ggml's.
-    #[error("{path}: tensor {tensor} has the unknown ggml type number {type_id}")]
+    #[error(
+        "{path}: tensor {tensor} has the unknown ggml type number {type_id}; the file is damaged or newer than this program"
+    )]
     UnknownTensorType {
         path: PathBuf,
         tensor: String,
@@ -63,7 +67,9 @@ pub enum GgufError {
         kind: &'static str,
     },
     /// `general.architecture` is not `llama`.
-    #[error("{path}: architecture {architecture} is not supported in GGUF files, only llama")]
+    #[error(
+        "{path}: architecture {architecture} is not supported in GGUF files, only llama; take a model of the Llama family"
+    )]
     UnsupportedArchitecture { path: PathBuf, architecture: String },
     /// A setting of the model that the Llama family here does not have.
     #[error("{path}: {key} = {value} is not supported")]
@@ -73,10 +79,10 @@ pub enum GgufError {
         value: String,
     },
     /// A metadata key that is needed is absent.
-    #[error("{path}: the metadata key {key} is missing")]
+    #[error("{path}: the metadata key {key} is missing; convert the model again")]
     MissingKey { path: PathBuf, key: String },
     /// A tensor that is needed is absent.
-    #[error("{path}: the tensor {tensor} is missing")]
+    #[error("{path}: the tensor {tensor} is missing; the file is incomplete: fetch it again")]
     MissingTensor { path: PathBuf, tensor: String },
     /// A metadata value has another type than its key calls for.
     #[error("{path}: the metadata key {key} should be {expected}, got {got}")]

@@ -82,11 +82,12 @@ pub fn open(
     };
     let model = family::open(&config, &named, &weights, device)?;
     weights.finish()?;
-    if tokenizer.vocab_size() > model.vocabulary() {
+    let (tokens, vocabulary) = (tokenizer.vocab_size(), model.vocabulary());
+    if tokens > vocabulary {
         return Err(ModelError::Vocabulary {
             path: path.to_owned(),
-            tokens: tokenizer.vocab_size(),
-            vocabulary: model.vocabulary(),
+            tokens,
+            vocabulary,
         });
     }
     Ok(LanguageModel {

@@ -182,9 +182,10 @@ impl Tokenizer {
             .map_err(|error| failed("decode ids", &error))
     }
 
-    /// How many tokens there are, added ones included.
+    /// One more than the largest id, added tokens included: ids may leave gaps.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        let ids = self.inner.get_vocab(true).into_values();
+        ids.max().map_or(0, |id| id as usize + 1)
     }
 
     /// The token with this id, as the vocabulary writes it.

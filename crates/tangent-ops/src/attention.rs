@@ -140,6 +140,8 @@ pub fn attend(
     let d = shape.head_dim;
     let (q_width, kv_width) = (shape.heads * d, shape.kv_heads * d);
     let n = q.len() / q_width;
+    assert_eq!(q.len(), n * q_width, "whole rows of queries");
+    assert!(n <= total && keys.len() == total * kv_width && values.len() == keys.len());
     let mut out = kernel::buffer(q.len());
     let shared = SharedMut::new(&mut out);
     (0..shape.heads).into_par_iter().for_each(|h| {
@@ -378,6 +380,10 @@ fn softmax_backward(p: &mut [f32], d_p: &[f32], keys: usize, scale: f32) {
 impl CpuOp for Attention {
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (q, k, v) = (&inputs[0], &inputs[1], &inputs[2]);
+        let (n, d) = (self.segments.tokens(), self.shape.head_dim);
+        assert_eq!((q.rows(), q.cols()), (n, self.shape.heads * d), "queries");
+        assert_eq!((k.rows(), k.cols()), (n, self.shape.kv_heads * d), "keys");
+        assert_eq!((v.rows(), v.cols()), (n, k.cols()), "values");
         let positions = self.segments.positions();
         let q_rotated = self.rotary.rotate(q.values(), positions, false);
         let k_rotated = self.rotary.rotate(k.values(), positions, false);

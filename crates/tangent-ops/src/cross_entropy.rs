@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::custom::{self, CpuOp, Matrix};
 use crate::frozen_linear;
 use crate::kernel::{self, Into, Threads, View, ViewMut};
+use crate::linear::view;
 use crate::matrix::FrozenMatrix;
 
 /// A supervised position: the token whose output predicts `id`.
@@ -89,6 +90,49 @@ pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
 /// Supervised positions whose logits exist at one time.
 const CHUNK: usize = 256;
 
+/// The head's weight as the kernel sees it.
+enum Weight<'a> {
+    Frozen(&'a FrozenMatrix),
+    Trained(&'a Matrix),
+}
+
+impl Weight<'_> {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Frozen(weight) => weight.rows(),
+            Self::Trained(weight) => weight.rows(),
+        }
+    }
+
+    /// `x W^T` for `x: (m, d)`.
+    fn forward(&self, x: &[f32], m: usize) -> Vec<f32> {
+        match self {
+            Self::Frozen(weight) => frozen_linear::forward(x, m, weight),
+            Self::Trained(w) => {
+                let mut y = kernel::buffer(m * w.rows());
+                let dst = ViewMut::dense(&mut y, m, w.rows());
+                let x = View::dense(x, m, w.cols());
+                kernel::matmul(dst, Into::Overwrite, 1.0, x, view(w).t(), Threads::Pool);
+                y
+            }
+        }
+    }
+
+    /// `dy W` for `dy: (m, vocabulary)`.
+    fn backward(&self, dy: &[f32], m: usize) -> Vec<f32> {
+        match self {
+            Self::Frozen(weight) => frozen_linear::backward(dy, m, weight),
+            Self::Trained(w) => {
+                let mut dx = kernel::buffer(m * w.cols());
+                let dst = ViewMut::dense(&mut dx, m, w.cols());
+                let dy = View::dense(dy, m, w.rows());
+                kernel::matmul(dst, Into::Overwrite, 1.0, dy, view(w), Threads::Pool);
+                dx
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct LinearCrossEntropy {
     frozen: Option<FrozenMatrix>,
@@ -127,14 +171,9 @@ impl LinearCrossEntropy {
 impl CpuOp for LinearCrossEntropy {
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let x = &inputs[0];
-        let trained;
         let head = match &self.frozen {
-            Some(weight) => weight,
-            None => {
-                let (w, v, d) = (&inputs[1], inputs[1].rows(), inputs[1].cols());
-                trained = FrozenMatrix::from_values(w.values().to_vec(), v, d);
-                &trained
-            }
+            Some(weight) => Weight::Frozen(weight),
+            None => Weight::Trained(&inputs[1]),
         };
         let (n, d, vocabulary) = (x.rows(), x.cols(), head.rows());
         let mut d_x = vec![0f32; if tracked { n * d } else { 0 }];
@@ -147,12 +186,12 @@ impl CpuOp for LinearCrossEntropy {
             for target in targets {
                 rows.extend_from_slice(&x.values()[target.token * d..][..d]);
             }
-            let mut logits = frozen_linear::forward(&rows, m, head);
+            let mut logits = head.forward(&rows, m);
             loss += self.gradient_in_place(&mut logits, targets);
             if !tracked {
                 continue;
             }
-            let d_rows = frozen_linear::backward(&logits, m, head);
+            let d_rows = head.backward(&logits, m);
             for (d_row, target) in d_rows.chunks_exact(d).zip(targets) {
                 for (out, v) in d_x[target.token * d..][..d].iter_mut().zip(d_row) {
                     *out += v;

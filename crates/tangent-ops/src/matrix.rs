@@ -54,11 +54,6 @@ impl StoredType {
             None
         }
     }
-
-    /// Whether values are blocks that training cannot move in place.
-    pub const fn is_quantized(self) -> bool {
-        self.block().0 > 1
-    }
 }
 
 /// Bytes of a weight: part of a mapped file, or a buffer of our own.
@@ -69,7 +64,7 @@ pub enum WeightBytes {
     /// A buffer in memory.
     Owned(Arc<[u8]>),
     /// Values in memory, aligned for direct use.
-    Values(Arc<[f32]>),
+    Values(Arc<Vec<f32>>),
 }
 
 impl WeightBytes {
@@ -77,7 +72,7 @@ impl WeightBytes {
         match self {
             Self::Mapped(map, range) => &map[range.clone()],
             Self::Owned(bytes) => bytes,
-            Self::Values(values) => bytemuck::cast_slice(values),
+            Self::Values(values) => bytemuck::cast_slice(&values[..]),
         }
     }
 }
@@ -157,7 +152,7 @@ impl FrozenMatrix {
         // Rare files place tensors at odd offsets; their bytes are copied once.
         let bytes = match (aligned, stored) {
             (true, _) => bytes,
-            (false, StoredType::F32) => WeightBytes::Values(
+            (false, StoredType::F32) => WeightBytes::Values(Arc::new(
                 bytes
                     .bytes()
                     .as_chunks::<4>()
@@ -165,7 +160,7 @@ impl FrozenMatrix {
                     .iter()
                     .map(|b| f32::from_le_bytes(*b))
                     .collect(),
-            ),
+            )),
             (false, _) => WeightBytes::Owned(bytes.bytes().into()),
         };
         Ok(Self {
@@ -186,7 +181,7 @@ impl FrozenMatrix {
             rows,
             cols,
             stored: StoredType::F32,
-            bytes: WeightBytes::Values(values.into()),
+            bytes: WeightBytes::Values(Arc::new(values)),
         }
     }
 
@@ -235,16 +230,6 @@ impl FrozenMatrix {
     /// Stored type.
     pub fn stored(&self) -> StoredType {
         self.stored
-    }
-
-    /// Bytes that the weight occupies.
-    pub fn size(&self) -> usize {
-        self.bytes.bytes().len()
-    }
-
-    /// The stored bytes.
-    pub fn bytes(&self) -> &[u8] {
-        self.bytes.bytes()
     }
 
     /// All values widened, row-major.

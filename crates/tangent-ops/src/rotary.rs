@@ -52,6 +52,10 @@ impl Rotary {
         let half = self.half;
         let width = x.len().checked_div(positions.len()).unwrap_or(1);
         let sign = if inverse { -1.0 } else { 1.0 };
+        assert!(
+            x.len() == positions.len() * width && width.is_multiple_of(2 * half),
+            "whole heads of every token"
+        );
         let mut out = kernel::buffer(x.len());
         kernel::fill_rows(&mut out, width, |token, out| {
             let table = self.at(positions[token]);

@@ -82,7 +82,7 @@ pub enum PeftError {
         second: &'static str,
     },
     /// A file could not be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
+    #[error("cannot read {path}: {source}; check the path and its permissions", path = path.display())]
     Io {
         /// File.
         path: PathBuf,
@@ -90,7 +90,7 @@ pub enum PeftError {
         source: std::io::Error,
     },
     /// A file that does not parse.
-    #[error("{path} is malformed: {why}", path = path.display())]
+    #[error("{path} is malformed: {why}; repair it or fetch it again", path = path.display())]
     Malformed {
         /// File.
         path: PathBuf,
@@ -106,6 +106,14 @@ pub enum PeftError {
         key: String,
         /// Value.
         value: String,
+    },
+    /// An adapter whose settings this model cannot have.
+    #[error("{path}: {source}; the adapter was trained for another base model or is damaged", path = path.display())]
+    Unfit {
+        /// `adapter_config.json`.
+        path: PathBuf,
+        /// What does not fit.
+        source: Box<PeftError>,
     },
     /// A tensor that does not fit the model.
     #[error(

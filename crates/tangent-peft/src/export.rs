@@ -188,15 +188,9 @@ fn write_shards(folder: &NewFolder, tensors: &[(String, Tensor<'_>)]) -> Result<
             1 => "model.safetensors".to_owned(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
         };
-        let path = folder.path().join(&name);
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let views = shard.iter().map(|(name, tensor)| (name, tensor));
-        safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|e| {
-            PeftError::Malformed {
-                path,
-                why: e.to_string(),
-            }
-        })?;
+        folder.write_tensors(&name, views, Some(metadata))?;
         for (tensor, _) in shard {
             map.insert(tensor.clone(), json!(name));
         }

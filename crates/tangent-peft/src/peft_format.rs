@@ -64,8 +64,9 @@ struct Stored {
 /// # Errors
 /// If the files are malformed, ask for what is not supported, or were made for another base.
 pub fn load(model: &mut dyn Model, dir: &Path) -> Result<Adapter, PeftError> {
-    let config = read_config(&dir.join(CONFIG))?;
-    let adapter = attach(model, &config, 0)?;
+    let path = dir.join(CONFIG);
+    let config = read_config(&path)?;
+    let adapter = attach(model, &config, 0).map_err(|source| unfit(&path, source))?;
     fill(model, &adapter, &dir.join(TENSORS))?;
     Ok(adapter)
 }
@@ -144,6 +145,13 @@ fn read(path: &Path) -> Result<Vec<u8>, PeftError> {
         path: path.to_owned(),
         source,
     })
+}
+
+fn unfit(path: &Path, source: PeftError) -> PeftError {
+    PeftError::Unfit {
+        path: path.to_owned(),
+        source: Box::new(source),
+    }
 }
 
 fn malformed(path: &Path, why: impl ToString) -> PeftError {
@@ -237,7 +245,7 @@ pub fn read_config(path: &Path) -> Result<AdapterConfig, PeftError> {
         },
         trainable_tokens: fields.tokens()?,
     };
-    config.validate()?;
+    config.validate().map_err(|source| unfit(path, source))?;
     Ok(config)
 }
 
@@ -492,13 +500,10 @@ pub fn write(
             outputs.insert(format!("{PREFIX}{}.base_layer.weight", site.path), stored);
         }
     }
-    let path = folder.path().join(TENSORS);
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(outputs.iter(), Some(metadata), &path)
-        .map_err(|e| malformed(&path, e))?;
+    folder.write_tensors(TENSORS, outputs.iter(), Some(metadata))?;
     let json = config_json(adapter, &sites, base);
-    let text = serde_json::to_string_pretty(&json).map_err(|e| malformed(&path, e))?;
-    folder.write(CONFIG, text.as_bytes())?;
+    folder.write(CONFIG, format!("{json:#}").as_bytes())?;
     folder.write("README.md", card(adapter, base).as_bytes())?;
     Ok(())
 }
@@ -507,13 +512,18 @@ pub fn write(
 fn card(adapter: &Adapter, base: &str) -> String {
     let config = &adapter.config;
     let quoted = Value::String(base.to_owned());
+    // transformers opens a GGUF file by its folder and its name.
+    let source = match base.strip_suffix(".gguf").and(base.rsplit_once('/')) {
+        Some((folder, file)) => format!("{}, gguf_file={}", json!(folder), json!(file)),
+        None => quoted.to_string(),
+    };
     format!(
         "---\nbase_model: {quoted}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
          - lora\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
          {method} adapter of rank {rank}, alpha {alpha}{rs}, {count} trained parameters, for \
          `{base}`.\n\n\
          ```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
-         model = AutoModelForCausalLM.from_pretrained({quoted})\n\
+         model = AutoModelForCausalLM.from_pretrained({source})\n\
          model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n",
         method = adapter.method.id,
         rank = config.rank,

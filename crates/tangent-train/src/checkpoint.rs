@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tangent_model::LanguageModel;
 use tangent_model::folder::NewFolder;
+use tangent_model::{LanguageModel, Parameter};
 use tangent_peft::export::{self, WriteDtype};
 use tangent_peft::{Adapter, peft_format};
 
@@ -110,35 +110,42 @@ pub fn save(
     let mut tensors = vec![];
     for slot in &optimizer.slots {
         let name = slot.parameter.name();
-        tensors.push((name.to_owned(), Values::new(slot.parameter.values())));
+        tensors.push((name.to_owned(), Values::of(&slot.parameter)));
         for (suffix, values) in optimizer.slot_names().iter().zip(&slot.state) {
-            tensors.push((format!("{name}#{suffix}"), Values::new(values.clone())));
+            tensors.push((format!("{name}#{suffix}"), Values::state(values)));
         }
     }
-    let path = folder.path().join(TENSORS);
     let views = tensors.iter().map(|(name, values)| (name, values));
-    safetensors::serialize_to_file(views, None, &path).map_err(|e| fault(&place, e))?;
+    folder.write_tensors(TENSORS, views, None)?;
     let json = serde_json::to_string_pretty(progress).map_err(|e| fault(&place, e))?;
     folder.write(STATE, json.as_bytes())?;
     folder.finish()?;
     Ok(place)
 }
 
-struct Values {
+/// Values that are read when their turn to be written comes.
+struct Values<'a> {
     shape: [usize; 1],
-    values: Vec<f32>,
+    read: Box<dyn Fn() -> Cow<'a, [f32]> + 'a>,
 }
 
-impl Values {
-    fn new(values: Vec<f32>) -> Self {
+impl<'a> Values<'a> {
+    fn of(parameter: &'a Parameter) -> Self {
+        Self {
+            shape: [parameter.count()],
+            read: Box::new(|| Cow::Owned(parameter.values())),
+        }
+    }
+
+    fn state(values: &'a [f32]) -> Self {
         Self {
             shape: [values.len()],
-            values,
+            read: Box::new(|| Cow::Borrowed(values)),
         }
     }
 }
 
-impl View for &Values {
+impl View for &Values<'_> {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -148,11 +155,12 @@ impl View for &Values {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.values.iter().flat_map(|v| v.to_le_bytes()).collect())
+        let values = (self.read)();
+        Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
 
     fn data_len(&self) -> usize {
-        self.values.len() * 4
+        self.shape[0] * 4
     }
 }
 
@@ -177,22 +185,30 @@ pub fn list(output: &Path) -> Vec<(usize, PathBuf)> {
     found
 }
 
-/// Restores a checkpoint into the optimizer and its parameters.
+fn read(path: PathBuf) -> Result<Vec<u8>, TrainError> {
+    fs::read(&path).map_err(|source| TrainError::Io {
+        action: "read",
+        path,
+        source,
+    })
+}
+
+/// Position and history of a checkpoint.
+///
+/// # Errors
+/// If it is malformed.
+pub fn read_progress(path: &Path) -> Result<Progress, TrainError> {
+    let path = path.join(STATE);
+    serde_json::from_slice(&read(path.clone())?).map_err(|e| fault(&path, e))
+}
+
+/// Restores a checkpoint's tensors into the optimizer and its parameters.
 ///
 /// # Errors
 /// If it is malformed or does not belong to these parameters.
-pub fn load(path: &Path, optimizer: &mut Optimizer) -> Result<Progress, TrainError> {
-    let read = |name: &str| {
-        fs::read(path.join(name)).map_err(|source| TrainError::Io {
-            action: "read",
-            path: path.join(name),
-            source,
-        })
-    };
-    let progress: Progress =
-        serde_json::from_slice(&read(STATE)?).map_err(|e| fault(&path.join(STATE), e))?;
-    let bytes = read(TENSORS)?;
+pub fn restore(path: &Path, step: usize, optimizer: &mut Optimizer) -> Result<(), TrainError> {
     let file = path.join(TENSORS);
+    let bytes = read(file.clone())?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| fault(&file, e))?;
     let values = |name: &str, count: usize| -> Result<Vec<f32>, TrainError> {
         let view = tensors.tensor(name).map_err(|e| fault(&file, e))?;
@@ -211,8 +227,8 @@ pub fn load(path: &Path, optimizer: &mut Optimizer) -> Result<Progress, TrainErr
             *state = values(&format!("{name}#{suffix}"), count)?;
         }
     }
-    optimizer.steps = progress.global_step as u64;
-    Ok(progress)
+    optimizer.steps = step as u64;
+    Ok(())
 }
 
 /// Removes the oldest checkpoints above `limit` (0 keeps all), but never the best one.

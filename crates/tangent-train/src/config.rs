@@ -37,7 +37,7 @@ pub enum Warmup {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainConfig {
     /// Peak learning rate.
-    pub learning_rate: f32,
+    pub learning_rate: f64,
     /// Shape of the learning rate after the warm-up.
     pub schedule: Schedule,
     /// Rise of the learning rate.
@@ -102,7 +102,7 @@ impl TrainConfig {
         let checks: [(&'static str, f64, bool, &'static str); 12] = [
             (
                 "learning_rate",
-                self.learning_rate.into(),
+                self.learning_rate,
                 self.learning_rate > 0.0 && self.learning_rate.is_finite(),
                 "must be above 0",
             ),
@@ -169,10 +169,10 @@ impl TrainConfig {
                     Length::Epochs(e) => e,
                 },
                 match self.length {
-                    Length::Steps(n) => n > 0,
-                    Length::Epochs(e) => e > 0.0 && e.is_finite(),
+                    Length::Steps(n) => (1..=1_000_000_000).contains(&n),
+                    Length::Epochs(e) => e > 0.0 && e <= 1e6,
                 },
-                "training needs at least one step",
+                "must be above 0, at most 1e6 passes or 1e9 steps",
             ),
             (
                 "warmup_ratio",
@@ -222,7 +222,7 @@ impl TrainConfig {
             Warmup::Ratio(r) => ("warmup_ratio", r),
         };
         json!({
-            "learning_rate": decimal(self.learning_rate),
+            "learning_rate": self.learning_rate,
             "lr_scheduler_type": self.schedule.to_string(),
             warmup: rise,
             "optim": self.optimizer,

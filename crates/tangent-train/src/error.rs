@@ -24,7 +24,7 @@ pub enum TrainError {
     },
     /// A loss or a gradient that is not a finite number.
     #[error(
-        "step {step}: {what} is not finite; rows of the step: {rows}. The last checkpoint is kept; \
+        "step {step}: {what} is not finite; rows: {rows}. Checkpoints written so far are kept; \
          lower the learning rate or look at these rows"
     )]
     NotFinite {
@@ -34,6 +34,18 @@ pub enum TrainError {
         what: String,
         /// Rows of the step, as `file:line`.
         rows: String,
+    },
+    /// An evaluation with a score that is not a finite number.
+    #[error("{row}: the model's score is not finite; its weights or the adapter's are broken")]
+    ScoreNotFinite {
+        /// The row, as `file:line`.
+        row: String,
+    },
+    /// Another run writes into the same folder.
+    #[error("{path} is in use by another run; wait for it or choose another folder", path = path.display())]
+    Busy {
+        /// Output folder.
+        path: PathBuf,
     },
     /// There is nothing to resume.
     #[error("{path} holds no checkpoint to resume; start without --resume", path = path.display())]
@@ -62,7 +74,10 @@ pub enum TrainError {
         why: String,
     },
     /// A file could not be read or written.
-    #[error("cannot {action} {path}: {source}", path = path.display())]
+    #[error(
+        "cannot {action} {path}: {source}; check the path, the free space and the permissions",
+        path = path.display()
+    )]
     Io {
         /// What was tried.
         action: &'static str,

@@ -8,6 +8,7 @@ use tangent_model::{Batch, forward};
 use tangent_ops::log_softmax_at;
 
 use crate::data::Example;
+use crate::error::TrainError;
 
 /// Most different answers that count as a closed set of labels.
 const MOST_LABELS: usize = 20;
@@ -44,7 +45,7 @@ impl EvalReport {
 }
 
 /// First tokens of the labels, ascending, if the answers of `examples` form a closed set: at most
-/// 20 different ones, fewer than rows, each after a prompt.
+/// 20 different ones, each after a prompt.
 fn labels(examples: &[Example]) -> Option<Vec<u32>> {
     let mut answers = BTreeSet::new();
     for example in examples {
@@ -56,9 +57,6 @@ fn labels(examples: &[Example]) -> Option<Vec<u32>> {
         if answers.len() > MOST_LABELS {
             return None;
         }
-    }
-    if answers.len() < 2 || answers.len() >= examples.len() {
-        return None;
     }
     let firsts: BTreeSet<u32> = answers.iter().map(|a| a[0]).collect();
     Some(firsts.into_iter().collect())
@@ -79,16 +77,23 @@ fn groups(examples: &[Example]) -> Vec<&[Example]> {
 }
 
 /// Evaluates the model on examples.
-pub fn evaluate(model: &dyn Model, examples: &[Example]) -> EvalReport {
+///
+/// # Errors
+/// If a score is not a finite number; the row is named.
+pub fn evaluate(model: &dyn Model, examples: &[Example]) -> Result<EvalReport, TrainError> {
     let labels = labels(examples);
     let (mut loss, mut count, mut right) = (0f64, 0usize, 0usize);
     for group in groups(examples) {
         let batch = Batch::new(group.iter().map(|e| (&e.tokens[..], &e.supervised[..])));
         let firsts = first_targets(&batch);
         let mut at = 0;
+        let mut broken = None;
         forward::for_each_logits(model, &batch, |targets, logits| {
             let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
             let scores = log_softmax_at(logits, &ids);
+            if let Some(bad) = scores.iter().position(|v| !v.is_finite()) {
+                broken.get_or_insert(targets[bad].token);
+            }
             loss -= scores.iter().map(|v| f64::from(*v)).sum::<f64>();
             count += targets.len();
             if let Some(labels) = &labels {
@@ -102,15 +107,21 @@ pub fn evaluate(model: &dyn Model, examples: &[Example]) -> EvalReport {
             }
             at += targets.len();
         });
+        if let Some(token) = broken {
+            let segments = batch.segments.list();
+            let row = segments.iter().position(|s| token < s.start + s.len);
+            let row = row.map_or(String::new(), |row| group[row].origin.to_string());
+            return Err(TrainError::ScoreNotFinite { row });
+        }
     }
     let mean = loss / count.max(1) as f64;
-    EvalReport {
+    Ok(EvalReport {
         loss: mean,
         perplexity: mean.exp(),
         supervised_tokens: count,
         examples: examples.len(),
         accuracy: labels.map(|_| right as f64 / examples.len() as f64),
-    }
+    })
 }
 
 /// Indices of the targets that come first in their rows.

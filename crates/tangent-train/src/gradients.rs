@@ -20,29 +20,38 @@ pub fn accumulate(
     parameters: &[Parameter],
     into: &mut Accumulated,
 ) -> f32 {
-    if checkpointing {
-        return layer_by_layer(model, batch, factor, pass, parameters, into);
+    // A parameter that is used twice gets two parts; they are added to each other first, so that
+    // the order of additions does not depend on how the batch was computed.
+    let mut own: Accumulated = vec![None; parameters.len()];
+    let loss = if checkpointing {
+        layer_by_layer(model, batch, factor, pass, parameters, &mut own)
+    } else {
+        let x = forward::hidden(model, batch, pass);
+        let loss = forward::loss(model, x, &batch.targets, factor, pass);
+        collect(parameters, &mut loss.backward(), &mut own);
+        tangent_ops::values(loss)[0]
+    };
+    for (sum, gradient) in into.iter_mut().zip(own) {
+        add(sum, gradient);
     }
-    let x = forward::hidden(model, batch, pass);
-    let loss = forward::loss(model, x, &batch.targets, factor, pass);
-    let mut gradients = loss.backward();
-    collect(parameters, &mut gradients, into);
-    tangent_ops::values(loss)[0]
+    loss
+}
+
+fn add(sum: &mut Option<Vec<f32>>, gradient: Option<Vec<f32>>) {
+    match (sum, gradient) {
+        (_, None) => {}
+        (Some(sum), Some(gradient)) => {
+            for (s, g) in sum.iter_mut().zip(gradient) {
+                *s += g;
+            }
+        }
+        (none, gradient) => *none = gradient,
+    }
 }
 
 fn collect(parameters: &[Parameter], gradients: &mut Gradients, into: &mut Accumulated) {
     for (parameter, sum) in parameters.iter().zip(into) {
-        let Some(gradient) = parameter.take_gradient(gradients) else {
-            continue;
-        };
-        match sum {
-            None => *sum = Some(gradient),
-            Some(sum) => {
-                for (s, g) in sum.iter_mut().zip(gradient) {
-                    *s += g;
-                }
-            }
-        }
+        add(sum, parameter.take_gradient(gradients));
     }
 }
 

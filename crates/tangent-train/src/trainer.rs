@@ -93,20 +93,21 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     let mut optimizer = Optimizer::new(rule, config.hyper, config.weight_decay, parameters);
     let total = total_steps(run.train, config);
     let warmup = config.warmup_steps(total);
-    let mut progress = begin(run, &mut optimizer, total)?;
+    let (_lock, mut progress) = begin(run, &mut optimizer, total)?;
     let mut metrics = Metrics::open(&run.output, &progress)?;
     on_event(&Event::Start {
         step: progress.global_step,
         total,
     });
     let mut last_eval = None;
-    if progress.global_step == 0 && !run.eval.is_empty() {
-        let entry = entry(&progress, 0.0).with_eval(evaluate(&*run.opened.model, run.eval));
+    if progress.log_history.is_empty() && !run.eval.is_empty() {
+        let entry = entry(&progress, 0.0).with_eval(evaluate(&*run.opened.model, run.eval)?);
         metrics.log(&mut progress, entry, on_event)?;
     }
     let mut stepping = 0f64;
     let (mut window_seconds, mut tokens_here) = (0f64, 0usize);
     let mut steps = epoch_steps(run.train, config, progress.epoch_index);
+    let mut saved = None;
     while progress.global_step < total && !run.stop.load(Ordering::Relaxed) {
         if progress.step_in_epoch >= steps.len() {
             progress.epoch_index += 1;
@@ -115,8 +116,8 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         }
         let clock = Instant::now();
         let rows = &steps[progress.step_in_epoch];
-        let rate = f64::from(config.learning_rate)
-            * config.schedule.factor(progress.global_step, warmup, total);
+        let rate =
+            config.learning_rate * config.schedule.factor(progress.global_step, warmup, total);
         let step = progress.global_step + 1;
         let (loss, mut gradients, counts) = step_gradients(run, rows, step)?;
         let norm = finite_norm(run, &gradients, rows, step)?;
@@ -139,7 +140,7 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         if every(config.logging_steps) || evaluates || last {
             let mut entry = entry(&progress, window_seconds).with_step(rate, norm);
             if evaluates {
-                let report = evaluate(&*run.opened.model, run.eval);
+                let report = evaluate(&*run.opened.model, run.eval)?;
                 if progress.best_metric.is_none_or(|best| report.loss < best) {
                     progress.best_metric = Some(report.loss);
                     progress.best_global_step = Some(step);
@@ -153,15 +154,16 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         }
         if every(config.save_steps) || (last && config.save_steps > 0) {
             save(run, &progress, &optimizer, on_event)?;
+            saved = Some(step);
         }
     }
     let outcome = if progress.global_step < total {
-        save(run, &progress, &optimizer, on_event)?;
+        if saved != Some(progress.global_step) {
+            save(run, &progress, &optimizer, on_event)?;
+        }
         Outcome::Interrupted
     } else {
-        let result = NewFolder::begin(&run.output.join("result"), false)?;
-        checkpoint::write_result(&result, run.opened, run.adapter, &run.base)?;
-        result.finish_into(&run.output)?;
+        publish(run)?;
         Outcome::Finished
     };
     Ok(TrainReport {
@@ -219,7 +221,7 @@ fn step_gradients(
             &mut gradients,
         );
         if !mean.is_finite() {
-            return Err(not_finite(run, rows, step, "the loss".into()));
+            return Err(not_finite(run, &rows[index], step, "the loss".into()));
         }
         loss += f64::from(mean) * supervised as f64;
     }
@@ -248,14 +250,11 @@ fn finite_norm(
         Some((parameter, _)) => format!("the gradient of {}", parameter.name()),
         None => "the norm of all gradients".to_owned(),
     };
-    Err(not_finite(run, rows, step, what))
+    Err(not_finite(run, &rows.concat(), step, what))
 }
 
-fn not_finite(run: &Run<'_>, rows: &StepRows, step: usize, what: String) -> TrainError {
-    let names = rows.iter().flatten().map(|&r| {
-        let origin = &run.train[r].origin;
-        format!("{}:{}", origin.file.display(), origin.line)
-    });
+fn not_finite(run: &Run<'_>, rows: &[usize], step: usize, what: String) -> TrainError {
+    let names = rows.iter().map(|&r| run.train[r].origin.to_string());
     TrainError::NotFinite {
         step,
         what,
@@ -263,8 +262,63 @@ fn not_finite(run: &Run<'_>, rows: &StepRows, step: usize, what: String) -> Trai
     }
 }
 
-/// Progress of a new run, or of the run that is resumed.
-fn begin(run: &Run<'_>, optimizer: &mut Optimizer, total: usize) -> Result<Progress, TrainError> {
+/// Puts the result into the output folder; an earlier result stays until the new one is written.
+fn publish(run: &Run<'_>) -> Result<(), TrainError> {
+    let result = NewFolder::begin(&run.output.join(".result"), true)?;
+    checkpoint::write_result(&result, run.opened, run.adapter, &run.base)?;
+    let stale = RESULTS
+        .iter()
+        .filter(|name| !result.path().join(name).exists());
+    let stale: Vec<PathBuf> = stale.map(|name| run.output.join(name)).collect();
+    result.finish_into(&run.output)?;
+    for path in stale.iter().filter(|path| path.is_file()) {
+        fs::remove_file(path).map_err(io("remove", path))?;
+    }
+    Ok(())
+}
+
+/// Files that a result may have; those of an earlier one would change what a new one means.
+const RESULTS: &[&str] = &[
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+    let path = path.to_owned();
+    move |source| TrainError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Holds the output folder against other runs while it lives.
+fn lock(output: &Path) -> Result<fs::File, TrainError> {
+    let folder = fs::File::open(output).map_err(io("open", output))?;
+    match folder.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Err(TrainError::Busy {
+            path: output.to_owned(),
+        }),
+        // File systems without locks are used as they are.
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(folder),
+    }
+}
+
+/// The lock of the output folder, and the progress of a new run or of the run that is resumed.
+fn begin(
+    run: &Run<'_>,
+    optimizer: &mut Optimizer,
+    total: usize,
+) -> Result<(fs::File, Progress), TrainError> {
     let record = run.output.join("run.json");
     let new = Progress {
         max_steps: total,
@@ -272,37 +326,35 @@ fn begin(run: &Run<'_>, optimizer: &mut Optimizer, total: usize) -> Result<Progr
         ..Progress::default()
     };
     if !run.resume {
-        fs::create_dir_all(&run.output).map_err(|source| TrainError::Io {
-            action: "create",
-            path: run.output.clone(),
-            source,
-        })?;
+        fs::create_dir_all(&run.output).map_err(io("create", &run.output))?;
+        let lock = lock(&run.output)?;
+        checkpoint::remove_leftovers(&run.output);
         for (_, path) in checkpoint::list(&run.output) {
-            fs::remove_dir_all(&path).map_err(|source| TrainError::Io {
-                action: "remove",
-                path,
-                source,
-            })?;
+            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
         }
         let text = format!("{:#}\n", run.settings);
         folder::write_file(&record, text.as_bytes())?;
-        return Ok(new);
+        return Ok((lock, new));
     }
+    let nothing = || TrainError::NoCheckpoint {
+        path: run.output.clone(),
+    };
+    if !run.output.is_dir() {
+        return Err(nothing());
+    }
+    let lock = lock(&run.output)?;
     checkpoint::remove_leftovers(&run.output);
-    let Some((_, path)) = checkpoint::list(&run.output).pop() else {
+    let Some((step, path)) = checkpoint::list(&run.output).pop() else {
         // A run that was stopped before its first checkpoint starts from its beginning.
-        let Ok(bytes) = fs::read(&record) else {
-            return Err(TrainError::NoCheckpoint {
-                path: run.output.clone(),
-            });
-        };
+        let bytes = fs::read(&record).map_err(|_| nothing())?;
         let begun: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
         refuse_changes(&record, &begun, &run.settings)?;
-        return Ok(new);
+        return Ok((lock, new));
     };
-    let progress = checkpoint::load(&path, optimizer)?;
+    let progress = checkpoint::read_progress(&path)?;
     refuse_changes(&path, &progress.settings, &run.settings)?;
-    Ok(progress)
+    checkpoint::restore(&path, step, optimizer)?;
+    Ok((lock, progress))
 }
 
 fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainError> {

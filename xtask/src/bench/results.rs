@@ -32,7 +32,7 @@ pub struct Measured {
 pub struct Samples {
     /// The command line of its first run.
     pub command: String,
-    values: BTreeMap<String, Vec<f64>>,
+    pub(super) values: BTreeMap<String, Vec<f64>>,
 }
 
 impl Samples {

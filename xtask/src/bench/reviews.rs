@@ -1,11 +1,17 @@
 //! Long texts for the steps of a fixed length: real reviews, joined.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
 /// `count` rows of jsonl whose `text` has at least `characters` characters and is made of whole
-/// reviews, none used twice; `None` if there are not enough of them.
+/// reviews, none used twice, though some are there twice; `None` if there are not enough of them.
 pub fn rows(conversations: &str, count: usize, characters: usize) -> Option<String> {
-    let mut reviews = conversations.lines().filter_map(review);
+    let mut seen = HashSet::new();
+    let mut reviews = conversations
+        .lines()
+        .filter_map(review)
+        .filter(|review| seen.insert(review.clone()));
     let mut rows = String::new();
     for _ in 0..count {
         let mut text = reviews.next()?;
@@ -34,14 +40,17 @@ mod tests {
     fn conversations(reviews: &[&str]) -> String {
         let line = |review: &&str| {
             let content = format!("Great or other?\n{review}");
-            format!("{}\n", json!({"messages": [{"role": "user", "content": content}]}))
+            format!(
+                "{}\n",
+                json!({"messages": [{"role": "user", "content": content}]})
+            )
         };
         reviews.iter().map(line).collect()
     }
 
     #[test]
     fn rows_are_long_enough_and_share_nothing() {
-        let data = conversations(&["aaa", "bb\nb", "ccccccccc", "d"]);
+        let data = conversations(&["aaa", "bb\nb", "aaa", "ccccccccc", "d"]);
         let rows = rows(&data, 2, 8).unwrap();
         let texts: Vec<Value> = rows
             .lines()
@@ -49,7 +58,10 @@ mod tests {
             .collect();
         assert_eq!(
             texts,
-            [json!({"text": "aaa\n\nbb\nb"}), json!({"text": "ccccccccc"})]
+            [
+                json!({"text": "aaa\n\nbb\nb"}),
+                json!({"text": "ccccccccc"})
+            ]
         );
     }
 

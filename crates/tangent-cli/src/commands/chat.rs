@@ -10,6 +10,7 @@ use tangent_model::generate::generate;
 use super::generate::{SamplingArgs, prompt_ids};
 use crate::failure::Failure;
 use crate::open::ModelArgs;
+use crate::progress::{say, show};
 
 /// Whom to talk with.
 #[derive(clap::Args)]
@@ -38,12 +39,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut messages = start.clone();
     let terminal = std::io::stdin().is_terminal();
     if terminal {
-        eprintln!("An empty line or Ctrl-D ends the conversation, /reset begins a new one.");
+        say("An empty line or Ctrl-D ends the conversation, /reset begins a new one.");
     }
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if terminal {
-            eprint!("> ");
+            show("> ");
         }
         let line = match lines.next() {
             Some(line) => line?,

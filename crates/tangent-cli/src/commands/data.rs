@@ -1,6 +1,7 @@
 //! `tangent data`: rows as the model sees them.
 
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -25,7 +26,7 @@ pub struct Args {
     train_on: TrainOn,
     /// Cut rows to this many tokens.
     #[arg(long, value_name = "TOKENS")]
-    max_length: Option<usize>,
+    max_length: Option<NonZeroUsize>,
     /// Accept rows without a supervised token.
     #[arg(long)]
     allow_unsupervised: bool,
@@ -38,7 +39,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         &opened,
         &args.data,
         args.train_on,
-        args.max_length,
+        args.max_length.map(NonZeroUsize::get),
         args.allow_unsupervised,
     )?;
     let mut out = std::io::stdout().lock();

@@ -1,6 +1,7 @@
 //! `tangent eval`: loss, perplexity and accuracy on rows.
 
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -23,13 +24,13 @@ pub struct Args {
     data: Vec<PathBuf>,
     /// Evaluate the first N rows only.
     #[arg(long, value_name = "N")]
-    eval_rows: Option<usize>,
+    eval_rows: Option<NonZeroUsize>,
     /// Tokens that count: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
     /// Cut rows to this many tokens.
     #[arg(long, value_name = "TOKENS")]
-    max_length: Option<usize>,
+    max_length: Option<NonZeroUsize>,
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
@@ -38,9 +39,9 @@ pub struct Args {
 /// Evaluates and prints the report.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
-    let mut rows = examples(&opened, &args.data, args.train_on, args.max_length, false)?;
-    rows.truncate(args.eval_rows.unwrap_or(usize::MAX));
-    let report = evaluate(&*opened.model, &rows);
+    let mut rows = examples(&opened, &args.data, args.train_on, args.max_length.map(NonZeroUsize::get), false)?;
+    rows.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
+    let report = evaluate(&*opened.model, &rows)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", report.to_json())?;

@@ -103,7 +103,21 @@ pub fn prompt_ids(
         )));
     };
     let text = template.render(messages, true).map_err(ModelError::from)?;
-    Ok(opened.tokenizer.encode(&text)?)
+    let ids = opened.tokenizer.encode(&text)?;
+    check_length(opened, &ids)?;
+    Ok(ids)
+}
+
+/// Refuses a prompt that leaves no room for an answer.
+fn check_length(opened: &LanguageModel, prompt: &[u32]) -> Result<(), Failure> {
+    let (got, limit) = (prompt.len(), opened.model.max_positions());
+    match got {
+        0 => Err(Failure::Request("--prompt has no tokens".into())),
+        _ if got >= limit => Err(Failure::Request(format!(
+            "the prompt has {got} tokens, the model takes fewer than {limit}; shorten it"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Generates, streaming to standard output.
@@ -120,9 +134,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         messages.push(json!({"role": "user", "content": args.prompt}));
         prompt_ids(&opened, &messages)?
     };
-    if prompt.is_empty() {
-        return Err(Failure::Request("--prompt has no tokens".into()));
-    }
+    check_length(&opened, &prompt)?;
     let mut out = std::io::stdout().lock();
     let mut stream = |piece: &str| {
         if !args.json {

@@ -1,5 +1,7 @@
 //! `tangent merge`: folds an adapter into the weights and checks that nothing changed.
 
+use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,8 +36,8 @@ pub struct Args {
     #[arg(long, num_args = 1.., value_name = "FILE")]
     data: Vec<PathBuf>,
     /// Compare the first N rows.
-    #[arg(long, default_value_t = 20, value_name = "N")]
-    rows: usize,
+    #[arg(long, default_value = "20", value_name = "N")]
+    rows: NonZeroUsize,
     /// Largest mean KL divergence, in nats, between adapter and merged model.
     #[arg(long, default_value_t = 1e-3, value_name = "NATS")]
     tolerance: f64,
@@ -51,21 +53,23 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         vec![opened.tokenizer.encode(TEXT)?]
     } else {
         let rows = examples(&opened, &args.data, TrainOn::All, None, true)?;
-        let rows = rows.into_iter().take(args.rows);
+        let rows = rows.into_iter().take(args.rows.get());
         rows.map(|row: Example| row.tokens).collect()
     };
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     export::write_model(&folder, &opened, args.dtype)?;
     let merged = tangent_model::open(folder.path(), BaseDtype::AsStored, &Device::flex())?;
     let found = agreement(&*opened.model, &*merged.model, &rows);
-    println!(
+    let mut out = std::io::stdout();
+    writeln!(
+        out,
         "adapter against merged model on {} tokens: largest logit difference {:.3e}, mean KL \
          {:.3e} nats, same first choice {:.2} %",
         found.tokens,
         found.largest_logit_difference,
         found.mean_kl,
         found.same_choice * 100.0,
-    );
+    )?;
     if found.mean_kl.is_nan() || found.mean_kl > args.tolerance {
         return Err(Failure::Run(format!(
             "mean KL {:.3e} is above the tolerance {:.3e}; nothing was written. Merge with \
@@ -74,6 +78,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         )));
     }
     folder.finish()?;
-    println!("merged model: {}", args.output.display());
+    writeln!(out, "merged model: {}", args.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

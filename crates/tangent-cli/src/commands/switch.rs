@@ -1,5 +1,6 @@
 //! `tangent switch`: replaces one adapter by another in a merged model, `W - sBA + s'B'A'`.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -42,11 +43,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     let drift = export::write_without(&folder, &merged, Some(&added), args.dtype)?;
     folder.finish()?;
-    println!(
+    let mut out = std::io::stdout();
+    writeln!(
+        out,
         "drift: rounding up to {:.3e}, weights up to {:.3e}; merge from the original model to be \
          free of it",
         drift.rounding, drift.largest_weight
-    );
-    println!("switched model: {}", args.output.display());
+    )?;
+    writeln!(out, "switched model: {}", args.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

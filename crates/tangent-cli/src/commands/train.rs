@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -20,7 +21,7 @@ use tangent_train::{Schedule, TrainReport};
 
 use crate::failure::Failure;
 use crate::open::{ModelArgs, examples};
-use crate::progress::{Progress, duration};
+use crate::progress::{Progress, duration, say};
 
 /// A run, as typed. Every flag is also a key of `--config FILE` (YAML), with underscores.
 #[derive(clap::Args)]
@@ -31,15 +32,15 @@ pub struct Args {
     /// YAML file whose keys are these flags; typed flags win.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Rows to train on (jsonl); several files separated by commas.
-    #[arg(long, alias = "train-file", alias = "dataset", required = true, value_delimiter = ',', value_name = "FILE")]
+    /// Rows to train on (jsonl); several files may be given.
+    #[arg(long, alias = "train-file", alias = "dataset", required = true, num_args = 1.., value_name = "FILE")]
     data: Vec<PathBuf>,
     /// Held-out rows.
-    #[arg(long, alias = "validation-file", alias = "eval-dataset", value_delimiter = ',', value_name = "FILE")]
+    #[arg(long, alias = "validation-file", alias = "eval-dataset", num_args = 1.., value_name = "FILE")]
     eval_data: Vec<PathBuf>,
     /// Evaluate on the first N held-out rows only.
     #[arg(long, alias = "max-eval-samples", value_name = "N")]
-    eval_rows: Option<usize>,
+    eval_rows: Option<NonZeroUsize>,
     /// Where the result goes.
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     output: PathBuf,
@@ -107,8 +108,8 @@ struct MethodArgs {
 #[command(next_help_heading = "Data")]
 struct DataArgs {
     /// Cut rows to this many tokens.
-    #[arg(long, alias = "max-seq-length", alias = "cutoff-len", alias = "sequence-len", default_value_t = 1024, value_name = "TOKENS")]
-    max_length: usize,
+    #[arg(long, alias = "max-seq-length", alias = "cutoff-len", alias = "sequence-len", default_value = "1024", value_name = "TOKENS")]
+    max_length: NonZeroUsize,
     /// Tokens to train on: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
@@ -128,7 +129,7 @@ struct DataArgs {
 struct OptimizationArgs {
     /// Peak learning rate.
     #[arg(long, alias = "lr", default_value_t = 2e-4)]
-    learning_rate: f32,
+    learning_rate: f64,
     /// After the warm-up: constant, linear, cosine.
     #[arg(long, alias = "lr-scheduler", default_value = "linear")]
     lr_scheduler_type: Schedule,
@@ -260,9 +261,10 @@ impl Args {
             learning_rate: o.learning_rate,
             schedule: o.lr_scheduler_type,
             warmup: match (o.warmup_ratio, o.warmup_steps) {
-                (ratio, _) if ratio > 0.0 => Warmup::Ratio(ratio),
-                (_, share) if share > 0.0 && share < 1.0 => Warmup::Ratio(share),
-                (_, steps) => Warmup::Steps(steps.max(0.0) as usize),
+                // As in Hugging Face's Trainer, steps win over the ratio.
+                (ratio, 0.0) => Warmup::Ratio(ratio),
+                (_, share) if share < 1.0 => Warmup::Ratio(share),
+                (_, steps) => Warmup::Steps(steps as usize),
             },
             optimizer: o.optim.clone(),
             hyper: Hyper {
@@ -279,8 +281,8 @@ impl Args {
             },
             gradient_accumulation_steps: o.gradient_accumulation_steps,
             length: match usize::try_from(o.max_steps) {
-                Ok(steps) => Length::Steps(steps),
-                Err(_) => Length::Epochs(o.num_train_epochs),
+                Ok(steps) if steps > 0 => Length::Steps(steps),
+                _ => Length::Epochs(o.num_train_epochs),
             },
             activation_checkpointing: o.activation_checkpointing,
             seed: o.seed,
@@ -294,6 +296,12 @@ impl Args {
 
 /// Trains.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let steps = args.optimization.warmup_steps;
+    if steps < 0.0 || (steps > 1.0 && steps.fract() != 0.0) {
+        return Err(Failure::Request(format!(
+            "--warmup-steps {steps}: expected a number of steps, or a share of them below 1"
+        )));
+    }
     let config = args.resolve();
     config.validate()?;
     let adapter_config = args.method.resolve();
@@ -307,7 +315,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (train, eval) = rows(&args, &opened)?;
     let adapter = attach(&mut *opened.model, &adapter_config, config.seed)?;
     describe(&opened, &adapter, &train, &eval);
-    let settings = settings(&args, &config, &adapter, &train);
+    let settings = settings(&args, &config, &adapter, (&train, &eval));
     let stop = stop_flag()?;
     let base = args.model.model.to_string_lossy().into_owned();
     let run = Run {
@@ -329,7 +337,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 
 fn rows(args: &Args, opened: &LanguageModel) -> Result<(Vec<Example>, Vec<Example>), Failure> {
     let d = &args.data_args;
-    let length = d.max_length.min(opened.model.max_positions());
+    let length = d.max_length.get().min(opened.model.max_positions());
     let read = |files: &[PathBuf]| -> Result<Vec<Example>, Failure> {
         if files.is_empty() {
             return Ok(vec![]);
@@ -339,7 +347,7 @@ fn rows(args: &Args, opened: &LanguageModel) -> Result<(Vec<Example>, Vec<Exampl
     };
     let train = read(&args.data)?;
     let mut eval = read(&args.eval_data)?;
-    eval.truncate(args.eval_rows.unwrap_or(usize::MAX));
+    eval.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
     Ok((train, eval))
 }
 
@@ -358,7 +366,7 @@ fn describe(opened: &LanguageModel, adapter: &Adapter, train: &[Example], eval: 
         0 => String::new(),
         n => format!(" ({n} truncated)"),
     };
-    eprintln!(
+    say(format_args!(
         "{} on {}: {:.2} M trained of {:.0} M parameters; {} rows{note}, {} held out",
         adapter.method.id,
         opened.path.display(),
@@ -366,16 +374,22 @@ fn describe(opened: &LanguageModel, adapter: &Adapter, train: &[Example], eval: 
         frozen as f64 / 1e6,
         train.len(),
         eval.len(),
-    );
+    ));
 }
 
 /// The settings that a resumed run must repeat.
-fn settings(args: &Args, config: &TrainConfig, adapter: &Adapter, train: &[Example]) -> Value {
+fn settings(
+    args: &Args,
+    config: &TrainConfig,
+    adapter: &Adapter,
+    (train, eval): (&[Example], &[Example]),
+) -> Value {
     let a = &adapter.config;
     let mut settings = config.to_json();
     let method = json!({
         "method": a.method,
-        "model": args.model.model,
+        "model": args.model.model.to_string_lossy(),
+        "base_dtype": format!("{:?}", args.model.base_dtype),
         "rank": a.rank,
         "alpha": decimal(a.alpha),
         "use_rslora": a.use_rslora,
@@ -387,6 +401,8 @@ fn settings(args: &Args, config: &TrainConfig, adapter: &Adapter, train: &[Examp
         "modules_to_save": a.modules_to_save,
         "trainable_token_indices": a.trainable_tokens,
         "data": trainer::fingerprint(train),
+        "eval_data": trainer::fingerprint(eval),
+        "train_on": args.data_args.train_on.to_string(),
     });
     if let (Value::Object(all), Value::Object(method)) = (&mut settings, method) {
         all.extend(method);
@@ -402,7 +418,7 @@ fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; Ctrl-C again stops at once");
+        say("\nstopping after this step; Ctrl-C again stops at once");
     };
     ctrlc::set_handler(handler)
         .map_err(|e| Failure::Run(format!("cannot watch for Ctrl-C: {e}")))?;
@@ -413,10 +429,11 @@ fn finish(args: &Args, report: &TrainReport) -> Result<ExitCode, Failure> {
     let output = args.output.display();
     let spent = duration(Duration::from_secs_f64(report.seconds));
     match report.outcome {
-        Outcome::Finished => eprintln!("done in {spent}; the result is in {output}"),
-        Outcome::Interrupted => {
-            eprintln!("stopped after step {}; go on with --resume", report.steps);
-        }
+        Outcome::Finished => say(format_args!("done in {spent}; the result is in {output}")),
+        Outcome::Interrupted => say(format_args!(
+            "stopped after step {}; go on with --resume",
+            report.steps
+        )),
     }
     if args.json {
         let line = json!({
@@ -427,7 +444,7 @@ fn finish(args: &Args, report: &TrainReport) -> Result<ExitCode, Failure> {
             "seconds": report.seconds,
             "tokens_per_second": report.tokens_per_second,
             "peak_memory_bytes": report.peak_memory_bytes,
-            "output": args.output,
+            "output": args.output.to_string_lossy(),
         });
         writeln!(std::io::stdout(), "{line}")?;
     }

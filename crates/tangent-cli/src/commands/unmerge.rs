@@ -1,5 +1,6 @@
 //! `tangent unmerge`: takes an adapter out of a merged model again.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -36,19 +37,25 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (merged, _) = args.model.open_with(Some(&args.adapter))?;
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     let drift = export::write_without(&folder, &merged, None, args.dtype)?;
-    println!(
+    let mut out = std::io::stdout();
+    writeln!(
+        out,
         "drift: rounding up to {:.3e}, weights up to {:.3e}",
         drift.rounding, drift.largest_weight
-    );
+    )?;
     if let Some(base) = &args.base {
         let open = |path: &std::path::Path| {
             let as_stored = tangent_model::BaseDtype::AsStored;
             tangent_model::open(path, as_stored, &burn::tensor::Device::flex())
         };
         let distance = export::distance(&*open(base)?.model, &*open(folder.path())?.model)?;
-        println!("largest difference from {}: {distance:.3e}", base.display());
+        writeln!(
+            out,
+            "largest difference from {}: {distance:.3e}",
+            base.display()
+        )?;
     }
     folder.finish()?;
-    println!("unmerged model: {}", args.output.display());
+    writeln!(out, "unmerged model: {}", args.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

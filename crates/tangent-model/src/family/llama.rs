@@ -147,7 +147,8 @@ impl<'a> Keys<'a> {
             return Ok(None);
         };
         match value.as_u64() {
-            Some(n) if (1..=1 << 32).contains(&n) => Ok(Some(n as usize)),
+            // So bounded, products of two sizes cannot overflow.
+            Some(n) if (1..1 << 31).contains(&n) => Ok(Some(n as usize)),
             _ => Err(self.fault(key, format!("expected a positive integer, got {value}"))),
         }
     }
@@ -396,14 +397,16 @@ impl Llama {
         let embedding = "model.embed_tokens".to_owned();
         let mut lm_head = Site::new("lm_head".into(), SiteKind::Head, None, head);
         lm_head.tied_to = c.tie_word_embeddings.then(|| embedding.clone());
+        // The weights first: they show whether the sizes are true, before tables grow with them.
+        let layers = (0..c.num_hidden_layers)
+            .map(layer)
+            .collect::<Result<Vec<_>, _>>()?;
         let frequencies = c.rope.inverse_frequencies(c.head_dim);
         Ok(Self {
             rotary: RwLock::new(Arc::new(Rotary::new(frequencies, 256))),
             device: device.clone(),
             embed_tokens: Site::new(embedding, SiteKind::Embedding, None, table),
-            layers: (0..c.num_hidden_layers)
-                .map(layer)
-                .collect::<Result<_, _>>()?,
+            layers,
             norm: norm("model.norm".into(), None)?,
             lm_head,
             config,

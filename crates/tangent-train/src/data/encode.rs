@@ -80,6 +80,12 @@ pub struct Origin {
     pub line: usize,
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
 /// A row as token ids. Never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {

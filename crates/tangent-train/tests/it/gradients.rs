@@ -17,7 +17,17 @@ fn batch(rows: &[(Vec<u32>, Vec<bool>)]) -> Batch {
     Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
 }
 
-/// Adapters that train different parts of the model.
+/// Adapters that train different parts of a model, and the model.
+fn cases() -> Vec<(&'static str, AdapterConfig)> {
+    let full = || AdapterConfig {
+        method: "full".into(),
+        ..AdapterConfig::default()
+    };
+    let untied = configs().into_iter().map(|c| ("llama/everything", c));
+    // A tied parameter gets its gradient in two parts.
+    untied.chain([("llama/tied_gqa", full())]).collect()
+}
+
 fn configs() -> Vec<AdapterConfig> {
     let lora = |targets: &[&str]| AdapterConfig {
         rank: 4,
@@ -43,8 +53,8 @@ fn configs() -> Vec<AdapterConfig> {
     ]
 }
 
-fn attached(config: &AdapterConfig) -> (Box<dyn Model>, Adapter) {
-    let mut model = model(&folder("llama/everything"));
+fn attached(base: &str, config: &AdapterConfig) -> (Box<dyn Model>, Adapter) {
+    let mut model = model(&folder(base));
     let adapter = attach(&mut *model, config, 5).unwrap();
     for parameter in &adapter.parameters {
         // B starts at zero, which would hide the gradients of A.
@@ -84,8 +94,8 @@ fn gradients(
 #[test]
 fn accumulation_equals_the_big_batch() {
     let rows = rows();
-    for config in configs().iter().filter(|c| c.dropout == 0.0) {
-        let (model, adapter) = attached(config);
+    for (base, config) in cases().iter().filter(|c| c.1.dropout == 0.0) {
+        let (model, adapter) = attached(base, config);
         let (big_loss, big) = gradients(&*model, &adapter, &[batch(&rows)], false);
         // Micro-batches with very different numbers of supervised tokens.
         let parts: Vec<Batch> = rows.chunks(1).map(batch).collect();
@@ -103,9 +113,9 @@ fn accumulation_equals_the_big_batch() {
 #[test]
 fn activation_checkpointing_changes_no_bit() {
     let rows = rows();
-    for config in &configs() {
-        let (model, adapter) = attached(config);
-        let batches = [batch(&rows)];
+    for (base, config) in &cases() {
+        let (model, adapter) = attached(base, config);
+        let batches = [batch(&rows[..2]), batch(&rows[2..])];
         let (loss, plain) = gradients(&*model, &adapter, &batches, false);
         let (again, checkpointed) = gradients(&*model, &adapter, &batches, true);
         assert_eq!(loss.to_bits(), again.to_bits(), "{:?}", config.targets);
