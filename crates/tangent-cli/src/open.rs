@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use tangent_model::{BaseDtype, LanguageModel};
 use tangent_peft::{Adapter, peft_format};
-use tangent_train::data::{EncodeOptions, Example, TrainOn, encode_rows, read_files};
+use tangent_train::data::{self, EncodeOptions, Example, TrainOn};
 
 use crate::failure::Failure;
 
@@ -46,6 +46,13 @@ impl ModelArgs {
         )?)
     }
 
+    /// Opens a model that an adapter was merged into, with the adapter of a folder attached.
+    pub fn open_merged(&self, adapter: &Path) -> Result<LanguageModel, Failure> {
+        let mut opened = self.open()?;
+        peft_format::load_onto_merged(&mut *opened.model, adapter)?;
+        Ok(opened)
+    }
+
     /// Opens the model with the adapter of a folder attached, if one is given.
     pub fn open_with(
         &self,
@@ -73,9 +80,5 @@ pub fn examples(
         max_length,
         allow_unsupervised,
     };
-    Ok(encode_rows(
-        &read_files(files)?,
-        &opened.tokenizer,
-        &options,
-    )?)
+    Ok(data::load(files, &opened.tokenizer, &options)?)
 }

@@ -20,6 +20,17 @@ pub enum FolderError {
         /// The folder.
         path: PathBuf,
     },
+    /// What stands at the place is nothing that overwriting may remove.
+    #[error(
+        "{path} is not empty and does not look like a result of ours (none of {} is in it), so it \
+         is not overwritten; choose another place, or remove it yourself",
+        MARKS.join(", "),
+        path = path.display()
+    )]
+    NotAResult {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error(
         "cannot {action} {path}: {source}; earlier files are untouched. Check the free space and \
@@ -34,11 +45,55 @@ pub enum FolderError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The system refused after earlier files had been replaced.
+    #[error(
+        "cannot {action} {path}: {source}; earlier files are already replaced, all or some of \
+         them. Check the free space and the permissions, then run the command again",
+        path = path.display()
+    )]
+    Replaced {
+        /// What was tried.
+        action: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The new folder is in its place, but the earlier one could not be removed.
+    #[error(
+        "the result is in its place, but the folder that it replaced, now {path}, cannot be \
+         removed: {source}; check the permissions and remove it yourself",
+        path = path.display()
+    )]
+    Leftover {
+        /// Where the earlier folder is now.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
 }
+
+/// Files by which a result is recognized: a model, an adapter, a run, a checkpoint.
+const MARKS: [&str; 5] = [
+    "config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "run.json",
+    "trainer_state.json",
+];
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FolderError {
     let path = path.to_owned();
     move |source| FolderError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+fn replaced(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FolderError {
+    let path = path.to_owned();
+    move |source| FolderError::Replaced {
         action,
         path,
         source,
@@ -53,6 +108,29 @@ pub fn is_taken(path: &Path) -> bool {
     }
 }
 
+/// Whether the folder at `path` looks like a result, which overwriting may remove.
+fn is_result(path: &Path) -> bool {
+    MARKS.iter().any(|name| path.join(name).is_file())
+}
+
+/// Where [`NewFolder::finish`] keeps the earlier folder between its two renames.
+fn set_aside(place: &Path) -> PathBuf {
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    place.with_file_name(format!(".{name}.tangent-old"))
+}
+
+/// Undoes or completes what a run killed in [`NewFolder::finish`] left of an earlier folder.
+fn recover(place: &Path) -> Result<(), FolderError> {
+    let old = set_aside(place);
+    if !old.exists() {
+        return Ok(());
+    }
+    if is_taken(place) {
+        return fs::remove_dir_all(&old).map_err(io("remove", &old));
+    }
+    fs::rename(&old, place).map_err(io("restore", &old))
+}
+
 /// A folder in the making. Dropped before [`NewFolder::finish`], it leaves no trace.
 #[derive(Debug)]
 pub struct NewFolder {
@@ -62,15 +140,22 @@ pub struct NewFolder {
 }
 
 impl NewFolder {
-    /// Begins a folder that will stand at `place`; its parents are created.
+    /// Begins a folder that will stand at `place`; its parents are created. A folder that a
+    /// killed run had set aside comes back first.
     ///
     /// # Errors
-    /// If `place` is taken and `overwrite` is false, or the system refuses.
+    /// If `place` is taken and `overwrite` is false or it does not look like a result, or the
+    /// system refuses.
     pub fn begin(place: &Path, overwrite: bool) -> Result<Self, FolderError> {
-        if !overwrite && is_taken(place) {
-            return Err(FolderError::NotEmpty {
-                path: place.to_owned(),
-            });
+        recover(place)?;
+        if is_taken(place) {
+            let path = place.to_owned();
+            if !overwrite {
+                return Err(FolderError::NotEmpty { path });
+            }
+            if !is_result(place) {
+                return Err(FolderError::NotAResult { path });
+            }
         }
         let parent = match place.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
@@ -138,43 +223,50 @@ impl NewFolder {
     /// Syncs every file, then moves the files into `folder`, replacing those of the same names.
     ///
     /// # Errors
-    /// If the system refuses.
+    /// If the system refuses; the error says whether files were replaced by then.
     pub fn finish_into(self, folder: &Path) -> Result<(), FolderError> {
         sync(&self.temporary)?;
-        let entries = fs::read_dir(&self.temporary).map_err(io("read", &self.temporary))?;
-        for entry in entries {
-            let from = entry.map_err(io("read", &self.temporary))?.path();
+        let entries = fs::read_dir(&self.temporary)
+            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+            .map_err(io("read", &self.temporary))?;
+        let mut files: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).collect();
+        files.sort();
+        for (index, from) in files.iter().enumerate() {
             let to = folder.join(from.file_name().unwrap_or_default());
-            fs::rename(&from, &to).map_err(io("move into place", &to))?;
+            fs::rename(from, &to).map_err(|source| match index {
+                0 => io("move into place", &to)(source),
+                _ => replaced("move into place", &to)(source),
+            })?;
         }
         let synced = File::open(folder).and_then(|f| f.sync_all());
-        synced.map_err(io("sync", folder))
+        synced.map_err(replaced("sync", folder))
     }
 
     /// Syncs every file, then puts the folder in its place; what stood there is removed last.
     ///
     /// # Errors
-    /// If the system refuses; what stood there then still does.
+    /// If the system refuses; the error says whether what stood there still does.
     pub fn finish(mut self) -> Result<(), FolderError> {
         sync(&self.temporary)?;
-        let old = self.temporary.with_extension("old");
+        let old = set_aside(&self.place);
         let had = self.place.exists();
         if had {
             fs::rename(&self.place, &old).map_err(io("move", &self.place))?;
         }
         if let Err(error) = fs::rename(&self.temporary, &self.place) {
             if had {
-                fs::rename(&old, &self.place).map_err(io("restore", &self.place))?;
+                fs::rename(&old, &self.place).map_err(io("restore", &old))?;
             }
             return Err(io("move into place", &self.place)(error));
         }
         self.finished = true;
         if let Some(parent) = self.place.parent().filter(|p| !p.as_os_str().is_empty()) {
             let synced = File::open(parent).and_then(|f| f.sync_all());
-            synced.map_err(io("sync", parent))?;
+            synced.map_err(replaced("sync", parent))?;
         }
         if had {
-            fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+            fs::remove_dir_all(&old)
+                .map_err(|source| FolderError::Leftover { path: old, source })?;
         }
         Ok(())
     }
@@ -228,27 +320,90 @@ impl Drop for NewFolder {
 mod tests {
     use super::*;
 
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
     #[test]
     fn a_folder_replaces_another_whole_or_not_at_all() {
         let root = tempfile::tempdir().unwrap();
         let place = root.path().join("out");
         let first = NewFolder::begin(&place, false).unwrap();
-        first.write("a", b"1").unwrap();
+        first.write("run.json", b"1").unwrap();
         first.finish().unwrap();
         let taken = NewFolder::begin(&place, false).unwrap_err();
         assert!(matches!(taken, FolderError::NotEmpty { .. }));
         let dropped = NewFolder::begin(&place, true).unwrap();
         dropped.write("b", b"2").unwrap();
         drop(dropped);
-        assert_eq!(fs::read(place.join("a")).unwrap(), b"1");
+        assert_eq!(fs::read(place.join("run.json")).unwrap(), b"1");
         let second = NewFolder::begin(&place, true).unwrap();
         second.write("b", b"2").unwrap();
         second.finish().unwrap();
-        assert!(!place.join("a").exists() && place.join("b").exists());
-        assert_eq!(
-            fs::read_dir(root.path()).unwrap().count(),
-            1,
-            "no leftovers"
-        );
+        assert_eq!(names(&place), ["b"]);
+        assert_eq!(names(root.path()), ["out"], "no leftovers");
+    }
+
+    #[test]
+    fn what_a_killed_run_set_aside_comes_back_or_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("out");
+        let old = root.path().join(".out.tangent-old");
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("config.json"), "earlier").unwrap();
+        // Killed between the renames: the place is missing, and taken again afterwards.
+        let taken = NewFolder::begin(&place, false).unwrap_err();
+        assert!(matches!(taken, FolderError::NotEmpty { .. }), "{taken}");
+        assert_eq!(names(&place), ["config.json"]);
+        assert_eq!(names(root.path()), ["out"]);
+        // Killed before the earlier folder was removed.
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("config.json"), "earlier").unwrap();
+        let new = NewFolder::begin(&place, true).unwrap();
+        new.write("config.json", b"new").unwrap();
+        new.finish().unwrap();
+        assert_eq!(fs::read(place.join("config.json")).unwrap(), b"new");
+        assert_eq!(names(root.path()), ["out"]);
+    }
+
+    #[test]
+    fn only_results_are_overwritten() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("home");
+        fs::create_dir(&place).unwrap();
+        NewFolder::begin(&place, true).unwrap();
+        fs::write(place.join("thesis.txt"), "years of work").unwrap();
+        for place in [place.clone(), place.join("thesis.txt")] {
+            let error = NewFolder::begin(&place, true).unwrap_err();
+            assert!(matches!(error, FolderError::NotAResult { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("adapter_config.json, "), "{text}");
+        }
+        assert_eq!(names(root.path()), ["home"]);
+        fs::write(place.join("trainer_state.json"), "{}").unwrap();
+        NewFolder::begin(&place, true).unwrap();
+    }
+
+    #[test]
+    fn errors_say_whether_files_were_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("out");
+        // A folder cannot be replaced by a file.
+        for (blocked, untouched) in [("a", true), ("b", false)] {
+            fs::create_dir_all(place.join(blocked).join("full")).unwrap();
+            let new = NewFolder::begin(&root.path().join("result"), false).unwrap();
+            new.write("a", b"new").unwrap();
+            new.write("b", b"new").unwrap();
+            let text = new.finish_into(&place).unwrap_err().to_string();
+            assert_eq!(text.contains("earlier files are untouched"), untouched);
+            assert_eq!(text.contains("already replaced"), !untouched, "{text}");
+            fs::remove_dir_all(&place).unwrap();
+        }
+        assert_eq!(names(root.path()), Vec::<String>::new());
     }
 }

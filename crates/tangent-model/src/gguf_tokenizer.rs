@@ -24,7 +24,7 @@ const PRE_TOKENIZERS: &str = "smollm, llama-bpe, llama-v3, llama3, gpt-2, qwen2 
 /// A tokenizer and what the file says about its use.
 #[derive(Debug, Clone)]
 pub struct BuiltTokenizer {
-    /// `encode(text, true)` adds the begin token (if `add_bos`) and the end token the file asks for,
+    /// `encode(text, true)` adds the begin token and the end token that the file asks for,
     /// as with the `tokenizer.json` of a model folder; `encode(text, false)` adds none.
     pub tokenizer: Tokenizer,
     /// Begin-of-sequence token.
@@ -33,10 +33,8 @@ pub struct BuiltTokenizer {
     pub eos: Option<u32>,
     /// Padding token.
     pub pad: Option<u32>,
-    /// Token of text that nothing else covers.
-    pub unk: Option<u32>,
-    /// Whether plain text starts with `bos`.
-    pub add_bos: bool,
+    /// Tokens besides `eos` that end an answer: end of turn, end of message.
+    pub stop_ids: Vec<u32>,
     /// Jinja source of the chat template.
     pub chat_template: Option<String>,
 }
@@ -62,6 +60,8 @@ pub fn tokenizer(file: &GgufFile) -> Result<BuiltTokenizer, GgufError> {
     let eos = vocabulary.special_id(file, "eos", usual(2))?;
     let unk = vocabulary.special_id(file, "unknown", usual(0))?;
     let pad = vocabulary.special_id(file, "padding", None)?;
+    let turn = vocabulary.special_id(file, "eot", None)?;
+    let message = vocabulary.special_id(file, "eom", None)?;
     if let (true, Some(unk)) = (scored, unk) {
         recipe
             .model
@@ -93,8 +93,7 @@ pub fn tokenizer(file: &GgufFile) -> Result<BuiltTokenizer, GgufError> {
         bos,
         eos,
         pad,
-        unk,
-        add_bos,
+        stop_ids: turn.into_iter().chain(message).collect(),
         chat_template,
     })
 }
@@ -343,10 +342,8 @@ mod tests {
         assert_eq!(ids(&built, text, false), [7, 8, 0, 7, 1]);
         assert_eq!(decode(&built, &[7, 8, 0, 7, 1], false), text);
         assert_eq!(decode(&built, &[7, 8, 0, 7, 1], true), "hi hihi<tag>");
-        assert_eq!(
-            (built.bos, built.eos, built.add_bos),
-            (Some(0), None, false)
-        );
+        assert_eq!((built.bos, built.eos), (Some(0), None));
+        assert!(built.stop_ids.is_empty());
         assert_eq!(built.chat_template.as_deref(), Some("{{ x }}"));
         assert_eq!(built.tokenizer.get_vocab_size(true), 12);
     }
@@ -394,10 +391,18 @@ mod tests {
         assert_eq!(ids(&built, "bä?", false), [5, 7, 3, 4, 0]);
         assert_eq!(ids(&built, "a</s>a", false), [8, 2, 8]);
         assert_eq!(decode(&built, &[1, 8, 8, 3, 4], true), "a aä");
-        assert_eq!(
-            (built.bos, built.eos, built.unk, built.add_bos),
-            (Some(1), Some(2), Some(0), true)
-        );
+        assert_eq!((built.bos, built.eos), (Some(1), Some(2)));
+    }
+
+    #[test]
+    fn ends_of_turns_and_messages_are_stop_ids() {
+        let file = byte_level_file("smollm")
+            .u32("tokenizer.ggml.eot_token_id", 1)
+            .u32("tokenizer.ggml.eom_token_id", 11);
+        assert_eq!(build(&file).stop_ids, [1, 11]);
+        let beyond = byte_level_file("smollm").u32("tokenizer.ggml.eot_token_id", 12);
+        let error = tokenizer(&beyond.open().unwrap()).unwrap_err();
+        assert!(error.to_string().contains("eot_token_id is 12"), "{error}");
     }
 
     #[test]

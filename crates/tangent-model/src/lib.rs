@@ -120,15 +120,43 @@ fn open_gguf(
     let file = gguf::GgufFile::open(path)?;
     let config = gguf::hf_config(&file)?;
     let built = gguf_tokenizer::tokenizer(&file)?;
-    let tokenizer = Tokenizer::from_parts(
+    let mut tokenizer = Tokenizer::from_parts(
         built.tokenizer,
         built.bos,
         built.eos,
         built.pad,
         built.chat_template,
     )?;
+    for id in built.stop_ids {
+        if !tokenizer.stop_ids.contains(&id) {
+            tokenizer.stop_ids.push(id);
+        }
+    }
     let heads = |key: &str| config.get(key).and_then(Value::as_u64).unwrap_or(1) as usize;
     let (q, kv) = (heads("num_attention_heads"), heads("num_key_value_heads"));
     let weights = Weights::gguf(file, q, kv, base_dtype);
     Ok((config, weights, tokenizer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_of_a_gguf_model_end_at_its_end_of_turn() {
+        let file = gguf::fixture::Fixture::llama(4)
+            .string("tokenizer.ggml.model", "gpt2")
+            .string("tokenizer.ggml.pre", "gpt-2")
+            .strings("tokenizer.ggml.tokens", &["a", "<end>", "<turn>"])
+            .i32s("tokenizer.ggml.token_type", &[1, 3, 3])
+            .strings("tokenizer.ggml.merges", &[])
+            .u32("tokenizer.ggml.eos_token_id", 1)
+            .u32("tokenizer.ggml.eot_token_id", 2)
+            .u32("tokenizer.ggml.eom_token_id", 1);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        std::fs::write(&path, file.bytes()).unwrap();
+        let (_, _, tokenizer) = open_gguf(&path, BaseDtype::Auto).unwrap();
+        assert_eq!(tokenizer.stop_ids, [1, 2]);
+    }
 }

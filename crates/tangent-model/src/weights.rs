@@ -285,11 +285,12 @@ impl Weights {
     }
 }
 
-/// The weight files of a folder.
+/// The weight files of a folder: the one file, or else the shards that the index names.
 fn shards(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let index = dir.join("model.safetensors.index.json");
     let single = dir.join("model.safetensors");
-    if !index.exists() {
+    // With both, an earlier save's index is stale; Hugging Face takes the one file, too.
+    if single.exists() || !index.exists() {
         return Ok(vec![single]);
     }
     let json = crate::read_json(&index)?;
@@ -333,4 +334,25 @@ fn read_safetensors(path: &Path, tensors: &mut BTreeMap<String, Stored>) -> Resu
         tensors.insert(name.to_owned(), stored);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_file_comes_before_an_index() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dir.path().join("model.safetensors.index.json");
+        std::fs::write(&index, r#"{"weight_map": {"a": "shard.safetensors"}}"#).unwrap();
+        let names = || -> Vec<PathBuf> {
+            let files = shards(dir.path()).unwrap().into_iter();
+            files
+                .map(|f| f.strip_prefix(dir.path()).unwrap().to_owned())
+                .collect()
+        };
+        assert_eq!(names(), [Path::new("shard.safetensors")]);
+        std::fs::write(dir.path().join("model.safetensors"), "").unwrap();
+        assert_eq!(names(), [Path::new("model.safetensors")]);
+    }
 }

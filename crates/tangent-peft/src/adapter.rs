@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use tangent_model::family::Model;
 use tangent_model::{Parameter, Site, SiteKind, WeightAdapter, pass};
 
-use crate::config::{AdapterConfig, BiasMode};
+use crate::config::{AdapterConfig, BiasMode, pattern_regex};
 use crate::error::PeftError;
 use crate::methods::{self, Method};
 use crate::targets::{ends_with_name, near};
@@ -93,6 +93,9 @@ pub fn attach(
 ) -> Result<Adapter, PeftError> {
     config.validate()?;
     let method = methods::find(&config.method)?;
+    if method.whole_model {
+        config.refuse_unread()?;
+    }
     let mut parameters = vec![];
     let mut scope = Scope {
         parameters: &mut parameters,
@@ -196,9 +199,43 @@ fn plan(
     Ok((attachments, adapted))
 }
 
+/// Refuses patterns of ranks and alphas that match none of the sites that `config` adapts; `sites`
+/// are the model's. PEFT ignores such patterns, so [`attach`] accepts them, for adapters from
+/// files; this is for settings as they are typed.
+///
+/// # Errors
+/// If a pattern matches nothing or does not parse, or the targets choose no site.
+pub fn check_patterns(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
+    let ranks = config.rank_pattern.iter().map(|p| ("rank_pattern", &p.0));
+    let alphas = config.alpha_pattern.iter().map(|p| ("alpha_pattern", &p.0));
+    let patterns: Vec<(&'static str, &String)> = ranks.chain(alphas).collect();
+    if patterns.is_empty() {
+        return Ok(());
+    }
+    let targets = chosen(config, sites)?;
+    for (setting, pattern) in patterns {
+        let whole = pattern_regex(pattern)?;
+        if !targets.iter().any(|site| whole.is_match(&site.path)) {
+            return Err(PeftError::UnknownPattern {
+                setting,
+                pattern: pattern.clone(),
+                near: near(pattern, &targets),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// The target sites after exclusions.
 fn chosen<'a>(config: &AdapterConfig, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
     let mut targets = config.targets.select(sites)?;
+    if targets.is_empty() {
+        let target = config.targets.text();
+        return Err(PeftError::UnknownTarget {
+            near: near(&target, sites),
+            target,
+        });
+    }
     if let Some(exclude) = &config.exclude {
         let excluded = exclude.select(sites)?;
         targets.retain(|t| !excluded.iter().any(|e| e.path == t.path));

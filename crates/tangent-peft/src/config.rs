@@ -117,6 +117,75 @@ impl AdapterConfig {
         Ok(())
     }
 
+    /// Refuses settings that a method for the whole model does not read.
+    ///
+    /// # Errors
+    /// Naming the first that differs from its default.
+    pub(crate) fn refuse_unread(&self) -> Result<(), PeftError> {
+        let default = Self::default();
+        let unread: [(&'static str, bool, String); 10] = [
+            (
+                "use_rslora",
+                self.use_rslora == default.use_rslora,
+                self.use_rslora.to_string(),
+            ),
+            (
+                "dropout",
+                self.dropout == default.dropout,
+                self.dropout.to_string(),
+            ),
+            (
+                "target_modules",
+                self.targets == default.targets,
+                self.targets.text(),
+            ),
+            (
+                "exclude_modules",
+                self.exclude == default.exclude,
+                self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
+            ),
+            (
+                "layers_to_transform",
+                self.layers == default.layers,
+                format!("{:?}", self.layers),
+            ),
+            (
+                "rank_pattern",
+                self.rank_pattern == default.rank_pattern,
+                format!("{:?}", self.rank_pattern),
+            ),
+            (
+                "alpha_pattern",
+                self.alpha_pattern == default.alpha_pattern,
+                format!("{:?}", self.alpha_pattern),
+            ),
+            (
+                "bias",
+                self.bias == default.bias,
+                self.bias.name().to_owned(),
+            ),
+            (
+                "modules_to_save",
+                self.modules_to_save == default.modules_to_save,
+                self.modules_to_save.join(", "),
+            ),
+            (
+                "trainable_token_indices",
+                self.trainable_tokens == default.trainable_tokens,
+                format!("{:?}", self.trainable_tokens),
+            ),
+        ];
+        match unread.into_iter().find(|(_, is_default, _)| !is_default) {
+            None => Ok(()),
+            Some((setting, _, value)) => Err(PeftError::Setting {
+                setting,
+                value,
+                why: "every weight of the model trains, so this has no effect; leave it out, or \
+                      choose another method",
+            }),
+        }
+    }
+
     /// Rank at the site `path`.
     ///
     /// # Errors
@@ -138,14 +207,17 @@ impl AdapterConfig {
 }
 
 /// PEFT's rule: the key matches at the end of the path, after a dot or from its start.
+pub(crate) fn pattern_regex(key: &str) -> Result<regex::Regex, PeftError> {
+    let whole = regex::Regex::new(&format!(r"^(.*\.)?({key})$"));
+    whole.map_err(|e| PeftError::Pattern {
+        pattern: key.to_owned(),
+        why: e.to_string(),
+    })
+}
+
 fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T>, PeftError> {
     for (key, value) in patterns {
-        let whole = regex::Regex::new(&format!(r"^(.*\.)?({key})$"));
-        let whole = whole.map_err(|e| PeftError::Pattern {
-            pattern: key.clone(),
-            why: e.to_string(),
-        })?;
-        if whole.is_match(path) {
+        if pattern_regex(key)?.is_match(path) {
             return Ok(Some(*value));
         }
     }

@@ -27,6 +27,16 @@ pub enum PeftError {
         /// Module names like it.
         near: String,
     },
+    /// A pattern of ranks or alphas that matches no adapted site.
+    #[error("{setting}: \"{pattern}\" matches no adapted module; near: {near}")]
+    UnknownPattern {
+        /// Name of the setting.
+        setting: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// Module names like it.
+        near: String,
+    },
     /// A pattern that does not parse.
     #[error("pattern \"{pattern}\" does not parse: {why}")]
     Pattern {

@@ -112,10 +112,11 @@ pub fn write_model(
 ) -> Result<(), PeftError> {
     let model = &*opened.model;
     let pass = Pass::inference(&model.device());
-    write_weights(folder, model, dtype, &|site| {
+    let tied = stays_tied(model);
+    write_weights(folder, model, dtype, tied, &|site| {
         tangent_ops::values(site.effective_weight(&pass))
     })?;
-    write_config(folder, opened, dtype)?;
+    write_config(folder, opened, dtype, tied)?;
     write_tokenizer(folder, opened)
 }
 
@@ -133,9 +134,9 @@ fn write_weights<'a>(
     folder: &NewFolder,
     model: &'a dyn Model,
     dtype: WriteDtype,
+    tied: bool,
     weight: &'a (dyn Fn(&Site) -> Vec<f32> + 'a),
 ) -> Result<(), PeftError> {
-    let tied = stays_tied(model);
     let pass = Pass::inference(&model.device());
     let mut tensors: Vec<(String, Tensor<'_>)> = vec![];
     for site in model.sites() {
@@ -211,6 +212,7 @@ fn write_config(
     folder: &NewFolder,
     opened: &LanguageModel,
     dtype: WriteDtype,
+    tied: bool,
 ) -> Result<(), PeftError> {
     let mut config = opened.config.clone();
     if config.get("rope_freq_factors").is_some() {
@@ -220,7 +222,6 @@ fn write_config(
                   configuration needs; use the model's Hugging Face folder instead",
         });
     }
-    let tied = stays_tied(&*opened.model);
     if let Some(map) = config.as_object_mut() {
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(dtype.torch_name()));
@@ -261,9 +262,14 @@ fn write_tokenizer(folder: &NewFolder, opened: &LanguageModel) -> Result<(), Pef
         "model_max_length": opened.model.max_positions(),
     });
     folder.write("tokenizer_config.json", pretty(&config).as_bytes())?;
+    let stop = match tokenizer.stop_ids.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
     let generation = json!({
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
+        "eos_token_id": stop,
         "pad_token_id": tokenizer.pad,
     });
     folder.write("generation_config.json", pretty(&generation).as_bytes())?;
@@ -344,8 +350,10 @@ pub fn write_without(
         }
         values
     };
-    write_weights(folder, &*removed.model, dtype, &result)?;
-    write_config(folder, removed, dtype)?;
+    // Either adapter may part the head from the embedding.
+    let tied = stays_tied(&*removed.model) && added.is_none_or(|a| stays_tied(&*a.model));
+    write_weights(folder, &*removed.model, dtype, tied, &result)?;
+    write_config(folder, removed, dtype, tied)?;
     write_tokenizer(folder, removed)?;
     let drift = *drift.lock().unwrap_or_else(|e| e.into_inner());
     Ok(drift)

@@ -13,7 +13,7 @@ pub mod peft_format;
 pub mod targets;
 pub mod trained;
 
-pub use adapter::{Adapter, Scope, attach};
+pub use adapter::{Adapter, Scope, attach, check_patterns};
 pub use config::{AdapterConfig, BiasMode};
 pub use error::PeftError;
 pub use methods::{METHODS, Method};

@@ -1,6 +1,8 @@
 //! Adapters in Hugging Face PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a
 //! model card.
 
+mod settings;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,9 +15,10 @@ use tangent_model::{Parameter, Site};
 use tangent_ops::FrozenMatrix;
 
 use crate::adapter::{Adapter, attach};
-use crate::config::{AdapterConfig, BiasMode};
 use crate::error::PeftError;
 use crate::targets::{Targets, ends_with_name, peft_names};
+
+pub use settings::read_config;
 
 /// Version of PEFT whose format is written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -40,42 +43,53 @@ fn neutral_keys() -> Map<String, Value> {
     }
 }
 
-/// Keys without an effect on what the adapter computes.
-const INFORMATION: &[&str] = &[
-    "base_model_name_or_path",
-    "inference_mode",
-    "init_lora_weights",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-];
-
 /// A tensor of an adapter file.
 struct Stored {
     shape: Vec<usize>,
     values: Vec<f32>,
 }
 
-/// Attaches the adapter in the folder `dir` to the model.
+/// Attaches the adapter in the folder `dir` to the model that it was trained for.
 ///
 /// # Errors
 /// If the files are malformed, ask for what is not supported, or were made for another base.
 pub fn load(model: &mut dyn Model, dir: &Path) -> Result<Adapter, PeftError> {
+    load_onto(model, dir, Base::Original)
+}
+
+/// Attaches the adapter in the folder `dir` to a model whose weights hold a merged adapter: the
+/// frozen weights that PEFT stores with the adapter are those before merging, and stay unused.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_onto_merged(model: &mut dyn Model, dir: &Path) -> Result<Adapter, PeftError> {
+    load_onto(model, dir, Base::Merged)
+}
+
+/// What the weights of the model are to which an adapter is attached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Base {
+    /// Those that the adapter was trained for.
+    Original,
+    /// Those with an adapter merged into them.
+    Merged,
+}
+
+fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, PeftError> {
     let path = dir.join(CONFIG);
     let config = read_config(&path)?;
     let adapter = attach(model, &config, 0).map_err(|source| unfit(&path, source))?;
-    fill(model, &adapter, &dir.join(TENSORS))?;
+    fill(model, &adapter, &dir.join(TENSORS), base)?;
     Ok(adapter)
 }
 
 /// Sets the adapter's parameters from a file.
-///
-/// # Errors
-/// If the file is malformed or its tensors are not the adapter's.
-pub fn fill(model: &mut dyn Model, adapter: &Adapter, path: &Path) -> Result<(), PeftError> {
+fn fill(
+    model: &mut dyn Model,
+    adapter: &Adapter,
+    path: &Path,
+    base: Base,
+) -> Result<(), PeftError> {
     let mut tensors = read_tensors(path)?;
     let mut missing = vec![];
     for parameter in &adapter.parameters {
@@ -88,7 +102,7 @@ pub fn fill(model: &mut dyn Model, adapter: &Adapter, path: &Path) -> Result<(),
     }
     refuse(path, "missing", missing)?;
     for site in model.sites_mut() {
-        restore_base(site, path, &mut tensors)?;
+        restore_base(site, path, &mut tensors, base)?;
     }
     refuse(path, "unknown", tensors.into_keys().collect())
 }
@@ -98,6 +112,7 @@ fn restore_base(
     site: &mut Site,
     path: &Path,
     tensors: &mut BTreeMap<String, Stored>,
+    base: Base,
 ) -> Result<(), PeftError> {
     let name = format!("{}.base_layer.weight", site.path);
     let Some(stored) = tensors.remove(&name) else {
@@ -105,7 +120,7 @@ fn restore_base(
     };
     let (rows, cols) = (site.weight.rows(), site.weight.cols());
     check_shape(path, &name, &[rows, cols], &stored.shape)?;
-    if site.weight.to_values() != stored.values {
+    if base == Base::Original && site.weight.to_values() != stored.values {
         site.weight = FrozenMatrix::from_values(stored.values, rows, cols);
     }
     Ok(())
@@ -199,177 +214,6 @@ fn read_tensors(path: &Path) -> Result<BTreeMap<String, Stored>, PeftError> {
 
 fn pairs(data: &[u8], widen: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
     data.as_chunks::<2>().0.iter().map(|b| widen(*b)).collect()
-}
-
-/// Reads `adapter_config.json`.
-///
-/// # Errors
-/// If it is malformed or asks for what is not supported.
-pub fn read_config(path: &Path) -> Result<AdapterConfig, PeftError> {
-    let json: Value = serde_json::from_slice(&read(path)?).map_err(|e| malformed(path, e))?;
-    let map = json
-        .as_object()
-        .ok_or_else(|| malformed(path, "expected an object"))?;
-    let fields = Fields { map, path };
-    fields.refuse_unsupported()?;
-    let defaults = AdapterConfig::default();
-    let layers = match fields.get("layers_to_transform") {
-        None => None,
-        Some(v) => Some(fields.integers("layers_to_transform", v)?),
-    };
-    let exclude = match fields.get("exclude_modules") {
-        None => None,
-        Some(v) => Some(fields.targets("exclude_modules", v)?),
-    };
-    let targets = fields
-        .get("target_modules")
-        .ok_or_else(|| fields.fault("target_modules", "missing"))?;
-    let config = AdapterConfig {
-        method: defaults.method,
-        rank: fields.number("r")?.map_or(8, |n| n as usize),
-        alpha: fields.number("lora_alpha")?.map_or(8.0, |n| n as f32),
-        use_rslora: fields.get("use_rslora") == Some(&Value::Bool(true)),
-        dropout: fields.number("lora_dropout")?.map_or(0.0, |n| n as f32),
-        targets: fields.targets("target_modules", targets)?,
-        exclude,
-        layers: layers.map(|l| l.into_iter().map(|n| n as usize).collect()),
-        rank_pattern: fields.pattern("rank_pattern", |n| n as usize)?,
-        alpha_pattern: fields.pattern("alpha_pattern", |n| n as f32)?,
-        bias: match fields.get("bias").and_then(Value::as_str) {
-            None => BiasMode::None,
-            Some(s) => s.parse().map_err(|e: String| fields.fault("bias", &e))?,
-        },
-        modules_to_save: match fields.get("modules_to_save") {
-            None => vec![],
-            Some(v) => fields.strings("modules_to_save", v)?,
-        },
-        trainable_tokens: fields.tokens()?,
-    };
-    config.validate().map_err(|source| unfit(path, source))?;
-    Ok(config)
-}
-
-/// Typed access to the keys of a configuration.
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    path: &'a Path,
-}
-
-impl<'a> Fields<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map.get(key).filter(|v| !v.is_null())
-    }
-
-    fn fault(&self, key: &str, why: &str) -> PeftError {
-        malformed(self.path, format!("\"{key}\": {why}"))
-    }
-
-    fn refuse_unsupported(&self) -> Result<(), PeftError> {
-        let unsupported = |key: &str, value: &Value| PeftError::Unsupported {
-            path: self.path.to_owned(),
-            key: key.to_owned(),
-            value: value.to_string(),
-        };
-        match self.get("peft_type") {
-            Some(Value::String(kind)) if kind == "LORA" => {}
-            other => return Err(unsupported("peft_type", other.unwrap_or(&Value::Null))),
-        }
-        const READ: &[&str] = &[
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "use_rslora",
-            "target_modules",
-            "exclude_modules",
-            "layers_to_transform",
-            "rank_pattern",
-            "alpha_pattern",
-            "bias",
-            "modules_to_save",
-            "trainable_token_indices",
-        ];
-        let without_effect = |v: &Value| match v {
-            Value::Null | Value::Bool(false) => true,
-            Value::Object(m) => m.is_empty(),
-            Value::Array(a) => a.is_empty(),
-            _ => false,
-        };
-        for (key, value) in self.map {
-            let known = READ.contains(&key.as_str()) || INFORMATION.contains(&key.as_str());
-            if !known && !without_effect(value) {
-                return Err(unsupported(key, value));
-            }
-        }
-        Ok(())
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, PeftError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(v) => v
-                .as_f64()
-                .map(Some)
-                .ok_or_else(|| self.fault(key, &format!("expected a number, got {v}"))),
-        }
-    }
-
-    fn strings(&self, key: &str, value: &Value) -> Result<Vec<String>, PeftError> {
-        let strings = value.as_array().and_then(|a| {
-            a.iter()
-                .map(|v| v.as_str().map(str::to_owned))
-                .collect::<Option<Vec<_>>>()
-        });
-        strings.ok_or_else(|| self.fault(key, &format!("expected a list of names, got {value}")))
-    }
-
-    fn integers(&self, key: &str, value: &Value) -> Result<Vec<u64>, PeftError> {
-        let one = value.as_u64().map(|n| vec![n]);
-        let many = || {
-            let list = value.as_array()?;
-            list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>()
-        };
-        one.or_else(many)
-            .ok_or_else(|| self.fault(key, &format!("expected whole numbers, got {value}")))
-    }
-
-    fn targets(&self, key: &str, value: &Value) -> Result<Targets, PeftError> {
-        match value {
-            Value::String(s) if s == "all-linear" => Ok(Targets::parse(std::slice::from_ref(s))),
-            Value::String(s) => Ok(Targets::Regex(s.clone())),
-            other => Ok(Targets::List(self.strings(key, other)?)),
-        }
-    }
-
-    fn pattern<T>(&self, key: &str, cast: fn(f64) -> T) -> Result<Vec<(String, T)>, PeftError> {
-        let Some(value) = self.get(key) else {
-            return Ok(vec![]);
-        };
-        let map = value
-            .as_object()
-            .ok_or_else(|| self.fault(key, &format!("expected an object, got {value}")))?;
-        map.iter()
-            .map(|(pattern, v)| match v.as_f64() {
-                Some(n) => Ok((pattern.clone(), cast(n))),
-                None => Err(self.fault(key, &format!("expected a number, got {v}"))),
-            })
-            .collect()
-    }
-
-    fn tokens(&self) -> Result<BTreeMap<String, Vec<u32>>, PeftError> {
-        const KEY: &str = "trainable_token_indices";
-        let ids = |value: &Value| -> Result<Vec<u32>, PeftError> {
-            let ids = self.integers(KEY, value)?;
-            Ok(ids.into_iter().map(|n| n as u32).collect())
-        };
-        match self.get(KEY) {
-            None => Ok(BTreeMap::new()),
-            Some(Value::Object(map)) => map
-                .iter()
-                .map(|(name, v)| Ok((name.clone(), ids(v)?)))
-                .collect(),
-            Some(list) => Ok(BTreeMap::from([("embed_tokens".to_owned(), ids(list)?)])),
-        }
-    }
 }
 
 /// `adapter_config.json` of an adapter.

@@ -10,6 +10,9 @@ pub enum Targets {
     /// Module names (a site matches if its path is the name or ends with `.name`), globs over
     /// whole paths, and the presets `attention`, `mlp` and `all-linear`.
     List(Vec<String>),
+    /// Module names as a PEFT file lists them: no globs and no presets; names that match nothing
+    /// are ignored.
+    Names(Vec<String>),
     /// A regular expression that the whole path must match.
     Regex(String),
 }
@@ -20,20 +23,22 @@ impl Targets {
         Self::List(names.to_vec())
     }
 
-    /// The chosen ones of `sites`, in their order.
+    /// The chosen ones of `sites`, in their order; perhaps none, unless names were typed.
     ///
     /// # Errors
-    /// If a name matches nothing or a pattern does not parse.
+    /// If a typed name matches nothing or a pattern does not parse.
     pub fn select<'a>(&self, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
         let matchers = match self {
             Self::List(names) => names
                 .iter()
                 .map(|n| Matcher::parse(n))
                 .collect::<Result<_, _>>()?,
+            Self::Names(names) => names.iter().cloned().map(Matcher::Name).collect(),
             Self::Regex(pattern) => vec![Matcher::regex(pattern)?],
         };
+        let typed = matches!(self, Self::List(_));
         for matcher in &matchers {
-            if !sites.iter().any(|site| matcher.matches(site)) {
+            if typed && !sites.iter().any(|site| matcher.matches(site)) {
                 return Err(PeftError::UnknownTarget {
                     target: matcher.text().to_owned(),
                     near: near(matcher.text(), sites),
@@ -42,6 +47,14 @@ impl Targets {
         }
         let chosen = |site: &&&Site| matchers.iter().any(|m| m.matches(site));
         Ok(sites.iter().filter(chosen).copied().collect())
+    }
+
+    /// The choice as messages show it.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::List(names) | Self::Names(names) => names.join(", "),
+            Self::Regex(pattern) => pattern.clone(),
+        }
     }
 }
 
@@ -190,6 +203,10 @@ mod tests {
         check(&list(&["all-linear"]), &[q0, up, q1]);
         check(&list(&["model.layers.1.*"]), &[q1]);
         check(&Targets::Regex(r".*\.[01]\..*q_proj".into()), &[q0, q1]);
+        // Of a file's names only those count that match, and a word is no preset.
+        let names = ["q_proj", "c_attn", "mlp", "model.layers.1.*"].map(String::from);
+        check(&Targets::Names(names.into()), &[q0, q1]);
+        check(&Targets::Regex("c_attn".into()), &[]);
     }
 
     #[test]

@@ -60,6 +60,12 @@ impl WeightAdapter for TrainedRows {
         base * keep + pick.matmul(pass.value(&self.rows))
     }
 
+    fn linear(&self, x: Tensor<2>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
+        let (keep, pick) = self.masks(0..base.rows() as u32, pass);
+        let trained = tangent_ops::linear(x.clone(), pass.value(&self.rows));
+        tangent_ops::frozen_linear(x, base) * keep.transpose() + tangent_ops::linear(trained, pick)
+    }
+
     fn embed(&self, ids: &Arc<[u32]>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
         let (keep, pick) = self.masks(ids.iter().copied(), pass);
         let frozen = tangent_ops::frozen_embedding(ids, base, &pass.device);

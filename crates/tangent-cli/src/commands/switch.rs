@@ -34,12 +34,12 @@ pub struct Args {
 
 /// Switches and reports the drift.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let (merged, _) = args.model.open_with(Some(&args.from))?;
+    let merged = args.model.open_merged(&args.from)?;
     let single = ModelArgs {
         threads: None,
         ..args.model.clone()
     };
-    let (added, _) = single.open_with(Some(&args.to))?;
+    let added = single.open_merged(&args.to)?;
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     let drift = export::write_without(&folder, &merged, Some(&added), args.dtype)?;
     folder.finish()?;

@@ -34,7 +34,7 @@ pub struct Args {
 
 /// Subtracts the adapter and reports the drift.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let (merged, _) = args.model.open_with(Some(&args.adapter))?;
+    let merged = args.model.open_merged(&args.adapter)?;
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     let drift = export::write_without(&folder, &merged, None, args.dtype)?;
     let mut out = std::io::stdout();

@@ -3,7 +3,7 @@
 mod models;
 mod saving;
 
-use crate::{Place, ROWS, Ran};
+use crate::{Place, Ran};
 
 const EVAL: &str = "eval --data rows.jsonl --model";
 const TRAIN: &str = "train --model tiny.gguf --data rows.jsonl --max-steps 1";
@@ -107,7 +107,7 @@ fn data_without_rows() {
             &words,
         );
         refused(&place, &format!("data {file} --model tiny.gguf"), &words);
-        let line = format!("train --model tiny.gguf --data rows.jsonl,{file} {OVER}");
+        let line = format!("train --model tiny.gguf --data rows.jsonl {file} {OVER}");
         refused(&place, &line, &words);
     }
     let words = ["cannot read none.jsonl", "check the path"];

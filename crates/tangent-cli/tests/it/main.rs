@@ -159,7 +159,7 @@ impl Ran {
     #[track_caller]
     fn json(self) -> Value {
         let out = self.succeeded();
-        serde_json::from_str(out.lines().last().unwrap()).unwrap()
+        serde_json::from_str(out.lines().next_back().unwrap()).unwrap()
     }
 
     /// Every line that it printed.

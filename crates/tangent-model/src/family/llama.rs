@@ -25,16 +25,12 @@ pub const FAMILY: Family = Family {
 
 /// Keys that do not change what the model computes.
 const WITHOUT_EFFECT: &[&str] = &[
-    "_name_or_path",
     "architectures",
     "auto_map",
-    "bos_token_id",
     "dtype",
-    "eos_token_id",
     "initializer_range",
     "is_llama_config",
     "model_type",
-    "pad_token_id",
     "tokenizer_class",
     "torch_dtype",
     "transformers.js_config",
@@ -197,10 +193,15 @@ impl<'a> Keys<'a> {
     }
 
     fn finish(self, without_effect: &[&str]) -> Result<(), ModelError> {
+        // Names of files and of special tokens, which belong to the tokenizer.
+        let harmless =
+            |k: &str| k.starts_with('_') || k.ends_with("_token_id") || without_effect.contains(&k);
         let keys: Vec<String> = self
             .map
             .keys()
-            .filter(|k| !self.seen.contains(&k.as_str()) && !without_effect.contains(&k.as_str()))
+            .filter(|k| !self.seen.contains(&k.as_str()) && !harmless(k))
+            // A null setting is one that is not set.
+            .filter(|k| self.map.get(*k).is_some_and(|v| !v.is_null()))
             .cloned()
             .collect();
         if keys.is_empty() {
@@ -228,8 +229,12 @@ impl Config {
         };
         let hidden_size = keys.size("hidden_size")?;
         let num_attention_heads = keys.size("num_attention_heads")?;
+        // transformers gives these keys of Mistral a value where they are absent, not where null.
+        let mistral = map.get("model_type").and_then(Value::as_str) == Some("mistral");
+        let absent = |key: &str, value: usize| (mistral && !map.contains_key(key)).then_some(value);
         let num_key_value_heads = keys
             .optional_size("num_key_value_heads")?
+            .or(absent("num_key_value_heads", 8))
             .unwrap_or(num_attention_heads);
         let head_dim = match keys.optional_size("head_dim")? {
             Some(d) => d,
@@ -258,7 +263,9 @@ impl Config {
             max_position_embeddings: keys.size("max_position_embeddings")?,
             rms_norm_eps: keys.number("rms_norm_eps")? as f32,
             rope: rope(&mut keys, head_dim)?,
-            sliding_window: keys.optional_size("sliding_window")?,
+            sliding_window: keys
+                .optional_size("sliding_window")?
+                .or(absent("sliding_window", 4096)),
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
             attention_bias: keys.flag("attention_bias")?,
             mlp_bias: keys.flag("mlp_bias")?,
@@ -310,7 +317,14 @@ fn rope(keys: &mut Keys<'_>, head_dim: usize) -> Result<Rope, ModelError> {
         Some(v) => Some(v),
         None => inner.value("type"),
     };
-    let scaling = match kind.and_then(Value::as_str).unwrap_or("default") {
+    let kind = match kind {
+        None => "default",
+        Some(Value::String(kind)) => kind.as_str(),
+        Some(other) => {
+            return Err(inner.fault("rope_type", format!("expected a name, got {other}")));
+        }
+    };
+    let scaling = match kind {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
             factor: inner.number("factor")?,
@@ -518,5 +532,54 @@ impl Model for Llama {
 
     fn head(&self) -> &Site {
         &self.lm_head
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(model_type: &str, changes: Value) -> Result<Config, ModelError> {
+        let mut config = json!({
+            "model_type": model_type, "vocab_size": 9, "hidden_size": 64, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 16, "max_position_embeddings": 32,
+            "rms_norm_eps": 1e-5,
+        });
+        if let (Value::Object(config), Value::Object(changes)) = (&mut config, changes) {
+            config.extend(changes);
+        }
+        Config::parse(&config, Path::new("config.json"))
+    }
+
+    #[test]
+    fn absent_keys_have_the_defaults_of_their_model_type() {
+        let read = |model_type: &str, changes: Value| {
+            let config = parse(model_type, changes).unwrap();
+            (config.num_key_value_heads, config.sliding_window)
+        };
+        let null = json!({"num_key_value_heads": null, "sliding_window": null});
+        let set = json!({"num_key_value_heads": 4, "sliding_window": 7});
+        assert_eq!(read("mistral", json!({})), (8, Some(4096)));
+        assert_eq!(read("mistral", null.clone()), (16, None));
+        assert_eq!(read("mistral", set), (4, Some(7)));
+        assert_eq!(read("llama", json!({})), (16, None));
+        assert_eq!(read("llama", null), (16, None));
+    }
+
+    #[test]
+    fn null_settings_are_not_set_and_others_are_refused() {
+        let rope = json!({"rope_theta": 5.0, "rope_type": "default", "factor": null});
+        let both = json!({"rope_parameters": rope, "rope_scaling": null, "future": null});
+        assert_eq!(parse("llama", both).unwrap().rope.theta, 5.0);
+        for (changes, named) in [
+            (json!({"rope_parameters": {"rope_type": 3}}), "rope_type"),
+            (json!({"rope_scaling": {"type": ["linear"]}}), "rope_type"),
+            (json!({"future": 0}), "future"),
+        ] {
+            let error = parse("llama", changes).unwrap_err().to_string();
+            assert!(error.contains(named), "{named}: {error}");
+        }
     }
 }

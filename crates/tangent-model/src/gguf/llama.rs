@@ -2,7 +2,7 @@
 
 use serde_json::{Map, json};
 
-use super::{GgufError, GgufFile, TensorInfo, TensorType};
+use super::{GgufError, GgufFile, TensorInfo, TensorType, Value};
 
 /// The model's configuration with the keys of a Hugging Face `config.json` of a Llama model.
 ///
@@ -18,6 +18,7 @@ pub fn hf_config(file: &GgufFile) -> Result<serde_json::Value, GgufError> {
     }
     let heads = Heads::read(file)?;
     refuse_other_models(file, heads.dim)?;
+    refuse_unknown(file)?;
     let embedding = file.tensor("token_embd.weight")?;
     let &[vocab_size, _] = embedding.shape.as_slice() else {
         let what = format!(
@@ -154,6 +155,89 @@ fn refuse_other_models(file: &GgufFile, head_dim: u32) -> Result<(), GgufError> 
         }
     }
     Ok(())
+}
+
+/// Settings under `llama.` that are read here.
+const READ: &[&str] = &[
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_count",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.type",
+];
+
+/// Settings under `llama.` that repeat what the tensors show, or matter only to a rotary scaling,
+/// which is refused.
+const WITHOUT_EFFECT: &[&str] = &[
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+];
+
+/// Settings under `llama.` that have no effect at 0 or false.
+const OFF_AT_ZERO: &[&str] = &[
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.sliding_window",
+    "attn_logit_softcapping",
+    "expert_used_count",
+    "final_logit_softcapping",
+    "pooling_type",
+    "use_parallel_residual",
+];
+
+/// Refuses settings that are not known: they may change what the model computes.
+fn refuse_unknown(file: &GgufFile) -> Result<(), GgufError> {
+    for (key, value) in &file.metadata {
+        let Some(setting) = key.strip_prefix("llama.") else {
+            continue;
+        };
+        let zero = value.as_u64() == Some(0)
+            || value.as_f32() == Some(0.0)
+            || *value == Value::Bool(false);
+        let known = READ.contains(&setting)
+            || WITHOUT_EFFECT.contains(&setting)
+            || (zero && OFF_AT_ZERO.contains(&setting))
+            || (setting == "attention.causal" && *value == Value::Bool(true));
+        if !known {
+            return Err(GgufError::UnsupportedFeature {
+                path: file.path.clone(),
+                key: key.clone(),
+                value: shown(value),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A metadata value as messages show it.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Bool(v) => v.to_string(),
+        Value::String(v) => v.clone(),
+        Value::F32(v) => v.to_string(),
+        Value::F64(v) => v.to_string(),
+        Value::Array(v) => format!("an array of {}", v.len()),
+        Value::I8(v) => v.to_string(),
+        Value::I16(v) => v.to_string(),
+        Value::I32(v) => v.to_string(),
+        Value::I64(v) => v.to_string(),
+        Value::U8(v) => v.to_string(),
+        Value::U16(v) => v.to_string(),
+        Value::U32(v) => v.to_string(),
+        Value::U64(v) => v.to_string(),
+    }
 }
 
 fn rope_freq_factors(
@@ -306,6 +390,18 @@ mod tests {
                 "expert_count",
             ),
             (
+                Fixture::llama(4).f32("llama.attention.scale", 0.25),
+                "llama.attention.scale = 0.25",
+            ),
+            (
+                Fixture::llama(4).u32("llama.attention.sliding_window", 512),
+                "sliding_window = 512",
+            ),
+            (
+                Fixture::llama(4).bool("llama.attention.causal", false),
+                "causal = false",
+            ),
+            (
                 Fixture::llama(4).u32("llama.rope.dimension_count", 2),
                 "dimension_count",
             ),
@@ -323,6 +419,22 @@ mod tests {
             let error = hf_config(&fixture.open().unwrap()).unwrap_err();
             assert!(error.to_string().contains(named), "{named}: {error}");
         }
+    }
+
+    #[test]
+    fn settings_without_effect_are_accepted() {
+        let file = Fixture::llama(4)
+            .u32("llama.vocab_size", 3)
+            .u32("llama.rope.dimension_count", 4)
+            .u32("llama.attention.value_length", 4)
+            .string("llama.rope.scaling.type", "none")
+            .u32("llama.expert_used_count", 0)
+            .f32("llama.attention.clamp_kqv", 0.0)
+            .bool("llama.attention.causal", true)
+            .u32("general.future", 1)
+            .open()
+            .unwrap();
+        assert!(hf_config(&file).is_ok());
     }
 
     #[test]

@@ -1,20 +1,28 @@
 //! What every method of the list must keep, on every kind of base.
 
+use std::collections::BTreeMap;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tangent_model::family::{self, Model};
 use tangent_model::folder::NewFolder;
 use tangent_model::site::WeightAdapter;
 use tangent_model::{BaseDtype, Pass, Weights, read_json};
-use tangent_peft::{Adapter, AdapterConfig, METHODS, Method, Targets, attach, peft_format};
+use tangent_peft::{
+    Adapter, AdapterConfig, BiasMode, METHODS, Method, Targets, attach, check_patterns, peft_format,
+};
 
 use tangent_testkit::{Reference, all_logits, close, folder, mean_loss};
 
 /// A base in each type that is held differently.
 const BASES: &[BaseDtype] = &[BaseDtype::F32, BaseDtype::Bf16];
 
-fn base(dtype: BaseDtype) -> Box<dyn Model> {
-    let dir = folder("llama/everything");
+/// Models with every part that sites can have, and with a tied head.
+const UNTIED: &str = "llama/everything";
+const TIED: &str = "llama/tied_gqa";
+
+fn base(name: &str, dtype: BaseDtype) -> Box<dyn Model> {
+    let dir = folder(name);
     let path = dir.join("config.json");
     let config = read_json(&path).unwrap();
     let weights = Weights::folder(&dir, dtype).unwrap();
@@ -25,22 +33,53 @@ fn reference() -> Reference {
     Reference::open(&folder("llama/everything/reference.safetensors"))
 }
 
-/// Every method with the settings that reach all of its code.
-fn cases() -> Vec<(&'static Method, AdapterConfig)> {
-    let targets = ["all-linear", "embed_tokens", "lm_head"].map(String::from);
-    METHODS
-        .iter()
-        .map(|method| {
+/// A method with its settings, and the model that it is attached to.
+struct Case {
+    method: &'static Method,
+    base: &'static str,
+    config: AdapterConfig,
+}
+
+/// Every method with the settings that reach all of its code, and trained rows of a tied model.
+fn cases() -> Vec<Case> {
+    let all = ["all-linear", "embed_tokens", "lm_head"].map(String::from);
+    let low_rank = |method: &Method, targets: &[String]| AdapterConfig {
+        method: method.id.into(),
+        rank: 4,
+        alpha: 6.0,
+        targets: Targets::parse(targets),
+        ..AdapterConfig::default()
+    };
+    let mut cases = vec![];
+    for method in METHODS {
+        if method.whole_model {
             let config = AdapterConfig {
                 method: method.id.into(),
-                rank: 4,
-                alpha: 6.0,
-                targets: Targets::parse(&targets),
                 ..AdapterConfig::default()
             };
-            (method, config)
-        })
-        .collect()
+            cases.push(Case {
+                method,
+                base: UNTIED,
+                config,
+            });
+            continue;
+        }
+        cases.push(Case {
+            method,
+            base: UNTIED,
+            config: low_rank(method, &all),
+        });
+        let tokens = (0..48).map(|t| (t * 29) % 96).collect();
+        cases.push(Case {
+            method,
+            base: TIED,
+            config: AdapterConfig {
+                trainable_tokens: BTreeMap::from([("embed_tokens".into(), tokens)]),
+                ..low_rank(method, &all[..1])
+            },
+        });
+    }
+    cases
 }
 
 fn randomize(adapter: &Adapter) {
@@ -55,9 +94,9 @@ fn randomize(adapter: &Adapter) {
 }
 
 fn for_every_case(check: impl Fn(&Method, &AdapterConfig, Box<dyn Model>)) {
-    for (method, config) in cases() {
+    for case in cases() {
         for dtype in BASES {
-            check(method, &config, base(*dtype));
+            check(case.method, &case.config, base(case.base, *dtype));
         }
     }
 }
@@ -110,8 +149,13 @@ fn fast_paths_equal_the_definition_in_outputs_and_gradients() {
 #[test]
 fn gradients_equal_finite_differences() {
     let batch = reference().batch();
-    for (method, config) in cases() {
-        let mut model = base(BaseDtype::F32);
+    for Case {
+        method,
+        base: name,
+        config,
+    } in cases()
+    {
+        let mut model = base(name, BaseDtype::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
         let mut gradients = mean_loss(&*model, &batch).backward();
@@ -181,8 +225,13 @@ fn counts_names_and_frozen_weights_are_right() {
 #[test]
 fn saved_and_loaded_is_exact() {
     let batch = reference().batch();
-    for (method, config) in cases().into_iter().filter(|c| !c.0.whole_model) {
-        let mut model = base(BaseDtype::F32);
+    for Case {
+        method,
+        base: name,
+        config,
+    } in cases().into_iter().filter(|c| !c.method.whole_model)
+    {
+        let mut model = base(name, BaseDtype::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
         let out = tempfile::tempdir().unwrap();
@@ -190,7 +239,7 @@ fn saved_and_loaded_is_exact() {
         let new = NewFolder::begin(&place, false).unwrap();
         peft_format::write(&new, &adapter, &*model, "base").unwrap();
         new.finish().unwrap();
-        let mut again = base(BaseDtype::F32);
+        let mut again = base(name, BaseDtype::F32);
         let loaded = peft_format::load(&mut *again, &place).unwrap();
         for (a, b) in adapter.parameters.iter().zip(&loaded.parameters) {
             assert_eq!(
@@ -234,12 +283,111 @@ fn twenty_steps_lower_the_loss() {
 #[test]
 fn ranks_outside_the_matrix_are_refused() {
     for rank in [0, 1000] {
-        let mut model = base(BaseDtype::F32);
+        let mut model = base(UNTIED, BaseDtype::F32);
         let config = AdapterConfig {
             rank,
             ..AdapterConfig::default()
         };
         let error = attach(&mut *model, &config, 0).err().unwrap().to_string();
         assert!(error.contains("rank"), "{error}");
+    }
+}
+
+#[test]
+fn patterns_that_match_no_adapted_site_are_refused_where_they_are_typed() {
+    let mut model = base(UNTIED, BaseDtype::F32);
+    let config = |ranks: &[&str], alphas: &[&str]| AdapterConfig {
+        targets: Targets::parse(&["q_proj".into(), "v_proj".into()]),
+        rank_pattern: ranks.iter().map(|k| ((*k).to_owned(), 2)).collect(),
+        alpha_pattern: alphas.iter().map(|k| ((*k).to_owned(), 2.0)).collect(),
+        ..AdapterConfig::default()
+    };
+    let good = config(&["layers.1.*v_proj", "q_proj"], &["q_proj"]);
+    check_patterns(&good, &model.sites()).unwrap();
+    for (config, words) in [
+        // A module that exists and is not adapted is as much of a mistake.
+        (
+            config(&["q_proj", "k_proj"], &[]),
+            ["rank_pattern", "\"k_proj\""],
+        ),
+        (config(&[], &["q_prj"]), ["alpha_pattern", "near: q_proj"]),
+    ] {
+        let error = check_patterns(&config, &model.sites()).unwrap_err();
+        for word in words {
+            assert!(error.to_string().contains(word), "{word}: {error}");
+        }
+        // As in PEFT, adapters from files may have them.
+        attach(&mut *model, &config, 0).unwrap();
+    }
+}
+
+#[test]
+fn settings_that_full_fine_tuning_does_not_read_are_refused() {
+    let full = || AdapterConfig {
+        method: "full".into(),
+        ..AdapterConfig::default()
+    };
+    let mut model = base(UNTIED, BaseDtype::F32);
+    let names = || Targets::parse(&["q_proj".into()]);
+    for (setting, config) in [
+        (
+            "dropout",
+            AdapterConfig {
+                dropout: 0.1,
+                ..full()
+            },
+        ),
+        (
+            "target_modules",
+            AdapterConfig {
+                targets: names(),
+                ..full()
+            },
+        ),
+        (
+            "exclude_modules",
+            AdapterConfig {
+                exclude: Some(names()),
+                ..full()
+            },
+        ),
+        (
+            "rank_pattern",
+            AdapterConfig {
+                rank_pattern: vec![("q_proj".into(), 2)],
+                ..full()
+            },
+        ),
+        (
+            "alpha_pattern",
+            AdapterConfig {
+                alpha_pattern: vec![("q_proj".into(), 2.0)],
+                ..full()
+            },
+        ),
+        (
+            "bias",
+            AdapterConfig {
+                bias: BiasMode::All,
+                ..full()
+            },
+        ),
+        (
+            "modules_to_save",
+            AdapterConfig {
+                modules_to_save: vec!["lm_head".into()],
+                ..full()
+            },
+        ),
+        (
+            "trainable_token_indices",
+            AdapterConfig {
+                trainable_tokens: BTreeMap::from([("embed_tokens".into(), vec![3])]),
+                ..full()
+            },
+        ),
+    ] {
+        let error = attach(&mut *model, &config, 0).err().unwrap().to_string();
+        assert!(error.starts_with(setting), "{setting}: {error}");
     }
 }

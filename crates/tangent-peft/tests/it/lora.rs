@@ -154,3 +154,32 @@ fn unsupported_settings_are_refused_by_name() {
     let error = peft_format::read_config(&path).unwrap_err().to_string();
     assert!(error.contains("use_dora"), "{error}");
 }
+
+#[test]
+fn names_of_a_file_that_match_nothing_are_ignored_as_in_peft() {
+    let from = folder("lora").join("qv");
+    let dir = tempfile::tempdir().unwrap();
+    let file = "adapter_model.safetensors";
+    std::fs::copy(from.join(file), dir.path().join(file)).unwrap();
+    let load = |key: &str, value: Value| {
+        let mut json = read_json(&from.join("adapter_config.json")).unwrap();
+        json[key] = value;
+        std::fs::write(dir.path().join("adapter_config.json"), json.to_string()).unwrap();
+        let mut model = model(&folder("lora/base_tied"));
+        let loaded = peft_format::load(&mut *model, dir.path());
+        loaded.map(|adapter| adapter.parameters.len())
+    };
+    for (key, value) in [
+        (
+            "target_modules",
+            Value::from(vec!["q_proj", "v_proj", "c_attn"]),
+        ),
+        ("exclude_modules", Value::from(vec!["c_attn"])),
+        ("exclude_modules", Value::from(".*c_attn")),
+        ("rank_pattern", serde_json::json!({"c_attn": 2})),
+    ] {
+        assert_eq!(load(key, value.clone()).unwrap(), 8, "{key} {value}");
+    }
+    let error = load("target_modules", Value::from(vec!["c_attn"])).unwrap_err();
+    assert!(error.to_string().contains("\"c_attn\""), "{error}");
+}

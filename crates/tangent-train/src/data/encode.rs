@@ -11,14 +11,15 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use tangent_model::tokenizer::Tokenizer;
 
-use super::{DataError, Faults, Row, SourceRow};
+use super::source::{Row, SourceRow};
+use super::{DataError, Faults};
 use conversation::{answers, encode_messages};
 
 /// Which tokens of a row are targets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TrainOn {
     /// Every answer of the assistant with its end-of-turn token; of prompt and completion, the
-    /// completion.
+    /// completion, or the answers in it.
     #[default]
     Assistant,
     /// As `Assistant`, but only the last answer.
@@ -112,7 +113,8 @@ struct Marked {
     supervised: Vec<bool>,
 }
 
-/// Encodes all rows, on all threads and in order. Fails with every row that cannot be used.
+/// Encodes all rows, on all threads and in order. Fails with every row that cannot be used, those
+/// that could not be read among them.
 pub fn encode_rows(
     rows: &[SourceRow],
     tokenizer: &Tokenizer,
@@ -139,11 +141,15 @@ fn encode_row(
     tokenizer: &Tokenizer,
     options: &EncodeOptions,
 ) -> Result<Example, String> {
+    let row = source.row.as_ref().map_err(String::clone)?;
     let Marked {
         mut tokens,
         mut supervised,
-    } = match &source.row {
-        Row::Messages(messages) => encode_messages(messages, tokenizer, options.train_on)?,
+    } = match row {
+        Row::Messages {
+            messages,
+            trained_from,
+        } => encode_messages(messages, *trained_from, tokenizer, options.train_on)?,
         Row::PromptCompletion { prompt, completion } => {
             encode_completion(prompt, completion, tokenizer, options.train_on)?
         }
@@ -174,7 +180,7 @@ fn encode_row(
                 tokens.len()
             )
         } else {
-            why_unsupervised(&source.row)
+            why_unsupervised(row)
         });
     }
     let origin = Origin {
@@ -191,10 +197,14 @@ fn encode_row(
 
 fn why_unsupervised(row: &Row) -> String {
     let why = match row {
-        Row::Messages(messages) if answers(messages).next().is_none() => {
-            "the conversation has no assistant turn"
-        }
-        Row::Messages(_) => "every answer is empty",
+        Row::Messages {
+            messages,
+            trained_from,
+        } if answers(messages, *trained_from).next().is_none() => match *trained_from {
+            0 => "the conversation has no assistant turn",
+            _ => "the completion has no assistant turn",
+        },
+        Row::Messages { .. } => "every answer is empty",
         Row::PromptCompletion { .. } => "the completion is empty",
         Row::Text(_) => "the text is a single token, which nothing precedes",
     };
@@ -273,103 +283,8 @@ fn overlaps((start, end): (usize, usize), span: &Range<usize>) -> bool {
 mod tests {
     use std::path::Path;
 
-    use serde_json::json;
-
+    use super::super::fixture::{CHATML, conversation, encode, targets, tokenizer, train_on};
     use super::*;
-
-    pub(super) const CHATML: &str = r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-    const START: u32 = 256;
-    const END: u32 = 257;
-
-    /// A byte-level tokenizer without merges, the id of a byte being its value, with two special
-    /// tokens; it trims offsets, as most tokenizers of models do.
-    pub(super) fn tokenizer(template: Option<&str>) -> Tokenizer {
-        let mut moved = 256;
-        let mut vocab = serde_json::Map::new();
-        for byte in 0..=255u8 {
-            let symbol = match byte {
-                b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
-                _ => {
-                    moved += 1;
-                    char::from_u32(moved - 1).unwrap()
-                }
-            };
-            vocab.insert(symbol.to_string(), json!(byte));
-        }
-        let special = |id: u32, content: &str| {
-            json!({"id": id, "content": content, "single_word": false, "lstrip": false,
-                   "rstrip": false, "normalized": false, "special": true})
-        };
-        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-        let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
-            "added_tokens": [special(START, "<|im_start|>"), special(END, "<|im_end|>")],
-            "pre_tokenizer": bytes, "post_processor": bytes, "decoder": bytes,
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-        });
-        let dir = tempfile::tempdir().unwrap();
-        let write =
-            |name: &str, content: String| std::fs::write(dir.path().join(name), content).unwrap();
-        write("tokenizer.json", json.to_string());
-        write(
-            "tokenizer_config.json",
-            json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string(),
-        );
-        Tokenizer::from_folder(dir.path()).unwrap()
-    }
-
-    pub(super) fn conversation(turns: &[(&str, &str)]) -> Row {
-        Row::Messages(
-            turns
-                .iter()
-                .map(|(role, content)| json!({"role": role, "content": content}))
-                .collect(),
-        )
-    }
-
-    pub(super) fn encode(
-        row: Row,
-        template: &str,
-        options: &EncodeOptions,
-    ) -> Result<Example, String> {
-        let source = SourceRow {
-            file: Arc::new(Path::new("a.jsonl").to_owned()),
-            line: 3,
-            row,
-        };
-        match encode_rows(&[source], &tokenizer(Some(template)), options) {
-            Ok(examples) => Ok(examples
-                .into_iter()
-                .next()
-                .expect("one row gives one example")),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    /// The supervised tokens as text; `$` stands for the end-of-turn token.
-    pub(super) fn targets(example: &Example) -> String {
-        let marked = example
-            .tokens
-            .iter()
-            .zip(&example.supervised)
-            .filter(|(_, marked)| **marked);
-        marked
-            .map(|(&token, _)| {
-                if token == END {
-                    '$'
-                } else {
-                    char::from_u32(token).unwrap()
-                }
-            })
-            .collect()
-    }
-
-    pub(super) fn train_on(train_on: TrainOn) -> EncodeOptions {
-        EncodeOptions {
-            train_on,
-            ..EncodeOptions::default()
-        }
-    }
 
     #[test]
     fn completions_end_with_the_end_of_sequence() {
@@ -435,17 +350,6 @@ mod tests {
         )
         .unwrap();
         assert_eq!(targets(&kept), "");
-        assert!(
-            encode(
-                row(),
-                CHATML,
-                &EncodeOptions {
-                    allow_unsupervised: true,
-                    ..options(0)
-                }
-            )
-            .is_err()
-        );
     }
 
     #[test]
@@ -454,7 +358,7 @@ mod tests {
         let row = |line, row| SourceRow {
             file: Arc::clone(&file),
             line,
-            row,
+            row: Ok(row),
         };
         let rows = [
             row(1, Row::Text("a".into())),

@@ -1,24 +1,52 @@
 //! Training data: jsonl files to rows, rows to token ids with the targets marked, and their order.
 //!
-//! [`read_files`] recognizes the format of every row by its columns, [`encode_rows`] renders and
-//! tokenizes rows and marks which tokens are targets, [`epoch_order`] shuffles. Each collects every
-//! fault it finds before it fails, so that one run names all faulty rows.
+//! [`load`] recognizes the format of every row by its columns, renders and tokenizes it and marks
+//! which tokens are targets; it goes on after a fault, so that one run names all faulty rows.
+//! [`epoch_order`] shuffles.
 
 mod encode;
+#[cfg(test)]
+mod fixture;
 mod order;
 mod source;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use encode::{EncodeOptions, Example, Origin, TrainOn, UnknownTrainOn, encode_rows};
+use tangent_model::tokenizer::Tokenizer;
+
+pub use encode::{EncodeOptions, Example, Origin, TrainOn, UnknownTrainOn};
 pub use order::epoch_order;
-pub use source::{Row, SourceRow, read_files};
 
 /// How many faulty rows a [`DataError`] keeps; it counts the rest.
 const MAX_FAULTS: usize = 1000;
+
+/// Reads and encodes the rows of all files, in order.
+///
+/// # Errors
+/// If `max_length` is 0 or a file is unreadable; else with every row of all files that cannot be
+/// read or encoded; else if a file has no rows.
+pub fn load(
+    paths: &[PathBuf],
+    tokenizer: &Tokenizer,
+    options: &EncodeOptions,
+) -> Result<Vec<Example>, DataError> {
+    if options.max_length == Some(0) {
+        return Err(DataError::MaxLength);
+    }
+    let rows = source::read_files(paths)?;
+    let examples = encode::encode_rows(&rows, tokenizer, options)?;
+    let filled: BTreeSet<&PathBuf> = rows.iter().map(|row| &*row.file).collect();
+    let empty = paths.iter().filter(|path| !filled.contains(path));
+    let empty: Vec<PathBuf> = empty.cloned().collect();
+    if rows.is_empty() || !empty.is_empty() {
+        return Err(DataError::Empty { paths: empty });
+    }
+    Ok(examples)
+}
 
 /// Why data could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +65,9 @@ pub enum DataError {
         /// The files.
         paths: Vec<PathBuf>,
     },
+    /// A greatest length that leaves nothing of any row.
+    #[error("--max-length 0 keeps no token of any row; give at least 1, or leave the setting out")]
+    MaxLength,
     /// Rows that cannot be used.
     #[error("{}", describe_faults(.faults, .total))]
     Rows {
@@ -124,7 +155,82 @@ fn describe_faults(faults: &[RowFault], total: &usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::fixture::{CHATML, tokenizer};
     use super::*;
+
+    /// Loads files of these names and contents.
+    fn load_files(
+        files: &[(&str, &str)],
+        options: &EncodeOptions,
+    ) -> Result<Vec<Example>, DataError> {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |(name, content): &(&str, &str)| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path
+        };
+        let paths: Vec<PathBuf> = files.iter().map(write).collect();
+        load(&paths, &tokenizer(Some(CHATML)), options)
+    }
+
+    #[test]
+    fn faults_of_reading_and_encoding_are_named_in_one_order() {
+        let question = r#"{"messages": [{"role": "user", "content": "q"}]}"#;
+        let first = format!("{question}\n3\n{{\"text\": \"ab\"}}\n{question}\n");
+        let files = [("b.jsonl", first.as_str()), ("a.jsonl", "{}\n")];
+        let error = load_files(&files, &EncodeOptions::default()).unwrap_err();
+        let DataError::Rows { faults, total: 4 } = &error else {
+            panic!("four rows are faulty: {error}")
+        };
+        let places: Vec<_> = faults
+            .iter()
+            .map(|fault| {
+                (
+                    fault.file.file_name().unwrap().to_str().unwrap(),
+                    fault.line,
+                )
+            })
+            .collect();
+        let expected = [
+            ("b.jsonl", 1),
+            ("b.jsonl", 2),
+            ("b.jsonl", 4),
+            ("a.jsonl", 1),
+        ];
+        assert_eq!(places, expected);
+        assert!(faults[0].why.contains("no assistant turn"), "{}", faults[0]);
+        assert!(faults[1].why.contains("a number"), "{}", faults[1]);
+    }
+
+    #[test]
+    fn files_without_rows_are_refused_by_name() {
+        let options = EncodeOptions::default();
+        let full = ("full.jsonl", "{\"text\": \"ab\"}");
+        let error = load_files(&[full, ("blank.jsonl", "\n")], &options).unwrap_err();
+        let DataError::Empty { paths } = &error else {
+            panic!("one file is empty: {error}")
+        };
+        assert_eq!(paths.len(), 1);
+        assert!(paths[0].ends_with("blank.jsonl"), "{error}");
+        assert_eq!(load_files(&[full], &options).unwrap().len(), 1);
+        let none = load_files(&[], &options);
+        assert!(matches!(none, Err(DataError::Empty { .. })));
+        let missing = [PathBuf::from("missing.jsonl")];
+        let missing = load(&missing, &tokenizer(None), &options);
+        assert!(matches!(missing, Err(DataError::Read { .. })));
+    }
+
+    #[test]
+    fn a_length_of_zero_is_refused_and_no_row_is_blamed() {
+        let options = EncodeOptions {
+            max_length: Some(0),
+            allow_unsupervised: true,
+            ..EncodeOptions::default()
+        };
+        let error = load_files(&[("a.jsonl", "{\"text\": \"ab\"}")], &options).unwrap_err();
+        assert!(matches!(error, DataError::MaxLength), "{error}");
+        assert!(error.to_string().contains("--max-length 0"), "{error}");
+    }
 
     #[test]
     fn faults_are_all_counted_and_a_thousand_are_kept() {

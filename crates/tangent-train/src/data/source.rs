@@ -1,13 +1,13 @@
 //! Reads jsonl files into rows; the format of a row is recognized by its columns.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::{DataError, Faults};
+use super::DataError;
 
 /// The formats, as the fault of an unrecognized row lists them.
 const FORMATS: &str =
@@ -21,8 +21,14 @@ type Columns = Map<String, Value>;
 /// What a row holds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Row {
-    /// A conversation: objects with the strings `role` and `content`, for a chat template.
-    Messages(Vec<Value>),
+    /// A conversation, for a chat template.
+    Messages {
+        /// Objects with the strings `role` and `content`.
+        messages: Vec<Value>,
+        /// How many of them are the prompt of a row of prompt and completion: answers before are
+        /// given, not trained.
+        trained_from: usize,
+    },
     /// A text and how it goes on, both as they stand.
     PromptCompletion {
         /// What the model is given.
@@ -34,6 +40,16 @@ pub enum Row {
     Text(String),
 }
 
+impl Row {
+    /// A conversation of which every answer may be trained.
+    fn conversation(messages: Vec<Value>) -> Self {
+        Self::Messages {
+            messages,
+            trained_from: 0,
+        }
+    }
+}
+
 /// A row and where it comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SourceRow {
@@ -41,55 +57,42 @@ pub struct SourceRow {
     pub file: Arc<PathBuf>,
     /// The line in it, from 1.
     pub line: usize,
-    /// What it holds.
-    pub row: Row,
+    /// What it holds, or why that cannot be read.
+    pub row: Result<Row, String>,
 }
 
-/// Reads the rows of all files, in order. Blank lines are skipped, a byte order mark is accepted.
-/// Fails on an unreadable file, with all faulty rows of all files, or on files without rows.
+/// Reads the rows of all files, in order, faulty ones too. Blank lines are skipped, a byte order
+/// mark is accepted. Fails on an unreadable file.
 pub fn read_files(paths: &[PathBuf]) -> Result<Vec<SourceRow>, DataError> {
     let mut rows = Vec::new();
-    let mut faults = Faults::default();
-    let mut empty = Vec::new();
     for path in paths {
-        let seen = rows.len() + faults.total;
-        read_file(path, &mut rows, &mut faults)?;
-        if rows.len() + faults.total == seen {
-            empty.push(path.clone());
-        }
-    }
-    faults.into_result()?;
-    if rows.is_empty() || !empty.is_empty() {
-        return Err(DataError::Empty { paths: empty });
+        read_file(path, &mut rows).map_err(|error| DataError::Read {
+            path: path.clone(),
+            error,
+        })?;
     }
     Ok(rows)
 }
 
-fn read_file(path: &Path, rows: &mut Vec<SourceRow>, faults: &mut Faults) -> Result<(), DataError> {
-    let read_error = |error| DataError::Read {
-        path: path.to_owned(),
-        error,
-    };
-    let mut reader = BufReader::new(File::open(path).map_err(read_error)?);
+fn read_file(path: &Path, rows: &mut Vec<SourceRow>) -> io::Result<()> {
+    let mut reader = BufReader::new(File::open(path)?);
     let file = Arc::new(path.to_owned());
     let mut bytes = Vec::new();
     let mut line = 0;
     loop {
         bytes.clear();
-        if reader.read_until(b'\n', &mut bytes).map_err(read_error)? == 0 {
+        if reader.read_until(b'\n', &mut bytes)? == 0 {
             return Ok(());
         }
         line += 1;
         let mark = if line == 1 { "\u{FEFF}" } else { "" };
         let content = bytes.strip_prefix(mark.as_bytes()).unwrap_or(&bytes);
-        match parse_line(content) {
-            Ok(Some(row)) => rows.push(SourceRow {
+        if let Some(row) = parse_line(content).transpose() {
+            rows.push(SourceRow {
                 file: Arc::clone(&file),
                 line,
                 row,
-            }),
-            Ok(None) => {}
-            Err(why) => faults.push(&file, line, why),
+            });
         }
     }
 }
@@ -132,7 +135,7 @@ fn parse_columns(mut columns: Columns) -> Result<Row, String> {
     if has("messages") {
         refuse_tools(&columns)?;
         let messages = list_column(&mut columns, "messages")?;
-        checked_messages(messages)
+        checked_messages(messages, 0)
     } else if has("conversations") {
         refuse_tools(&columns)?;
         parse_conversations(columns)
@@ -188,7 +191,7 @@ fn parse_conversations(mut columns: Columns) -> Result<Row, String> {
     if turns.is_empty() {
         return Err("`conversations` is empty".to_owned());
     }
-    Ok(Row::Messages(messages))
+    Ok(Row::conversation(messages))
 }
 
 /// Alpaca: an instruction with an optional input, and columns `output` and, optionally, `system`.
@@ -204,7 +207,7 @@ fn parse_instruction(mut columns: Columns) -> Result<Row, String> {
     let mut messages = system_message(&mut columns)?;
     messages.push(json!({"role": "user", "content": question}));
     messages.push(json!({"role": "assistant", "content": answer}));
-    Ok(Row::Messages(messages))
+    Ok(Row::conversation(messages))
 }
 
 fn parse_prompt_completion(mut columns: Columns) -> Result<Row, String> {
@@ -216,8 +219,9 @@ fn parse_prompt_completion(mut columns: Columns) -> Result<Row, String> {
         }
         (Value::Array(mut messages), Value::Array(answer)) => {
             refuse_tools(&columns)?;
+            let trained_from = messages.len();
             messages.extend(answer);
-            checked_messages(messages)
+            checked_messages(messages, trained_from)
         }
         (prompt, completion) => Err(format!(
             "`prompt` is {} and `completion` is {}; both must be strings, or both lists of messages",
@@ -237,9 +241,9 @@ fn system_message(columns: &mut Columns) -> Result<Vec<Value>, String> {
     Ok(message.into_iter().collect())
 }
 
-fn checked_messages(messages: Vec<Value>) -> Result<Row, String> {
+fn checked_messages(messages: Vec<Value>, trained_from: usize) -> Result<Row, String> {
     if messages.is_empty() {
-        return Err("`messages` is empty".to_owned());
+        return Err("the row has no messages".to_owned());
     }
     for (index, message) in messages.iter().enumerate() {
         let role = turn_text(message, index, "role")?;
@@ -252,7 +256,10 @@ fn checked_messages(messages: Vec<Value>) -> Result<Row, String> {
         }
         turn_text(message, index, "content")?;
     }
-    Ok(Row::Messages(messages))
+    Ok(Row::Messages {
+        messages,
+        trained_from,
+    })
 }
 
 /// A string of one turn of a conversation.
@@ -304,19 +311,11 @@ fn kind(value: &Value) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixture::{conversation, messages};
     use super::*;
 
     fn parse(line: &str) -> Result<Row, String> {
         parse_line(line.as_bytes()).map(|row| row.expect("the line is not blank"))
-    }
-
-    fn messages(turns: &[(&str, &str)]) -> Row {
-        Row::Messages(
-            turns
-                .iter()
-                .map(|(role, content)| json!({"role": role, "content": content}))
-                .collect(),
-        )
     }
 
     fn file(content: &[u8]) -> (tempfile::TempDir, PathBuf) {
@@ -328,11 +327,10 @@ mod tests {
 
     #[test]
     fn every_format_is_recognized_by_its_columns() {
-        let talk = messages(&[("user", "a"), ("assistant", "b")]);
+        let talk = conversation(&[("user", "a"), ("assistant", "b")]);
         for line in [
             r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 3}"#,
             r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}"#,
-            r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#,
             r#"{"instruction": "a", "input": "", "output": "b"}"#,
             r#"{"instruction": "a", "input": null, "output": "b", "text": null, "messages": null}"#,
         ] {
@@ -341,11 +339,19 @@ mod tests {
         let full = r#"{"instruction": "a", "input": "x", "output": "b", "system": "s"}"#;
         assert_eq!(
             parse(full),
-            Ok(messages(&[
+            Ok(conversation(&[
                 ("system", "s"),
                 ("user", "a\nx"),
                 ("assistant", "b")
             ]))
+        );
+        let turns = r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#;
+        assert_eq!(
+            parse(turns),
+            Ok(Row::Messages {
+                messages: messages(&[("user", "a"), ("assistant", "b")]),
+                trained_from: 1
+            })
         );
         let plain = r#"{"prompt": "a", "completion": "b"}"#;
         assert_eq!(
@@ -382,7 +388,11 @@ mod tests {
                 r#"{"messages": "a"}"#,
                 "the column `messages` is a string, not a list",
             ),
-            (r#"{"messages": []}"#, "`messages` is empty"),
+            (r#"{"messages": []}"#, "the row has no messages"),
+            (
+                r#"{"prompt": [], "completion": []}"#,
+                "the row has no messages",
+            ),
             (
                 r#"{"messages": [{"content": "a"}]}"#,
                 "turn 1 has no `role`",
@@ -425,7 +435,10 @@ mod tests {
     fn lines_are_counted_with_blank_ones_and_a_byte_order_mark_is_accepted() {
         let (_dir, path) = file("\u{FEFF}{\"text\": \"a\"}\r\n\n  \n{\"text\": \"b\"}".as_bytes());
         let rows = read_files(&[path]).unwrap();
-        let found: Vec<_> = rows.iter().map(|row| (row.line, row.row.clone())).collect();
+        let found: Vec<_> = rows
+            .into_iter()
+            .map(|row| (row.line, row.row.unwrap()))
+            .collect();
         assert_eq!(
             found,
             [(1, Row::Text("a".into())), (4, Row::Text("b".into()))]
@@ -433,40 +446,23 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_of_all_files_are_named() {
+    fn faulty_rows_keep_their_places() {
         let (_a, first) = file(b"{\"text\": \"\xFF\"}\n{\"text\": \"a\"}\n3\n");
         let (_b, second) = file(b"{}\n");
-        let error = read_files(&[first.clone(), second.clone()]).unwrap_err();
-        let DataError::Rows { faults, total: 3 } = error else {
-            panic!("three rows are faulty")
-        };
-        let places: Vec<_> = faults
+        let rows = read_files(&[first.clone(), second.clone()]).unwrap();
+        let found: Vec<_> = rows
             .iter()
-            .map(|fault| ((*fault.file).clone(), fault.line))
+            .map(|row| ((*row.file).clone(), row.line, row.row.is_ok()))
             .collect();
-        assert_eq!(places, [(first.clone(), 1), (first, 3), (second, 1)]);
-        assert!(
-            faults[0]
-                .why
-                .starts_with("invalid UTF-8 at byte 11 of the line"),
-            "{}",
-            faults[0]
-        );
-    }
-
-    #[test]
-    fn files_without_rows_are_refused_by_name() {
-        let (_a, full) = file(b"{\"text\": \"a\"}");
-        let (_b, blank) = file(b"\n");
-        let error = read_files(&[full, blank.clone()]).unwrap_err();
-        assert!(
-            matches!(&error, DataError::Empty { paths } if *paths == [blank.clone()]),
-            "{error}"
-        );
-        assert!(matches!(read_files(&[]), Err(DataError::Empty { .. })));
-        assert!(matches!(
-            read_files(&[PathBuf::from("missing.jsonl")]),
-            Err(DataError::Read { .. })
-        ));
+        let expected = [
+            (first.clone(), 1, false),
+            (first.clone(), 2, true),
+            (first, 3, false),
+            (second, 1, false),
+        ];
+        assert_eq!(found, expected);
+        let why = rows[0].row.clone().unwrap_err();
+        let start = "invalid UTF-8 at byte 11 of the line";
+        assert!(why.starts_with(start), "{why}");
     }
 }

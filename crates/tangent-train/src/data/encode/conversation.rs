@@ -8,19 +8,20 @@ use tangent_model::tokenizer::Tokenizer;
 
 use super::{Encoded, Marked, TrainOn, overlaps};
 
-/// The positions of the assistant's messages.
-pub(super) fn answers(messages: &[Value]) -> impl DoubleEndedIterator<Item = usize> {
+/// The positions of the assistant's messages, of those from position `from` on.
+pub(super) fn answers(messages: &[Value], from: usize) -> impl DoubleEndedIterator<Item = usize> {
     let is_answer = move |turn: &usize| role(messages, *turn) == Some("assistant");
-    (0..messages.len()).filter(is_answer)
+    (from..messages.len()).filter(is_answer)
 }
 
 fn role(messages: &[Value], turn: usize) -> Option<&str> {
     messages.get(turn)?.get("role")?.as_str()
 }
 
-/// Renders and tokenizes a conversation once, and marks the answers in it.
+/// Renders and tokenizes a conversation once, and marks the answers from message `trained_from` on.
 pub(super) fn encode_messages(
     messages: &[Value],
+    trained_from: usize,
     tokenizer: &Tokenizer,
     train_on: TrainOn,
 ) -> Result<Marked, String> {
@@ -33,12 +34,16 @@ pub(super) fn encode_messages(
     let encoded = Encoded::new(&text, tokenizer)?;
     let turns: Vec<usize> = match train_on {
         TrainOn::All => return Ok(encoded.all_supervised()),
-        TrainOn::Assistant => answers(messages).collect(),
-        TrainOn::Last => answers(messages).next_back().into_iter().collect(),
+        TrainOn::Assistant => answers(messages, trained_from).collect(),
+        TrainOn::Last => answers(messages, trained_from)
+            .next_back()
+            .into_iter()
+            .collect(),
     };
+    let eos = tokenizer.eos.and_then(|id| tokenizer.id_to_token(id));
     let mut supervised = vec![false; encoded.tokens.len()];
     for turn in turns {
-        let span = answer_span(template, messages, turn, &text)?;
+        let span = answer_span(template, eos.as_deref(), messages, turn, &text)?;
         for index in encoded.answer(&span, tokenizer) {
             supervised[index] = true;
         }
@@ -53,6 +58,7 @@ pub(super) fn encode_messages(
 /// the end of the generation prompt to the end of the turn.
 fn answer_span(
     template: &ChatTemplate,
+    eos: Option<&str>,
     messages: &[Value],
     turn: usize,
     text: &str,
@@ -82,20 +88,28 @@ fn answer_span(
             &whole,
         ));
     }
-    // A template may end a conversation with whitespace that it leaves out between turns.
-    let turn_end = if text.starts_with(&whole) {
-        whole.len()
-    } else {
-        whole.trim_end().len()
-    };
-    if !text.starts_with(&whole[..turn_end]) {
+    let Some(turn_end) = end_of_turn(&whole, eos, text) else {
         return Err(inconsistent(
             "with the later turns, the text up to this turn changes",
             &whole,
             text,
         ));
-    }
+    };
     Ok(prompt.len()..turn_end.max(prompt.len()))
+}
+
+/// The length of the beginning that `text` shares with `whole`, a conversation that stops earlier.
+/// A template may end a conversation with whitespace or, as Phi-3's, with the end of sequence, and
+/// leave both out between turns.
+fn end_of_turn(whole: &str, eos: Option<&str>, text: &str) -> Option<usize> {
+    let trimmed = whole.trim_end();
+    let cut = eos
+        .and_then(|eos| trimmed.strip_suffix(eos))
+        .unwrap_or(trimmed);
+    [whole, trimmed, cut, cut.trim_end()]
+        .into_iter()
+        .find(|shared| text.starts_with(*shared))
+        .map(str::len)
 }
 
 /// Both texts from where they differ, shortened.
@@ -143,8 +157,13 @@ impl Encoded<'_> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
+    use super::super::super::fixture::{
+        CHATML, conversation, encode, messages, targets, tokenizer_with, train_on,
+    };
+    use super::super::super::source::Row;
     use super::super::EncodeOptions;
-    use super::super::tests::{CHATML, conversation, encode, targets, train_on};
     use super::*;
 
     #[test]
@@ -219,5 +238,172 @@ mod tests {
             error.contains("turn 2: ") && error.contains("generation prompt"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn answers_of_a_prompt_are_given_and_not_trained() {
+        let turns = [
+            ("user", "q"),
+            ("assistant", "a"),
+            ("user", "r"),
+            ("assistant", "b"),
+        ];
+        let row = |trained_from| Row::Messages {
+            messages: messages(&turns),
+            trained_from,
+        };
+        for option in [TrainOn::Assistant, TrainOn::Last] {
+            let example = encode(row(3), CHATML, &train_on(option)).unwrap();
+            assert_eq!(targets(&example), "b$", "{option}");
+        }
+        let all = encode(row(3), CHATML, &train_on(TrainOn::All)).unwrap();
+        assert_eq!(all.supervised.iter().filter(|marked| !**marked).count(), 1);
+        let error = encode(row(4), CHATML, &EncodeOptions::default()).unwrap_err();
+        assert!(
+            error.contains("completion has no assistant turn"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_end_of_sequence_that_only_ends_a_conversation_is_accepted() {
+        let phi = r"{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% else %}{{ eos_token }}{% endif %}";
+        let row = conversation(&[
+            ("user", "q"),
+            ("assistant", "a"),
+            ("user", "r"),
+            ("assistant", "b"),
+        ]);
+        let example = encode(row, phi, &EncodeOptions::default()).unwrap();
+        assert_eq!(targets(&example), "ab\n$");
+    }
+
+    /// Tokens that end a turn in the stored templates.
+    const ENDS: [&str; 5] = [
+        "<|eot_id|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|im_end|>",
+        "</s>",
+    ];
+
+    /// The stored cases in which the assistant answers, with strings only and without tools.
+    fn golden_cases() -> Vec<Value> {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../testdata/golden/chat/cases.json"
+        );
+        let cases: Vec<Value> =
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let is_usual = |case: &Value| {
+            let with = |key: &str| case.get(key).is_some();
+            let messages = case["messages"].as_array().unwrap();
+            !with("error") && !with("tools") && answers(messages, 0).next().is_some()
+        };
+        cases.into_iter().filter(is_usual).collect()
+    }
+
+    fn tokenizer_of(case: &Value) -> Tokenizer {
+        let mut special = ENDS.to_vec();
+        for key in ["bos_token", "eos_token"] {
+            special.extend(case[key].as_str().filter(|token| !ENDS.contains(token)));
+        }
+        let config = json!({
+            "bos_token": case["bos_token"],
+            "eos_token": case["eos_token"],
+            "chat_template": case["template"],
+        });
+        tokenizer_with(&special, &[256, 257, 258, 259, 260], &config)
+    }
+
+    /// The case's generation blocks in bytes, without what our spans leave out: the newline that
+    /// the generation prompt already holds, and whitespace behind the end of the turn.
+    fn generation_spans(case: &Value) -> Option<Vec<Range<usize>>> {
+        let text = case["expected"].as_str()?;
+        let starts: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+        let byte = |at: &Value| {
+            let at = at.as_u64().unwrap() as usize;
+            starts.get(at).copied().unwrap_or(text.len())
+        };
+        let mut spans: Vec<Range<usize>> = Vec::new();
+        for span in case.get("generation_spans")?.as_array()? {
+            let (start, end) = (byte(&span[0]), byte(&span[1]));
+            match spans.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => spans.push(start..end),
+            }
+        }
+        let in_prompt = case["name"].as_str()?.starts_with("qwen2.5-training/");
+        for span in &mut spans {
+            span.end = span.start + text[span.clone()].trim_end().len();
+            span.start += usize::from(in_prompt);
+        }
+        Some(spans)
+    }
+
+    #[test]
+    fn supervised_tokens_are_those_of_the_generation_blocks() {
+        let mut compared = 0;
+        for case in golden_cases() {
+            let Some(spans) = generation_spans(&case) else {
+                continue;
+            };
+            let tokenizer = tokenizer_of(&case);
+            let messages = case["messages"].as_array().unwrap();
+            let marked = encode_messages(messages, 0, &tokenizer, TrainOn::Assistant).unwrap();
+            let template = tokenizer.chat_template.as_ref().unwrap();
+            let text = template.render(messages, false).unwrap();
+            let encoded = Encoded::new(&text, &tokenizer).unwrap();
+            let expected: Vec<bool> = encoded
+                .offsets
+                .iter()
+                .map(|&bytes| spans.iter().any(|span| overlaps(bytes, span)))
+                .collect();
+            assert!(expected.contains(&true), "{}", case["name"]);
+            assert_eq!(marked.supervised, expected, "{}", case["name"]);
+            compared += 1;
+        }
+        assert_eq!(
+            compared, 13,
+            "three templates with four talks, and a small one"
+        );
+    }
+
+    /// Which part of an answer a stored template writes otherwise for a prefix, if any.
+    fn refusal(name: &str) -> Option<&'static str> {
+        match name.split_once('/')? {
+            // The system message moves along with the last user turn, but only before an answer.
+            ("mistral-7b-v0.3" | "mistral-nemo", "system" | "spaces") => Some("generation prompt"),
+            // The generation prompt opens a block of thoughts, which no stored answer repeats.
+            ("deepseek-r1-distill", _) => Some("generation prompt"),
+            // Thoughts, even empty ones, are written behind the last user turn only.
+            ("qwen3", "system" | "no_system" | "spaces" | "thinking")
+            | ("glm-4.5", "spaces" | "thinking") => Some("with the later turns"),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn stored_templates_are_accepted_or_refused_for_a_reason() {
+        let mut refused = 0;
+        for case in golden_cases() {
+            let name = case["name"].as_str().unwrap();
+            if name.starts_with("small/") && name != "small/generation" {
+                continue;
+            }
+            let messages = case["messages"].as_array().unwrap();
+            let tokenizer = tokenizer_of(&case);
+            let result = encode_messages(messages, 0, &tokenizer, TrainOn::Assistant);
+            match (result, refusal(name)) {
+                (Ok(marked), None) => assert!(marked.supervised.contains(&true), "{name}"),
+                (Err(error), Some(why)) => {
+                    assert!(error.contains(why), "{name}: {error}");
+                    refused += 1;
+                }
+                (Ok(_), Some(_)) => panic!("{name} is accepted"),
+                (Err(error), None) => panic!("{name}: {error}"),
+            }
+        }
+        assert_eq!(refused, 14);
     }
 }

@@ -1,0 +1,101 @@
+//! Merged models: what comes out when an adapter is taken out of one or replaced in it.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use serde_json::json;
+use tangent_model::folder::NewFolder;
+use tangent_model::{BaseDtype, LanguageModel, read_json};
+use tangent_peft::export::{WriteDtype, distance, write_model, write_without};
+use tangent_peft::peft_format;
+
+use tangent_testkit::{Reference, all_logits, close, folder};
+
+/// A model folder that can be opened with a tokenizer.
+fn base(name: &str, place: &Path) -> PathBuf {
+    let from = folder("lora").join(name);
+    let to = place.join("base");
+    std::fs::create_dir(&to).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": {"a": 0}, "merges": [],
+        },
+    });
+    std::fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    to
+}
+
+fn open(dir: &Path) -> LanguageModel {
+    tangent_model::open(dir, BaseDtype::F32, &Device::flex()).unwrap()
+}
+
+fn adapter(name: &str) -> PathBuf {
+    folder("lora").join(name)
+}
+
+/// The model of `dir`, which has an adapter merged into it, with `name` attached.
+fn merged_with(dir: &Path, name: &str) -> LanguageModel {
+    let mut opened = open(dir);
+    peft_format::load_onto_merged(&mut *opened.model, &adapter(name)).unwrap();
+    opened
+}
+
+/// Merges the adapter `name` into the model of `base`.
+fn merge(base: &Path, name: &str) -> PathBuf {
+    let place = base.with_file_name("merged");
+    let mut opened = open(base);
+    peft_format::load(&mut *opened.model, &adapter(name)).unwrap();
+    let new = NewFolder::begin(&place, false).unwrap();
+    write_model(&new, &opened, WriteDtype::F32).unwrap();
+    new.finish().unwrap();
+    place
+}
+
+#[test]
+fn unmerged_models_are_the_base_where_adapters_hold_its_weights() {
+    for (base_name, name) in [("base_tied", "embedding_tied"), ("base_biased", "lm_head")] {
+        let root = tempfile::tempdir().unwrap();
+        let base = base(base_name, root.path());
+        let merged = merge(&base, name);
+        let place = root.path().join("unmerged");
+        let new = NewFolder::begin(&place, false).unwrap();
+        let removed = merged_with(&merged, name);
+        write_without(&new, &removed, None, WriteDtype::F32).unwrap();
+        new.finish().unwrap();
+        let (before, after) = (open(&base), open(&place));
+        let moved = distance(&*before.model, &*open(&merged).model).unwrap();
+        let left = distance(&*before.model, &*after.model).unwrap();
+        assert!(moved > 1e-3 && left < 1e-5, "{name}: {moved:e}, {left:e}");
+    }
+}
+
+#[test]
+fn a_switched_model_computes_what_the_new_adapter_does() {
+    // The new adapter parts the head from the embedding, which the merged model has tied.
+    for name in ["embedding_tied", "qv"] {
+        let root = tempfile::tempdir().unwrap();
+        let merged = merge(&base("base_tied", root.path()), "qv");
+        let place = root.path().join("switched");
+        let new = NewFolder::begin(&place, false).unwrap();
+        let (removed, added) = (merged_with(&merged, "qv"), merged_with(&merged, name));
+        write_without(&new, &removed, Some(&added), WriteDtype::F32).unwrap();
+        new.finish().unwrap();
+        let reference = Reference::open(&adapter(name).join("reference.safetensors"));
+        let switched = open(&place);
+        close(
+            name,
+            &all_logits(&*switched.model, &reference.batch()),
+            &reference.logits(),
+            1e-4,
+        );
+        let config = read_json(&place.join("config.json")).unwrap();
+        assert_eq!(config["tie_word_embeddings"], json!(name == "qv"));
+    }
+}
