@@ -20,7 +20,7 @@ pub struct ModelArgs {
         value_name = "PATH"
     )]
     pub model: PathBuf,
-    /// How frozen weights are held: auto, f32, bf16, as-stored.
+    /// How frozen weights are held: auto (as-stored), f32, bf16.
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub base_dtype: BaseDtype,
     /// Threads to use; all cores if not given.
@@ -32,8 +32,10 @@ impl ModelArgs {
     /// Opens the model and sets the number of threads.
     pub fn open(&self) -> Result<LanguageModel, Failure> {
         if let Some(threads) = self.threads {
-            if threads == 0 {
-                return Err(Failure::Request("--threads must be at least 1".into()));
+            if !(1..=1024).contains(&threads) {
+                return Err(Failure::Request(format!(
+                    "--threads {threads}: expected 1 to 1024, at best the number of cores"
+                )));
             }
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
             pool.build_global()

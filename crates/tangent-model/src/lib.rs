@@ -156,7 +156,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.gguf");
         std::fs::write(&path, file.bytes()).unwrap();
-        let (_, _, tokenizer) = open_gguf(&path, BaseDtype::Auto).unwrap();
+        let (_, _, tokenizer) = open_gguf(&path, BaseDtype::AsStored).unwrap();
         assert_eq!(tokenizer.stop_ids, [1, 2]);
     }
 }

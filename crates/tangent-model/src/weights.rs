@@ -17,14 +17,12 @@ use crate::gguf::{GgufFile, TensorType, gguf_name, unpermute_rows};
 /// How frozen weights are held in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseDtype {
-    /// As stored, in at most two bytes a value: `f32` files are the only ones held as `f32`.
-    #[default]
-    Auto,
     /// Widened to `f32` once.
     F32,
     /// Rounded or widened to `bf16` once.
     Bf16,
-    /// Exactly as in the file.
+    /// Exactly as in the file; `auto` means the same.
+    #[default]
     AsStored,
 }
 
@@ -33,10 +31,9 @@ impl FromStr for BaseDtype {
 
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
-            "auto" => Ok(Self::Auto),
             "f32" | "float32" => Ok(Self::F32),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
-            "as-stored" => Ok(Self::AsStored),
+            "auto" | "as-stored" => Ok(Self::AsStored),
             other => Err(format!(
                 "\"{other}\" is not one of auto, f32, bf16, as-stored"
             )),
@@ -124,7 +121,7 @@ impl Weights {
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenMatrix, ModelError> {
         let matrix = self.stored(name, &[rows, cols])?;
         Ok(match self.base_dtype {
-            BaseDtype::Auto | BaseDtype::AsStored => matrix,
+            BaseDtype::AsStored => matrix,
             BaseDtype::F32 => matrix.convert(StoredType::F32),
             BaseDtype::Bf16 => matrix.convert(StoredType::BF16),
         })

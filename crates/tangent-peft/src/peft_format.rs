@@ -27,7 +27,7 @@ const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 /// Keys of a LoRA configuration that are not read, with the value at which they have no effect.
-/// Written so, and refused at any other value.
+/// Written so, and refused at any other value but for the start values' `eva_config`.
 fn neutral_keys() -> Map<String, Value> {
     let neutral = json!({
         "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null,

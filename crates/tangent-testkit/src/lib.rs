@@ -9,6 +9,7 @@ use burn::tensor::{Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use tangent_model::family::{self, Model};
 use tangent_model::{BaseDtype, Batch, Pass, Weights, forward, read_json};
+use tangent_ops::{FrozenMatrix, StoredType, WeightBytes};
 
 /// A folder of `testdata/golden`.
 pub fn folder(name: &str) -> PathBuf {
@@ -26,7 +27,7 @@ pub fn model(dir: &Path) -> Box<dyn Model> {
 pub fn model_with(dir: &Path, config: &str) -> Box<dyn Model> {
     let path = dir.join(config);
     let config = read_json(&path).unwrap();
-    let weights = Weights::folder(dir, BaseDtype::Auto).unwrap();
+    let weights = Weights::folder(dir, BaseDtype::AsStored).unwrap();
     let model = family::open(&config, &path, &weights, &Device::flex()).unwrap();
     weights.finish().unwrap();
     model
@@ -143,4 +144,31 @@ pub fn mean_loss(model: &dyn Model, batch: &Batch) -> Tensor<2> {
     let x = forward::hidden(model, batch, &pass);
     let factor = 1.0 / batch.targets.len() as f32;
     forward::loss(model, x, &batch.targets, factor, &pass)
+}
+
+/// The weight in ggml's `Q8_0` blocks: 32 values with one `f16` scale each; the weight itself where
+/// its rows are not whole blocks.
+pub fn quantized(weight: &FrozenMatrix) -> FrozenMatrix {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    if !cols.is_multiple_of(32) {
+        return weight.clone();
+    }
+    let values = weight.to_values();
+    let bytes: Vec<u8> = values
+        .chunks_exact(32)
+        .flat_map(|block| {
+            let largest = block.iter().fold(0f32, |a, v| a.max(v.abs()));
+            let scale = half::f16::from_f32(largest / 127.0);
+            let step = scale.to_f32().max(f32::MIN_POSITIVE);
+            let codes = block.iter().map(move |v| (v / step).round() as i8 as u8);
+            scale.to_le_bytes().into_iter().chain(codes)
+        })
+        .collect();
+    FrozenMatrix::new(
+        rows,
+        cols,
+        StoredType::Q8_0,
+        WeightBytes::Owned(bytes.into()),
+    )
+    .unwrap()
 }

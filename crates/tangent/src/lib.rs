@@ -4,7 +4,7 @@
 //! use tangent::{AdapterConfig, BaseDtype, Device};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let mut opened = tangent::open("model.gguf".as_ref(), BaseDtype::Auto, &Device::flex())?;
+//! let mut opened = tangent::open("model.gguf".as_ref(), BaseDtype::AsStored, &Device::flex())?;
 //! let adapter = tangent::attach(&mut *opened.model, &AdapterConfig::default(), 42)?;
 //! println!("{} trained parameters", adapter.count());
 //! # Ok(())

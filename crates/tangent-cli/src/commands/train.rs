@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tangent_model::{LanguageModel, folder};
-use tangent_peft::{Adapter, AdapterConfig, BiasMode, Targets, attach};
+use tangent_peft::{Adapter, AdapterConfig, BiasMode, Targets, attach, check_patterns};
 use tangent_train::config::{Batching, Length, TrainConfig, Warmup, decimal};
 use tangent_train::data::{Example, TrainOn};
 use tangent_train::optim::Hyper;
@@ -82,10 +82,10 @@ struct MethodArgs {
     #[arg(long, alias = "lora-dropout", default_value_t = 0.0, value_name = "P")]
     dropout: f32,
     /// Modules to adapt: names, globs, attention, mlp, all-linear.
-    #[arg(long, alias = "lora-target", alias = "lora-target-modules", value_delimiter = ',', default_value = "all-linear", value_name = "NAMES")]
+    #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', default_value = "all-linear", value_name = "NAMES")]
     target_modules: Vec<String>,
     /// Modules to leave out.
-    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
     exclude_modules: Vec<String>,
     /// Ranks of modules that match a pattern, as JSON: {"q_proj": 4}.
     #[arg(long, value_name = "JSON")]
@@ -97,10 +97,10 @@ struct MethodArgs {
     #[arg(long, default_value = "none")]
     bias: BiasMode,
     /// Modules to train whole, such as lm_head, embed_tokens, model.norm.
-    #[arg(long, alias = "additional-target", alias = "lora-modules-to-save", value_delimiter = ',', value_name = "NAMES")]
+    #[arg(long, alias = "additional-target", alias = "lora-modules-to-save", num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
     modules_to_save: Vec<String>,
     /// Embedding rows to train, by token id.
-    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "IDS")]
     trainable_token_indices: Vec<u32>,
 }
 
@@ -313,6 +313,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let mut opened = args.model.open()?;
     let (train, eval) = rows(&args, &opened)?;
+    check_patterns(&adapter_config, &opened.model.sites())?;
     let adapter = attach(&mut *opened.model, &adapter_config, config.seed)?;
     describe(&opened, &adapter, &train, &eval);
     let settings = settings(&args, &config, &adapter, (&train, &eval));

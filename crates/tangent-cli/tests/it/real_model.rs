@@ -17,7 +17,7 @@ fn open() -> Option<LanguageModel> {
         );
         return None;
     };
-    Some(tangent_model::open(&path, BaseDtype::Auto, &Device::flex()).unwrap())
+    Some(tangent_model::open(&path, BaseDtype::AsStored, &Device::flex()).unwrap())
 }
 
 const TEXTS: [(&str, &[u32], f64, u32, f32); 2] = [

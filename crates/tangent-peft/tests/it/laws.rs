@@ -7,26 +7,46 @@ use rand_chacha::ChaCha8Rng;
 use tangent_model::family::{self, Model};
 use tangent_model::folder::NewFolder;
 use tangent_model::site::WeightAdapter;
-use tangent_model::{BaseDtype, Pass, Weights, read_json};
+use tangent_model::{BaseDtype, Pass, SiteKind, Weights, read_json};
 use tangent_peft::{
     Adapter, AdapterConfig, BiasMode, METHODS, Method, Targets, attach, check_patterns, peft_format,
 };
 
-use tangent_testkit::{Reference, all_logits, close, folder, mean_loss};
+use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, quantized};
 
-/// A base in each type that is held differently.
-const BASES: &[BaseDtype] = &[BaseDtype::F32, BaseDtype::Bf16];
+/// How a base's weights are held.
+#[derive(Clone, Copy)]
+enum Base {
+    F32,
+    Bf16,
+    Quantized,
+}
+
+const BASES: &[Base] = &[Base::F32, Base::Bf16, Base::Quantized];
 
 /// Models with every part that sites can have, and with a tied head.
 const UNTIED: &str = "llama/everything";
 const TIED: &str = "llama/tied_gqa";
 
-fn base(name: &str, dtype: BaseDtype) -> Box<dyn Model> {
+fn base(name: &str, kind: Base) -> Box<dyn Model> {
     let dir = folder(name);
     let path = dir.join("config.json");
     let config = read_json(&path).unwrap();
+    let dtype = match kind {
+        Base::Bf16 => BaseDtype::Bf16,
+        Base::F32 | Base::Quantized => BaseDtype::F32,
+    };
     let weights = Weights::folder(&dir, dtype).unwrap();
-    family::open(&config, &path, &weights, &burn::tensor::Device::flex()).unwrap()
+    let device = burn::tensor::Device::flex();
+    let mut model = family::open(&config, &path, &weights, &device).unwrap();
+    if matches!(kind, Base::Quantized) {
+        for site in model.sites_mut() {
+            if site.kind != SiteKind::Norm {
+                site.weight = quantized(&site.weight);
+            }
+        }
+    }
+    model
 }
 
 fn reference() -> Reference {
@@ -95,8 +115,8 @@ fn randomize(adapter: &Adapter) {
 
 fn for_every_case(check: impl Fn(&Method, &AdapterConfig, Box<dyn Model>)) {
     for case in cases() {
-        for dtype in BASES {
-            check(case.method, &case.config, base(case.base, *dtype));
+        for kind in BASES {
+            check(case.method, &case.config, base(case.base, *kind));
         }
     }
 }
@@ -155,7 +175,7 @@ fn gradients_equal_finite_differences() {
         config,
     } in cases()
     {
-        let mut model = base(name, BaseDtype::F32);
+        let mut model = base(name, Base::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
         let mut gradients = mean_loss(&*model, &batch).backward();
@@ -231,7 +251,7 @@ fn saved_and_loaded_is_exact() {
         config,
     } in cases().into_iter().filter(|c| !c.method.whole_model)
     {
-        let mut model = base(name, BaseDtype::F32);
+        let mut model = base(name, Base::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
         let out = tempfile::tempdir().unwrap();
@@ -239,7 +259,7 @@ fn saved_and_loaded_is_exact() {
         let new = NewFolder::begin(&place, false).unwrap();
         peft_format::write(&new, &adapter, &*model, "base").unwrap();
         new.finish().unwrap();
-        let mut again = base(name, BaseDtype::F32);
+        let mut again = base(name, Base::F32);
         let loaded = peft_format::load(&mut *again, &place).unwrap();
         for (a, b) in adapter.parameters.iter().zip(&loaded.parameters) {
             assert_eq!(
@@ -283,7 +303,7 @@ fn twenty_steps_lower_the_loss() {
 #[test]
 fn ranks_outside_the_matrix_are_refused() {
     for rank in [0, 1000] {
-        let mut model = base(UNTIED, BaseDtype::F32);
+        let mut model = base(UNTIED, Base::F32);
         let config = AdapterConfig {
             rank,
             ..AdapterConfig::default()
@@ -295,7 +315,7 @@ fn ranks_outside_the_matrix_are_refused() {
 
 #[test]
 fn patterns_that_match_no_adapted_site_are_refused_where_they_are_typed() {
-    let mut model = base(UNTIED, BaseDtype::F32);
+    let mut model = base(UNTIED, Base::F32);
     let config = |ranks: &[&str], alphas: &[&str]| AdapterConfig {
         targets: Targets::parse(&["q_proj".into(), "v_proj".into()]),
         rank_pattern: ranks.iter().map(|k| ((*k).to_owned(), 2)).collect(),
@@ -327,7 +347,7 @@ fn settings_that_full_fine_tuning_does_not_read_are_refused() {
         method: "full".into(),
         ..AdapterConfig::default()
     };
-    let mut model = base(UNTIED, BaseDtype::F32);
+    let mut model = base(UNTIED, Base::F32);
     let names = || Targets::parse(&["q_proj".into()]);
     for (setting, config) in [
         (

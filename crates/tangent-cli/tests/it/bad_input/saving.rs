@@ -101,6 +101,23 @@ fn a_disk_that_is_full_while_training_saves() {
         }
         fs::remove_dir_all(place.path("new")).unwrap();
     }
+    // An earlier result stays until the new one is written.
+    let line = format!("{TRAIN} --output kept --overwrite --save-steps 0");
+    on_a_full_disk(&place, 8, &line).refused(&["cannot write kept/", "free space"]);
+    let adapter = place.path("kept/adapter_model.safetensors");
+    assert!(fs::read(&adapter).unwrap() == before[&adapter]);
+}
+
+#[test]
+fn numbers_that_are_not_finite_stop_the_run_and_keep_its_checkpoints() {
+    let place = place();
+    let line = "train --model tiny.gguf --data rows.jsonl --output broken --learning-rate 1e30 \
+                --max-steps 9 --batch-size 2 --save-steps 1 --max-grad-norm 0";
+    let ran = place.run(line);
+    ran.failed(1, &["step 2", "not finite", "rows.jsonl:", "learning rate"]);
+    assert!(place.path("broken/checkpoint-1/state.safetensors").exists());
+    assert!(!place.path("broken/checkpoint-2").exists());
+    assert!(!place.path("broken/adapter_model.safetensors").exists());
 }
 
 #[test]
@@ -189,7 +206,7 @@ fn places_without_permission() {
     place.write("secret.gguf", place.read("tiny.gguf"));
     place.write("secret.jsonl", ROWS);
     for name in ["secret.gguf", "secret.jsonl"] {
-        fs::set_permissions(place.path(name), Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(place.path(name), Permissions::from_mode(0o000)).unwrap();
     }
     run(&format!("{EVAL} secret.gguf"), &["secret.gguf"]);
     run(
