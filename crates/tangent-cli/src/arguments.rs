@@ -12,9 +12,14 @@ use crate::failure::Failure;
 /// Replaces underscores in flag names by dashes and `--config FILE` by the file's keys as flags.
 /// A typed flag wins over the file's key, also where one of them is an alias.
 pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
+    let command = arguments.get(1).and_then(|c| c.to_str());
+    let command = command.unwrap_or_default().to_owned();
+    let mut rest = arguments.into_iter().map(dashed);
+    if !takes_run_file(&command) {
+        return Ok(rest.collect());
+    }
     let mut plain = vec![];
     let mut file = None;
-    let mut rest = arguments.into_iter().map(dashed);
     while let Some(argument) = rest.next() {
         match argument.to_str() {
             Some("--config") => match rest.next() {
@@ -36,11 +41,6 @@ pub fn expand(arguments: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
         return Ok(plain);
     };
     let at = plain.len().min(2);
-    let command = plain
-        .get(1)
-        .and_then(|c| c.to_str())
-        .unwrap_or_default()
-        .to_owned();
     let typed: Vec<String> = plain.iter().filter_map(|a| flag_name(a)).collect();
     let flags = from_yaml(Path::new(&file), &known_options(&command), &typed)?;
     plain.splice(at..at, flags);
@@ -58,6 +58,13 @@ fn dashed(argument: OsString) -> OsString {
         Some((name, value)) => format!("--{}={value}", name.replace('_', "-")).into(),
         None => format!("--{}", flag.replace('_', "-")).into(),
     }
+}
+
+/// Whether `command` has `--config`; the parser refuses it elsewhere.
+fn takes_run_file(command: &str) -> bool {
+    let cli = Cli::command();
+    let found = cli.find_subcommand(command);
+    found.is_some_and(|c| c.get_arguments().any(|a| a.get_long() == Some("config")))
 }
 
 /// `name` of `--name` and `--name=value`.
@@ -102,6 +109,7 @@ fn from_yaml(path: &Path, known: &[Known], typed: &[String]) -> Result<Vec<OsStr
     };
     let mut arguments = vec![];
     let mut unknown = vec![];
+    let mut set: Vec<String> = vec![];
     for (key, value) in &map {
         let Some(key) = key.as_str() else {
             return Err(fault(format!("key {key:?} is not a name")));
@@ -111,6 +119,16 @@ fn from_yaml(path: &Path, known: &[Known], typed: &[String]) -> Result<Vec<OsStr
             unknown.push(format!("\"{key}\"{}", nearest(&name, known)));
             continue;
         };
+        let earlier = set
+            .iter()
+            .find(|other: &&String| option.names.contains(other));
+        if let Some(earlier) = earlier {
+            return Err(fault(format!(
+                "\"{}\" and \"{key}\" are the same setting; keep one",
+                earlier.replace('-', "_")
+            )));
+        }
+        set.push(name.clone());
         if option.names.iter().any(|n| typed.contains(n)) {
             continue;
         }

@@ -99,6 +99,14 @@ pub enum PeftError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A folder without an adapter.
+    #[error("{path} is not an adapter; {why}", path = path.display())]
+    NotAnAdapter {
+        /// The folder.
+        path: PathBuf,
+        /// What it is, or what was expected.
+        why: &'static str,
+    },
     /// A file that does not parse.
     #[error("{path} is malformed: {why}; repair it or fetch it again", path = path.display())]
     Malformed {

@@ -120,6 +120,21 @@ pub fn write_model(
     write_tokenizer(folder, opened)
 }
 
+/// Whether the model can be written as a Hugging Face folder.
+///
+/// # Errors
+/// If its configuration cannot be expressed.
+pub fn check_exportable(opened: &LanguageModel) -> Result<(), PeftError> {
+    if opened.config.get("rope_freq_factors").is_none() {
+        return Ok(());
+    }
+    Err(PeftError::NotExportable {
+        path: opened.path.clone(),
+        why: "the GGUF holds scaled rotary frequencies, whose settings a Hugging Face \
+              configuration needs; use the model's Hugging Face folder instead",
+    })
+}
+
 /// A tied head stays tied as long as both sites have the same effective weight.
 fn stays_tied(model: &dyn Model) -> bool {
     let sites = model.sites();
@@ -214,14 +229,8 @@ fn write_config(
     dtype: WriteDtype,
     tied: bool,
 ) -> Result<(), PeftError> {
+    check_exportable(opened)?;
     let mut config = opened.config.clone();
-    if config.get("rope_freq_factors").is_some() {
-        return Err(PeftError::NotExportable {
-            path: opened.path.clone(),
-            why: "the GGUF holds scaled rotary frequencies, whose settings a Hugging Face \
-                  configuration needs; use the model's Hugging Face folder instead",
-        });
-    }
     if let Some(map) = config.as_object_mut() {
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(dtype.torch_name()));

@@ -77,6 +77,15 @@ enum Base {
 
 fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, PeftError> {
     let path = dir.join(CONFIG);
+    if !path.exists() {
+        return Err(PeftError::NotAnAdapter {
+            path: dir.to_owned(),
+            why: match dir.join("config.json").exists() {
+                true => "it holds a model: give it as --model, without --adapter",
+                false => "expected a folder with adapter_config.json and adapter_model.safetensors",
+            },
+        });
+    }
     let config = read_config(&path)?;
     let adapter = attach(model, &config, 0).map_err(|source| unfit(&path, source))?;
     fill(model, &adapter, &dir.join(TENSORS), base)?;

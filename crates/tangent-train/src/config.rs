@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::error::TrainError;
-use crate::optim::Hyper;
+use crate::optim::{self, Hyper};
 use crate::schedule::Schedule;
 
 /// How rows are grouped into micro-batches.
@@ -99,6 +99,7 @@ impl TrainConfig {
     /// # Errors
     /// Naming the first one that is out of its range.
     pub fn validate(&self) -> Result<(), TrainError> {
+        optim::find(&self.optimizer)?;
         let checks: [(&'static str, f64, bool, &'static str); 12] = [
             (
                 "learning_rate",
@@ -214,12 +215,12 @@ impl TrainConfig {
             Batching::Tokens(n) => ("tokens_per_batch", n),
         };
         let (length, amount) = match self.length {
-            Length::Steps(n) => ("max_steps", n as f64),
-            Length::Epochs(e) => ("num_train_epochs", e),
+            Length::Steps(n) => ("max_steps", json!(n)),
+            Length::Epochs(e) => ("num_train_epochs", json!(e)),
         };
         let (warmup, rise) = match self.warmup {
-            Warmup::Steps(n) => ("warmup_steps", n as f64),
-            Warmup::Ratio(r) => ("warmup_ratio", r),
+            Warmup::Steps(n) => ("warmup_steps", json!(n)),
+            Warmup::Ratio(r) => ("warmup_ratio", json!(r)),
         };
         json!({
             "learning_rate": self.learning_rate,

@@ -22,6 +22,14 @@ pub enum TrainError {
         /// What it must be.
         why: &'static str,
     },
+    /// An optimizer that does not exist.
+    #[error("optimizer \"{name}\" does not exist; optimizers: {known}")]
+    UnknownOptimizer {
+        /// What was asked for.
+        name: String,
+        /// All optimizers.
+        known: String,
+    },
     /// A loss or a gradient that is not a finite number.
     #[error(
         "step {step}: {what} is not finite; rows: {rows}. Checkpoints written so far are kept; \

@@ -9,7 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
 use tangent_model::{Batch, LanguageModel, Pass, pass};
-use tangent_peft::Adapter;
+use tangent_peft::{Adapter, export};
 
 use crate::checkpoint::{self, Progress};
 use crate::config::TrainConfig;
@@ -84,11 +84,11 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     let begun = Instant::now();
     let config = run.config;
     config.validate()?;
-    let rule = optim::find(&config.optimizer).map_err(|value| TrainError::Setting {
-        setting: "optim",
-        value,
-        why: "unknown optimizer",
-    })?;
+    let rule = optim::find(&config.optimizer)?;
+    if run.adapter.method.whole_model {
+        // Known now rather than at the first checkpoint.
+        export::check_exportable(run.opened)?;
+    }
     let parameters = &run.adapter.parameters;
     let mut optimizer = Optimizer::new(rule, config.hyper, config.weight_decay, parameters);
     let total = total_steps(run.train, config);
@@ -368,7 +368,7 @@ fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainErr
         .into_iter()
         .filter(|k| then.get(*k) != now.get(*k))
         .map(|k| {
-            let show = |v: Option<&Value>| v.map_or("nothing".to_owned(), Value::to_string);
+            let show = |v: Option<&Value>| v.map_or("not set".to_owned(), Value::to_string);
             format!("{k} was {}, is {}", show(then.get(k)), show(now.get(k)))
         })
         .collect();

@@ -24,9 +24,9 @@ pub struct Args {
     /// Tokens to train on: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
-    /// Cut rows to this many tokens.
-    #[arg(long, value_name = "TOKENS")]
-    max_length: Option<NonZeroUsize>,
+    /// Cut rows to this many tokens, as `train` does.
+    #[arg(long, default_value = "1024", value_name = "TOKENS")]
+    max_length: NonZeroUsize,
     /// Accept rows without a supervised token.
     #[arg(long)]
     allow_unsupervised: bool,
@@ -39,7 +39,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         &opened,
         &args.data,
         args.train_on,
-        args.max_length.map(NonZeroUsize::get),
+        Some(args.max_length.get().min(opened.model.max_positions())),
         args.allow_unsupervised,
     )?;
     let mut out = std::io::stdout().lock();

@@ -28,7 +28,7 @@ pub struct Args {
     /// Tokens that count: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
-    /// Cut rows to this many tokens.
+    /// Cut rows to this many tokens; whole rows if not given (`train` cuts at 1024).
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<NonZeroUsize>,
     /// Print one line of JSON.
@@ -39,7 +39,13 @@ pub struct Args {
 /// Evaluates and prints the report.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
-    let mut rows = examples(&opened, &args.data, args.train_on, args.max_length.map(NonZeroUsize::get), false)?;
+    let mut rows = examples(
+        &opened,
+        &args.data,
+        args.train_on,
+        args.max_length.map(NonZeroUsize::get),
+        false,
+    )?;
     rows.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
     let report = evaluate(&*opened.model, &rows)?;
     let mut out = std::io::stdout().lock();

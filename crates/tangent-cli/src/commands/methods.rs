@@ -14,9 +14,13 @@ pub struct Args {}
 /// Prints every method.
 pub fn run(_args: Args) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{:<8} {:<12} trains", "method", "paper")?;
+    writeln!(out, "{:<8} {:<24} trains", "method", "paper")?;
     for method in METHODS {
-        writeln!(out, "{:<8} {:<12} {}", method.id, method.paper, method.summary)?;
+        writeln!(
+            out,
+            "{:<8} {:<24} {}",
+            method.id, method.paper, method.summary
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }

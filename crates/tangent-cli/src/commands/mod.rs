@@ -1,13 +1,22 @@
-//! The commands: one file each and one line in the list below.
+//! The commands: one file each, its module and one line in the list below.
 
 use std::process::ExitCode;
 
 use crate::failure::Failure;
 
+mod chat;
+mod data;
+mod eval;
+mod generate;
+mod merge;
+mod methods;
+mod score;
+mod switch;
+mod train;
+mod unmerge;
+
 macro_rules! commands {
     ($($(#[$help:meta])* $module:ident => $variant:ident,)*) => {
-        $(mod $module;)*
-
         /// What to do.
         #[derive(clap::Subcommand)]
         pub enum Command {
@@ -28,7 +37,7 @@ macro_rules! commands {
 commands! {
     /// Fine-tune a model on rows of text or conversations.
     train => Train,
-    /// Loss, perplexity and accuracy of a model on rows.
+    /// Loss, perplexity and, where answers are labels, accuracy of a model on rows.
     eval => Eval,
     /// Log-probability of every token of rows.
     score => Score,

@@ -29,7 +29,7 @@ use crate::progress::{Progress, duration, say};
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// YAML file whose keys are these flags; typed flags win.
+    /// YAML file whose keys are these flags, with underscores; typed flags win.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Rows to train on (jsonl); several files may be given.
@@ -70,7 +70,14 @@ struct MethodArgs {
     #[arg(long, default_value = "lora", alias = "finetuning-type")]
     method: String,
     /// Rank of the low-rank product.
-    #[arg(long, alias = "lora-rank", alias = "lora-r", alias = "r", default_value_t = 8, value_name = "R")]
+    #[arg(
+        long,
+        alias = "lora-rank",
+        alias = "lora-r",
+        alias = "r",
+        default_value_t = 8,
+        value_name = "R"
+    )]
     rank: usize,
     /// Numerator of the scaling; twice the rank if not given.
     #[arg(long, alias = "lora-alpha", value_name = "A")]
@@ -108,13 +115,26 @@ struct MethodArgs {
 #[command(next_help_heading = "Data")]
 struct DataArgs {
     /// Cut rows to this many tokens.
-    #[arg(long, alias = "max-seq-length", alias = "cutoff-len", alias = "sequence-len", default_value = "1024", value_name = "TOKENS")]
+    #[arg(
+        long,
+        alias = "max-seq-length",
+        alias = "cutoff-len",
+        alias = "sequence-len",
+        default_value = "1024",
+        value_name = "TOKENS"
+    )]
     max_length: NonZeroUsize,
     /// Tokens to train on: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
     /// Rows of a micro-batch.
-    #[arg(long, alias = "per-device-train-batch-size", alias = "micro-batch-size", default_value_t = 8, value_name = "ROWS")]
+    #[arg(
+        long,
+        alias = "per-device-train-batch-size",
+        alias = "micro-batch-size",
+        default_value_t = 8,
+        value_name = "ROWS"
+    )]
     batch_size: usize,
     /// Tokens of a micro-batch, in the place of a number of rows.
     #[arg(long, value_name = "TOKENS")]
@@ -186,7 +206,7 @@ struct SavingArgs {
     /// Steps between evaluations; 0: before the first and after the last step only.
     #[arg(long, default_value_t = 0, value_name = "N")]
     eval_steps: usize,
-    /// Steps between checkpoints; 0: only at an interrupt.
+    /// Steps between checkpoints, and one at the end; 0: only at an interrupt.
     #[arg(long, default_value_t = 500, value_name = "N")]
     save_steps: usize,
     /// Checkpoints to keep, the best one besides; 0: all.
@@ -204,10 +224,12 @@ impl<T: PatternNumber> FromStr for Pattern<T> {
     fn from_str(s: &str) -> Result<Self, String> {
         let json: Value = serde_json::from_str(s).map_err(|e| e.to_string())?;
         let map = json.as_object().ok_or("expected a JSON object")?;
-        let pairs = map.iter().map(|(k, v)| match v.as_f64().and_then(T::checked) {
-            Some(n) => Ok((k.clone(), n)),
-            None => Err(format!("\"{k}\": {v} is not a valid number here")),
-        });
+        let pairs = map
+            .iter()
+            .map(|(k, v)| match v.as_f64().and_then(T::checked) {
+                Some(n) => Ok((k.clone(), n)),
+                None => Err(format!("\"{k}\": {v} is not a valid number here")),
+            });
         Ok(Self(pairs.collect::<Result<_, _>>()?))
     }
 }
@@ -354,7 +376,6 @@ fn rows(args: &Args, opened: &LanguageModel) -> Result<(Vec<Example>, Vec<Exampl
 
 /// One line on what is about to happen.
 fn describe(opened: &LanguageModel, adapter: &Adapter, train: &[Example], eval: &[Example]) {
-    let trained = adapter.count() as f64;
     let frozen: usize = opened
         .model
         .sites()
@@ -368,14 +389,23 @@ fn describe(opened: &LanguageModel, adapter: &Adapter, train: &[Example], eval: 
         n => format!(" ({n} truncated)"),
     };
     say(format_args!(
-        "{} on {}: {:.2} M trained of {:.0} M parameters; {} rows{note}, {} held out",
+        "{} on {}: {} trained of {} parameters; {} rows{note}, {} held out",
         adapter.method.id,
         opened.path.display(),
-        trained / 1e6,
-        frozen as f64 / 1e6,
+        amount(adapter.count()),
+        amount(frozen),
         train.len(),
         eval.len(),
     ));
+}
+
+/// A number of parameters.
+fn amount(count: usize) -> String {
+    match count {
+        0..1_000_000 => count.to_string(),
+        1_000_000..100_000_000 => format!("{:.2} M", count as f64 / 1e6),
+        _ => format!("{:.0} M", count as f64 / 1e6),
+    }
 }
 
 /// The settings that a resumed run must repeat.

@@ -32,7 +32,7 @@ use crate::error::PeftError;
 pub const METHOD: Method = Method {
     id: "lora",
     summary: "two thin matrices beside each chosen weight",
-    paper: "2106.09685",
+    paper: "2106.09685, 2312.03732",
     identity_at_start: true,
     whole_model: false,
     attach,

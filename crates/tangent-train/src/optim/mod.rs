@@ -3,6 +3,8 @@
 use rayon::prelude::*;
 use tangent_model::Parameter;
 
+use crate::error::TrainError;
+
 pub mod adamw;
 pub mod sgd;
 
@@ -66,13 +68,13 @@ pub const RULES: &[Rule] = &[adamw::RULE, sgd::RULE];
 ///
 /// # Errors
 /// With the list of rules if there is none.
-pub fn find(id: &str) -> Result<&'static Rule, String> {
+pub fn find(id: &str) -> Result<&'static Rule, TrainError> {
     RULES
         .iter()
         .find(|r| r.id == id || r.aliases.contains(&id))
-        .ok_or_else(|| {
-            let known: Vec<&str> = RULES.iter().map(|r| r.id).collect();
-            format!("\"{id}\" is not one of {}", known.join(", "))
+        .ok_or_else(|| TrainError::UnknownOptimizer {
+            name: id.to_owned(),
+            known: RULES.iter().map(|r| r.id).collect::<Vec<_>>().join(", "),
         })
 }
 

@@ -367,7 +367,7 @@ fn adapters_for_another_base() {
         "fetch it again",
     ];
     refused(&place, &format!("{EVAL} tiny.gguf --adapter bent"), &words);
-    let words = ["none/adapter_config.json", "check the path"];
+    let words = ["none is not an adapter", "adapter_config.json"];
     refused(&place, &format!("{EVAL} tiny.gguf --adapter none"), &words);
 }
 
