@@ -1,9 +1,11 @@
-//! Opening the model and, if asked, its adapter; reading rows.
+//! What commands share: the model and its adapter, rows, and where a written model goes.
 
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel};
+use tangent_peft::export::WriteDtype;
 use tangent_peft::{Adapter, peft_format};
 use tangent_train::data::{self, EncodeOptions, Example, TrainOn};
 
@@ -66,6 +68,27 @@ impl ModelArgs {
             None => None,
         };
         Ok((opened, adapter))
+    }
+}
+
+/// Where a written model goes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct OutputArgs {
+    /// Where the model goes (a Hugging Face folder).
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Replace an earlier folder.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Number type of the written weights: f32, f16, bf16.
+    #[arg(long, default_value = "f32")]
+    pub dtype: WriteDtype,
+}
+
+impl OutputArgs {
+    /// Begins the folder.
+    pub fn begin(&self) -> Result<NewFolder, Failure> {
+        Ok(NewFolder::begin(&self.output, self.overwrite)?)
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use tangent_ops::StoredType;
 
 pub use llama::{gguf_name, hf_config, unpermute_rows};
 
@@ -170,66 +171,22 @@ impl Value {
     }
 }
 
-/// How a tensor's numbers are stored: plain, or in blocks along the row that share scales.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are the format's own")]
-pub enum TensorType {
-    F32,
-    F16,
-    BF16,
-    Q8_0,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q4K,
-    Q5K,
-    Q6K,
-}
-
-impl TensorType {
-    /// The type of ggml's number, `None` if it is not one that can be read here.
-    pub fn from_id(id: u32) -> Option<Self> {
-        Some(match id {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            12 => Self::Q4K,
-            13 => Self::Q5K,
-            14 => Self::Q6K,
-            30 => Self::BF16,
-            _ => return None,
-        })
-    }
-
-    /// Elements in one block, 1 for plain numbers.
-    pub fn block_len(self) -> usize {
-        match self {
-            Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => 256,
-        }
-    }
-
-    /// Bytes of one block.
-    pub fn block_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-            Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q5_0 => 22,
-            Self::Q5_1 => 24,
-            Self::Q4K => 144,
-            Self::Q5K => 176,
-            Self::Q6K => 210,
-        }
-    }
+/// The stored type of ggml's number, `None` if it is not one that can be read here.
+pub(crate) fn stored_type(id: u32) -> Option<StoredType> {
+    Some(match id {
+        0 => StoredType::F32,
+        1 => StoredType::F16,
+        2 => StoredType::Q4_0,
+        3 => StoredType::Q4_1,
+        6 => StoredType::Q5_0,
+        7 => StoredType::Q5_1,
+        8 => StoredType::Q8_0,
+        12 => StoredType::Q4_K,
+        13 => StoredType::Q5_K,
+        14 => StoredType::Q6_K,
+        30 => StoredType::BF16,
+        _ => return None,
+    })
 }
 
 /// Where one tensor lies in the file.
@@ -240,7 +197,7 @@ pub struct TensorInfo {
     /// Rows first, the last dimension contiguous: ggml's dimensions reversed.
     pub shape: Vec<usize>,
     /// How the numbers are stored.
-    pub kind: TensorType,
+    pub kind: StoredType,
     /// First byte of the data in the map.
     pub start: usize,
     /// Bytes of the data; `start + len` lies within the map.
@@ -425,7 +382,7 @@ mod tests {
         let tensor = file.tensor("m").unwrap();
         assert_eq!(
             (tensor.shape.as_slice(), tensor.kind),
-            ([2, 3].as_slice(), TensorType::F32)
+            ([2, 3].as_slice(), StoredType::F32)
         );
         assert_eq!(file.data(tensor), data);
     }
@@ -484,13 +441,9 @@ mod tests {
             (30, 512),
         ];
         for (id, bytes) in sizes {
-            let kind = TensorType::from_id(id).unwrap();
-            assert_eq!(
-                256 / kind.block_len() * kind.block_bytes(),
-                bytes,
-                "{kind:?}"
-            );
+            let kind = stored_type(id).unwrap();
+            assert_eq!(kind.row_bytes(256).unwrap(), bytes, "{kind:?}");
         }
-        assert_eq!(TensorType::from_id(10), None);
+        assert_eq!(stored_type(10), None);
     }
 }

@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use tangent_ops::{FrozenMatrix, StoredType, WeightBytes};
 
 use crate::error::ModelError;
-use crate::gguf::{GgufFile, TensorType, gguf_name, unpermute_rows};
+use crate::gguf::{GgufFile, gguf_name, unpermute_rows};
 
 /// How frozen weights are held in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -252,19 +252,6 @@ impl Weights {
             .and_then(|n| file.tensors().get(&n))
             .ok_or_else(|| self.missing(name))?;
         self.mark(&tensor.name);
-        let stored = match tensor.kind {
-            TensorType::F32 => StoredType::F32,
-            TensorType::F16 => StoredType::F16,
-            TensorType::BF16 => StoredType::BF16,
-            TensorType::Q8_0 => StoredType::Q8_0,
-            TensorType::Q4_0 => StoredType::Q4_0,
-            TensorType::Q4_1 => StoredType::Q4_1,
-            TensorType::Q5_0 => StoredType::Q5_0,
-            TensorType::Q5_1 => StoredType::Q5_1,
-            TensorType::Q4K => StoredType::Q4_K,
-            TensorType::Q5K => StoredType::Q5_K,
-            TensorType::Q6K => StoredType::Q6_K,
-        };
         let range = tensor.start..tensor.start + tensor.len;
         // llama.cpp interleaves the two halves of each query and key head; put them back.
         let permuted = [("q_proj", heads), ("k_proj", kv_heads)]
@@ -278,7 +265,7 @@ impl Weights {
             }
             _ => WeightBytes::Mapped(file.map.clone(), range),
         };
-        self.build(&file.path, name, shape, &tensor.shape, stored, bytes)
+        self.build(&file.path, name, shape, &tensor.shape, tensor.kind, bytes)
     }
 }
 

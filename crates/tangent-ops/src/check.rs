@@ -41,6 +41,12 @@ pub(crate) fn close(got: &[f32], want: &[f32], tolerance: f32) {
 
 type Inputs = Vec<Vec<f32>>;
 
+/// Input values of the given shapes.
+fn inputs(shapes: &[(usize, usize)], seed: u64) -> Inputs {
+    let seeded = shapes.iter().zip(seed..);
+    seeded.map(|(&(r, c), seed)| values(r * c, seed)).collect()
+}
+
 /// Output, and gradients of `sum(output * cotangent)` for all inputs.
 fn run(
     f: &impl Fn(&[Tensor<2>]) -> Tensor<2>,
@@ -75,12 +81,7 @@ where
     F: Fn(&[Tensor<2>]) -> Tensor<2>,
     D: Fn(&[Tensor<2>]) -> Tensor<2>,
 {
-    let inputs: Inputs = case
-        .shapes
-        .iter()
-        .enumerate()
-        .map(|(i, &(r, c))| values(r * c, i as u64 + 10))
-        .collect();
+    let inputs = inputs(case.shapes, 10);
     let (output, gradients) = run(&case.fused, case.shapes, &inputs);
     let (want_output, want_gradients) = run(&case.definition, case.shapes, &inputs);
     close(&output, &want_output, 2e-5);
@@ -96,12 +97,7 @@ where
     F: Fn(&[Tensor<2>]) -> Tensor<2>,
     D: Fn(&[Tensor<2>]) -> Tensor<2>,
 {
-    let inputs: Inputs = case
-        .shapes
-        .iter()
-        .enumerate()
-        .map(|(i, &(r, c))| values(r * c, i as u64 + 20))
-        .collect();
+    let inputs = inputs(case.shapes, 20);
     let (_, gradients) = run(&case.fused, case.shapes, &inputs);
     let loss = |inputs: &Inputs| -> f64 {
         let device = Device::flex();

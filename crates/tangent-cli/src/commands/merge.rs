@@ -7,13 +7,12 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use tangent_model::BaseDtype;
-use tangent_model::folder::NewFolder;
-use tangent_peft::export::{self, WriteDtype};
+use tangent_peft::export;
 use tangent_train::agreement::agreement;
 use tangent_train::data::{Example, TrainOn};
 
 use crate::failure::Failure;
-use crate::open::{ModelArgs, examples};
+use crate::open::{ModelArgs, OutputArgs, examples};
 
 /// What to merge.
 #[derive(clap::Args)]
@@ -23,15 +22,8 @@ pub struct Args {
     /// Adapter folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Where the merged model goes (a Hugging Face folder).
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
-    /// Replace an earlier folder.
-    #[arg(long)]
-    overwrite: bool,
-    /// Number type of the written weights: f32, f16, bf16.
-    #[arg(long, default_value = "f32")]
-    dtype: WriteDtype,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Rows (jsonl) on which the merged model is compared; a line of text if not given.
     #[arg(long, num_args = 1.., value_name = "FILE")]
     data: Vec<PathBuf>,
@@ -56,8 +48,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         let rows = rows.into_iter().take(args.rows.get());
         rows.map(|row: Example| row.tokens).collect()
     };
-    let folder = NewFolder::begin(&args.output, args.overwrite)?;
-    export::write_model(&folder, &opened, args.dtype)?;
+    let folder = args.output.begin()?;
+    export::write_model(&folder, &opened, args.output.dtype)?;
     let merged = tangent_model::open(folder.path(), BaseDtype::AsStored, &Device::flex())?;
     let found = agreement(&*opened.model, &*merged.model, &rows);
     let mut out = std::io::stdout();
@@ -78,6 +70,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         )));
     }
     folder.finish()?;
-    writeln!(out, "merged model: {}", args.output.display())?;
+    writeln!(out, "merged model: {}", args.output.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,11 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use tangent_model::folder::NewFolder;
-use tangent_peft::export::{self, WriteDtype};
+use tangent_peft::export;
 
 use crate::failure::Failure;
-use crate::open::ModelArgs;
+use crate::open::{ModelArgs, OutputArgs};
 
 /// What to replace by what.
 #[derive(clap::Args)]
@@ -21,15 +20,8 @@ pub struct Args {
     /// Folder of the adapter that takes its place.
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
-    /// Where the result goes.
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
-    /// Replace an earlier folder.
-    #[arg(long)]
-    overwrite: bool,
-    /// Number type of the written weights: f32, f16, bf16.
-    #[arg(long, default_value = "f32")]
-    dtype: WriteDtype,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// Switches and reports the drift.
@@ -40,8 +32,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         ..args.model.clone()
     };
     let added = single.open_merged(&args.to)?;
-    let folder = NewFolder::begin(&args.output, args.overwrite)?;
-    let drift = export::write_without(&folder, &merged, Some(&added), args.dtype)?;
+    let folder = args.output.begin()?;
+    let drift = export::write_without(&folder, &merged, Some(&added), args.output.dtype)?;
     folder.finish()?;
     let mut out = std::io::stdout();
     writeln!(
@@ -50,6 +42,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
          free of it",
         drift.rounding, drift.largest_weight
     )?;
-    writeln!(out, "switched model: {}", args.output.display())?;
+    writeln!(out, "switched model: {}", args.output.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

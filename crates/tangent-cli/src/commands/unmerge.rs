@@ -4,11 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use tangent_model::folder::NewFolder;
-use tangent_peft::export::{self, WriteDtype};
+use tangent_peft::export;
 
 use crate::failure::Failure;
-use crate::open::ModelArgs;
+use crate::open::{ModelArgs, OutputArgs};
 
 /// What to take out.
 #[derive(clap::Args)]
@@ -18,15 +17,8 @@ pub struct Args {
     /// Folder of the adapter that was merged.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// Where the result goes.
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
-    /// Replace an earlier folder.
-    #[arg(long)]
-    overwrite: bool,
-    /// Number type of the written weights: f32, f16, bf16.
-    #[arg(long, default_value = "f32")]
-    dtype: WriteDtype,
+    #[command(flatten)]
+    output: OutputArgs,
     /// The original model, to measure how far the result is from it.
     #[arg(long, value_name = "PATH")]
     base: Option<PathBuf>,
@@ -35,8 +27,8 @@ pub struct Args {
 /// Subtracts the adapter and reports the drift.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let merged = args.model.open_merged(&args.adapter)?;
-    let folder = NewFolder::begin(&args.output, args.overwrite)?;
-    let drift = export::write_without(&folder, &merged, None, args.dtype)?;
+    let folder = args.output.begin()?;
+    let drift = export::write_without(&folder, &merged, None, args.output.dtype)?;
     let mut out = std::io::stdout();
     writeln!(
         out,
@@ -56,6 +48,6 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         )?;
     }
     folder.finish()?;
-    writeln!(out, "unmerged model: {}", args.output.display())?;
+    writeln!(out, "unmerged model: {}", args.output.output.display())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::Path;
 
-use super::{GgufError, TensorInfo, TensorType, Value};
+use super::{GgufError, TensorInfo, Value, stored_type};
 
 /// Metadata elements accepted in one file; the largest vocabularies in use need under two million.
 const MAX_ELEMENTS: usize = 1 << 23;
@@ -219,10 +219,10 @@ impl<'a> Cursor<'a> {
         shape.reverse();
         let type_id = self.u32(&what)?;
         let offset = self.u64(&what)?;
-        let kind = TensorType::from_id(type_id).ok_or_else(|| self.refused_type(&name, type_id))?;
+        let kind = stored_type(type_id).ok_or_else(|| self.refused_type(&name, type_id))?;
         let row = shape.last().copied().unwrap_or(1);
-        if row % kind.block_len() != 0 {
-            let block = kind.block_len();
+        let (block, block_bytes) = kind.block();
+        if row % block != 0 {
             return Err(self.malformed(format!(
                 "tensor {name} has rows of {row}, not a multiple of the {block} of {kind:?}"
             )));
@@ -231,7 +231,7 @@ impl<'a> Cursor<'a> {
             .iter()
             .try_fold(1_usize, |product, size| product.checked_mul(*size));
         let len = elements
-            .and_then(|elements| (elements / kind.block_len()).checked_mul(kind.block_bytes()))
+            .and_then(|elements| (elements / block).checked_mul(block_bytes))
             .ok_or_else(|| {
                 self.malformed(format!("tensor {name} of shape {shape:?} is too large"))
             })?;

@@ -2,7 +2,9 @@
 
 use serde_json::{Map, json};
 
-use super::{GgufError, GgufFile, TensorInfo, TensorType, Value};
+use tangent_ops::StoredType;
+
+use super::{GgufError, GgufFile, TensorInfo, Value};
 
 /// The model's configuration with the keys of a Hugging Face `config.json` of a Llama model.
 ///
@@ -253,7 +255,7 @@ fn rope_freq_factors(
     let usable = factors
         .iter()
         .all(|factor| factor.is_finite() && *factor > 0.0);
-    if tensor.kind != TensorType::F32 || factors.len() as u64 * 2 != u64::from(head_dim) || !usable
+    if tensor.kind != StoredType::F32 || factors.len() as u64 * 2 != u64::from(head_dim) || !usable
     {
         let what = format!(
             "rope_freqs.weight is not {} positive F32 numbers",

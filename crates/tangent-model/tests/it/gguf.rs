@@ -5,28 +5,12 @@ use std::fs;
 use burn::tensor::Device;
 use serde_json::json;
 use tangent_model::generate::{Finish, Sampling, argmax, generate};
-use tangent_model::gguf::{GgufFile, TensorType};
+use tangent_model::gguf::GgufFile;
 use tangent_model::{BaseDtype, LanguageModel, Pass, Tokenizer, forward, read_json};
-use tangent_ops::{FrozenMatrix, StoredType, WeightBytes};
+use tangent_ops::{FrozenMatrix, WeightBytes};
 use tangent_testkit::{Reference, all_logits, close, folder};
 
 use crate::{batch, rows};
-
-fn stored_type(kind: TensorType) -> StoredType {
-    match kind {
-        TensorType::F32 => StoredType::F32,
-        TensorType::F16 => StoredType::F16,
-        TensorType::BF16 => StoredType::BF16,
-        TensorType::Q8_0 => StoredType::Q8_0,
-        TensorType::Q4_0 => StoredType::Q4_0,
-        TensorType::Q4_1 => StoredType::Q4_1,
-        TensorType::Q5_0 => StoredType::Q5_0,
-        TensorType::Q5_1 => StoredType::Q5_1,
-        TensorType::Q4K => StoredType::Q4_K,
-        TensorType::Q5K => StoredType::Q5_K,
-        TensorType::Q6K => StoredType::Q6_K,
-    }
-}
 
 /// One weight of every type with its name and the values that it stands for.
 fn blocks() -> Vec<(String, FrozenMatrix, Vec<f32>)> {
@@ -40,7 +24,7 @@ fn blocks() -> Vec<(String, FrozenMatrix, Vec<f32>)> {
             let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
             let range = tensor.start..tensor.start + tensor.len;
             let bytes = WeightBytes::Mapped(file.map.clone(), range);
-            let stored = stored_type(tensor.kind);
+            let stored = tensor.kind;
             let matrix = FrozenMatrix::new(rows, cols, stored, bytes).unwrap();
             (tensor.name.clone(), matrix, reference.values(&tensor.name))
         })
