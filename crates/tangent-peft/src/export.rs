@@ -73,14 +73,25 @@ impl WriteDtype {
     }
 }
 
-/// A tensor that is computed when its turn to be written comes.
-struct Tensor<'a> {
+/// A tensor whose values are computed when its turn to be written comes.
+pub struct LazyTensor<'a> {
     shape: Vec<usize>,
     dtype: WriteDtype,
     values: Box<dyn Fn() -> Vec<f32> + 'a>,
 }
 
-impl View for &Tensor<'_> {
+impl<'a> LazyTensor<'a> {
+    /// A tensor of `shape`, written as `dtype`; `values` gives as many values as the shape has.
+    pub fn new(shape: Vec<usize>, dtype: WriteDtype, values: impl Fn() -> Vec<f32> + 'a) -> Self {
+        Self {
+            shape,
+            dtype,
+            values: Box::new(values),
+        }
+    }
+}
+
+impl View for &LazyTensor<'_> {
     fn dtype(&self) -> Dtype {
         self.dtype.stored().0
     }
@@ -153,7 +164,7 @@ fn write_weights<'a>(
     weight: &'a (dyn Fn(&Site) -> Vec<f32> + 'a),
 ) -> Result<(), PeftError> {
     let pass = Pass::inference(&model.device());
-    let mut tensors: Vec<(String, Tensor<'_>)> = vec![];
+    let mut tensors: Vec<(String, LazyTensor<'_>)> = vec![];
     for site in model.sites() {
         if tied && site.kind == SiteKind::Head {
             continue;
@@ -163,28 +174,19 @@ fn write_weights<'a>(
             SiteKind::Norm => vec![cols],
             _ => vec![rows, cols],
         };
-        let values = Box::new(move || weight(site));
-        let tensor = Tensor {
-            shape,
-            dtype,
-            values,
-        };
+        let tensor = LazyTensor::new(shape, dtype, move || weight(site));
         tensors.push((format!("{}.weight", site.path), tensor));
         if let Some(bias) = site.effective_bias(&pass) {
             let values = tangent_ops::values(bias);
-            let tensor = Tensor {
-                shape: vec![rows],
-                dtype,
-                values: Box::new(move || values.clone()),
-            };
+            let tensor = LazyTensor::new(vec![rows], dtype, move || values.clone());
             tensors.push((format!("{}.bias", site.path), tensor));
         }
     }
     write_shards(folder, &tensors)
 }
 
-fn write_shards(folder: &NewFolder, tensors: &[(String, Tensor<'_>)]) -> Result<(), PeftError> {
-    let mut shards: Vec<Vec<&(String, Tensor<'_>)>> = vec![vec![]];
+fn write_shards(folder: &NewFolder, tensors: &[(String, LazyTensor<'_>)]) -> Result<(), PeftError> {
+    let mut shards: Vec<Vec<&(String, LazyTensor<'_>)>> = vec![vec![]];
     let mut size = 0;
     for tensor in tensors {
         let bytes = (&tensor.1).data_len();

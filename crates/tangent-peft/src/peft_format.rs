@@ -3,19 +3,19 @@
 
 mod settings;
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
+use tangent_model::Site;
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
-use tangent_model::{Parameter, Site};
 use tangent_ops::FrozenMatrix;
 
 use crate::adapter::{Adapter, attach};
 use crate::error::PeftError;
+use crate::export::{LazyTensor, WriteDtype};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
 pub use settings::read_config;
@@ -291,31 +291,6 @@ fn number(value: f32) -> Value {
     }
 }
 
-/// A named `f32` tensor to be written.
-pub(crate) struct Output<'a> {
-    pub(crate) shape: Vec<usize>,
-    pub(crate) values: Box<dyn Fn() -> Vec<f32> + 'a>,
-}
-
-impl View for &Output<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = (self.values)();
-        Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-    }
-
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * 4
-    }
-}
-
 /// Writes the adapter's files into a folder in the making.
 ///
 /// # Errors
@@ -327,18 +302,12 @@ pub fn write(
     base: &str,
 ) -> Result<(), PeftError> {
     let sites = model.sites();
-    let output = |parameter: &Parameter| {
-        let copy = parameter.clone();
-        Output {
-            shape: parameter.shape().to_vec(),
-            values: Box::new(move || copy.values()),
-        }
-    };
-    let mut outputs: BTreeMap<String, Output<'_>> = adapter
-        .parameters
-        .iter()
-        .map(|p| (format!("{PREFIX}{}", p.name()), output(p)))
-        .collect();
+    let mut outputs: BTreeMap<String, LazyTensor<'_>> = BTreeMap::new();
+    for parameter in &adapter.parameters {
+        let shape = parameter.shape().to_vec();
+        let stored = LazyTensor::new(shape, WriteDtype::F32, || parameter.values());
+        outputs.insert(format!("{PREFIX}{}", parameter.name()), stored);
+    }
     for site in &sites {
         let whole = matches!(
             site.kind,
@@ -346,10 +315,8 @@ pub fn write(
         );
         let targeted = adapter.sites.iter().any(|p| ends_with_name(p, &site.path));
         if whole && targeted {
-            let stored = Output {
-                shape: vec![site.weight.rows(), site.weight.cols()],
-                values: Box::new(|| site.weight.to_values()),
-            };
+            let shape = vec![site.weight.rows(), site.weight.cols()];
+            let stored = LazyTensor::new(shape, WriteDtype::F32, || site.weight.to_values());
             outputs.insert(format!("{PREFIX}{}.base_layer.weight", site.path), stored);
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 use tangent_model::family::{self, Model};
 use tangent_model::{BaseDtype, Batch, Pass, Weights, forward, read_json};
 use tangent_ops::{FrozenMatrix, StoredType, WeightBytes};
@@ -171,4 +172,31 @@ pub fn quantized(weight: &FrozenMatrix) -> FrozenMatrix {
         WeightBytes::Owned(bytes.into()),
     )
     .unwrap()
+}
+
+/// A stored LoRA case.
+pub struct LoraCase {
+    /// The adapter's folder.
+    pub dir: PathBuf,
+    /// `case.json`.
+    pub description: Value,
+    /// What PEFT computed.
+    pub reference: Reference,
+    /// The base model.
+    pub model: Box<dyn Model>,
+}
+
+impl LoraCase {
+    /// Opens the case called `name`.
+    pub fn open(name: &str) -> Self {
+        let dir = folder("lora").join(name);
+        let description = read_json(&dir.join("case.json")).unwrap();
+        let base = folder("lora").join(description["base"].as_str().unwrap());
+        Self {
+            reference: Reference::open(&dir.join("reference.safetensors")),
+            model: model(&base),
+            description,
+            dir,
+        }
+    }
 }

@@ -4,16 +4,15 @@
 //! for full fine-tuning), `state.safetensors` (trained tensors and optimizer state) and
 //! `trainer_state.json` (position, history, best score). It appears whole or not at all.
 
-use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tangent_model::LanguageModel;
 use tangent_model::folder::NewFolder;
-use tangent_model::{LanguageModel, Parameter};
-use tangent_peft::export::{self, WriteDtype};
+use tangent_peft::export::{self, LazyTensor, WriteDtype};
 use tangent_peft::{Adapter, peft_format};
 
 use crate::error::TrainError;
@@ -110,58 +109,20 @@ pub fn save(
     let mut tensors = vec![];
     for slot in &optimizer.slots {
         let name = slot.parameter.name();
-        tensors.push((name.to_owned(), Values::of(&slot.parameter)));
-        for (suffix, values) in optimizer.slot_names().iter().zip(&slot.state) {
-            tensors.push((format!("{name}#{suffix}"), Values::state(values)));
+        let count = vec![slot.parameter.count()];
+        let value = LazyTensor::new(count.clone(), WriteDtype::F32, || slot.parameter.values());
+        tensors.push((name.to_owned(), value));
+        for (suffix, state) in optimizer.slot_names().iter().zip(&slot.state) {
+            let state = LazyTensor::new(count.clone(), WriteDtype::F32, || state.clone());
+            tensors.push((format!("{name}#{suffix}"), state));
         }
     }
-    let views = tensors.iter().map(|(name, values)| (name, values));
+    let views = tensors.iter().map(|(name, tensor)| (name, tensor));
     folder.write_tensors(TENSORS, views, None)?;
     let json = serde_json::to_string_pretty(progress).map_err(|e| fault(&place, e))?;
     folder.write(STATE, json.as_bytes())?;
     folder.finish()?;
     Ok(place)
-}
-
-/// Values that are read when their turn to be written comes.
-struct Values<'a> {
-    shape: [usize; 1],
-    read: Box<dyn Fn() -> Cow<'a, [f32]> + 'a>,
-}
-
-impl<'a> Values<'a> {
-    fn of(parameter: &'a Parameter) -> Self {
-        Self {
-            shape: [parameter.count()],
-            read: Box::new(|| Cow::Owned(parameter.values())),
-        }
-    }
-
-    fn state(values: &'a [f32]) -> Self {
-        Self {
-            shape: [values.len()],
-            read: Box::new(|| Cow::Borrowed(values)),
-        }
-    }
-}
-
-impl View for &Values<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = (self.read)();
-        Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-    }
-
-    fn data_len(&self) -> usize {
-        self.shape[0] * 4
-    }
 }
 
 fn fault(path: &Path, why: impl ToString) -> TrainError {

@@ -8,18 +8,19 @@ use tangent_model::folder::NewFolder;
 use tangent_model::{Pass, read_json};
 use tangent_peft::peft_format;
 
-use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, model};
+use tangent_testkit::{LoraCase, all_logits, close, folder, mean_loss, model};
 
 const PREFIX: &str = "base_model.model.";
 
 #[track_caller]
 fn check(case: &str) {
-    let dir = folder("lora").join(case);
-    let description = read_json(&dir.join("case.json")).unwrap();
-    let base = folder("lora").join(description["base"].as_str().unwrap());
-    let reference = Reference::open(&dir.join("reference.safetensors"));
+    let LoraCase {
+        dir,
+        description,
+        reference,
+        mut model,
+    } = LoraCase::open(case);
     let batch = reference.batch();
-    let mut model = model(&base);
     let adapter = peft_format::load(&mut *model, &dir).unwrap();
     assert_eq!(
         adapter.parameters.len() as u64,

@@ -1,9 +1,9 @@
 //! Optimizers and schedules against PyTorch and transformers; whole steps against PEFT.
 
 use burn::tensor::Device;
-use tangent_model::{Parameter, Pass, read_json};
+use tangent_model::{Parameter, Pass};
 use tangent_peft::peft_format;
-use tangent_testkit::{Reference, close, folder, model};
+use tangent_testkit::{LoraCase, Reference, close, folder};
 use tangent_train::Schedule;
 use tangent_train::gradients::{Accumulated, accumulate, clip, global_norm};
 use tangent_train::optim::{Hyper, Optimizer, find};
@@ -56,12 +56,13 @@ fn schedules_are_transformers() {
 /// Three clipped AdamW steps on all rows, as the script beside the reference takes them.
 #[track_caller]
 fn check_training(case: &str) {
-    let dir = folder("lora").join(case);
-    let description = read_json(&dir.join("case.json")).unwrap();
-    let base = folder("lora").join(description["base"].as_str().unwrap());
-    let reference = Reference::open(&dir.join("reference.safetensors"));
+    let LoraCase {
+        dir,
+        reference,
+        mut model,
+        ..
+    } = LoraCase::open(case);
     let batch = reference.batch();
-    let mut model = model(&base);
     let adapter = peft_format::load(&mut *model, &dir).unwrap();
     let rule = find("adamw").unwrap();
     let mut optimizer = Optimizer::new(rule, Hyper::default(), 0.01, &adapter.parameters);
