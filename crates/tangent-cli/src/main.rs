@@ -4,6 +4,7 @@ mod arguments;
 mod commands;
 mod failure;
 mod open;
+mod profile;
 mod progress;
 
 use std::process::ExitCode;

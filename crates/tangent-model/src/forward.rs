@@ -137,8 +137,10 @@ pub fn continue_with(model: &dyn Model, ids: &[u32], cache: &mut KvCache) -> Vec
         let (keys, values) = &mut cache.layers[index];
         let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| {
             let width = q.dims()[1];
-            let q = rotary.rotate(&tangent_ops::values(q), &positions, false);
-            keys.extend(rotary.rotate(&tangent_ops::values(k), &positions, false));
+            let (mut q, mut k) = (tangent_ops::values(q), tangent_ops::values(k));
+            rotary.rotate(&mut q, &positions);
+            rotary.rotate(&mut k, &positions);
+            keys.extend(k);
             values.extend(tangent_ops::values(v));
             let out = tangent_ops::attend(&q, keys, values, total, shape);
             tangent_ops::tensor(out, n, width, &pass.device)

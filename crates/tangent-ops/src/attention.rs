@@ -104,14 +104,10 @@ fn rotate_definition(
 ) -> Tensor<2> {
     let [n, d] = x.dims();
     let half = d / 2;
-    let table = |pick: fn(&(f32, f32)) -> f32| {
-        let values = positions
-            .iter()
-            .flat_map(|&p| rotary.at(p).iter().map(pick))
-            .collect();
-        crate::tensor(values, n, half, device)
-    };
-    let (cos, sin) = (table(|t| t.0), table(|t| t.1));
+    let angles = positions.iter().map(|&p| rotary.at(p));
+    let (cos, sin): (Vec<_>, Vec<_>) = angles.unzip();
+    let table = |rows: Vec<&[f32]>| crate::tensor(rows.concat(), n, half, device);
+    let (cos, sin) = (table(cos), table(sin));
     let low = x.clone().slice([0..n, 0..half]);
     let high = x.slice([0..n, half..d]);
     Tensor::cat(
@@ -122,9 +118,6 @@ fn rotate_definition(
         1,
     )
 }
-
-/// Queries whose scores exist at one time.
-const QUERY_BLOCK: usize = 128;
 
 /// Attention of rotated queries that continue a cache of rotated keys; no gradient.
 ///
@@ -144,34 +137,59 @@ pub fn attend(
     assert!(n <= total && keys.len() == total * kv_width && values.len() == keys.len());
     let mut out = kernel::buffer(q.len());
     let shared = SharedMut::new(&mut out);
-    (0..shape.heads).into_par_iter().for_each(|h| {
-        let g = h / (shape.heads / shape.kv_heads);
-        let k = View::new(&keys[g * d..], total, d, kv_width);
-        let v = View::new(&values[g * d..], total, d, kv_width);
-        let mut block = Block::default();
-        for first in (0..n).step_by(QUERY_BLOCK) {
-            let rows = QUERY_BLOCK.min(n - first);
-            let q = View::new(&q[first * q_width + h * d..], rows, d, q_width);
-            block.probabilities(q, k, rows, total - n + first, &shape);
-            let o = block.weighted(v, rows, d);
-            for (row, o) in o.chunks_exact(d).enumerate() {
-                // SAFETY: every head writes its own columns of every row.
-                let out = unsafe { shared.slice((first + row) * q_width + h * d, d) };
-                out.copy_from_slice(o);
-            }
+    let head = |g: usize| {
+        let mut block = Block::new(shape);
+        for first in (0..n).step_by(shape.block_tokens()) {
+            let tokens = shape.block_tokens().min(n - first);
+            let position = total - n + first;
+            // Under a window, earlier keys than the first query's are not looked at.
+            let low = shape.first_key(position);
+            let k = View::new(&keys[low * kv_width + g * d..], total - low, d, kv_width);
+            let v = View::new(&values[low * kv_width + g * d..], total - low, d, kv_width);
+            block.gather(q, first, tokens, g, None);
+            block.probabilities(k, tokens, position, low);
+            block.weigh(v);
+            // SAFETY: every group of heads writes its own columns of every row.
+            unsafe { block.scatter(shared, first, g) };
         }
-    });
+    };
+    // Waking threads costs more than a short cache's products.
+    if n * total * q_width < 1 << 16 {
+        (0..shape.kv_heads).for_each(head);
+    } else {
+        (0..shape.kv_heads).into_par_iter().for_each(head);
+    }
     out
 }
 
-/// Scores of one block of queries of one head.
-#[derive(Default)]
+/// Query rows, all heads of a group together, whose scores exist at one time.
+const BLOCK_ROWS: usize = 192;
+
+impl AttentionShape {
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Tokens of a block.
+    fn block_tokens(&self) -> usize {
+        (BLOCK_ROWS / self.group()).max(1)
+    }
+}
+
+/// A block of tokens with all query heads of one group: row `t * group + j` is head `j` of token
+/// `t`, so that the heads share one product with their keys.
 struct Block {
+    shape: AttentionShape,
+    /// `(rows, head_dim)` queries.
+    q: Vec<f32>,
     /// `(rows, keys)` probabilities.
     p: Vec<f32>,
+    /// `(rows, head_dim)` outputs.
+    output: Vec<f32>,
+    rows: usize,
     /// Keys of the block, those after the last query left out.
     keys: usize,
-    output: Vec<f32>,
 }
 
 /// Grows `values` to `len` without clearing what kernels overwrite anyway.
@@ -183,48 +201,102 @@ fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Block {
-    /// Fills `p` for `rows` queries of which the first has position `first`.
-    fn probabilities(
+    fn new(shape: AttentionShape) -> Self {
+        Self {
+            shape,
+            q: vec![],
+            p: vec![],
+            output: vec![],
+            rows: 0,
+            keys: 0,
+        }
+    }
+
+    /// Takes the queries of `tokens` tokens from `first` on, rotated where a table is given.
+    fn gather(
         &mut self,
-        q: View<'_>,
-        k: View<'_>,
-        rows: usize,
+        q: &[f32],
         first: usize,
-        shape: &AttentionShape,
+        tokens: usize,
+        g: usize,
+        rotation: Option<(&Rotary, &[u32])>,
     ) {
-        let keys = first + rows;
+        self.rows = tokens * self.shape.group();
+        let d = self.shape.head_dim;
+        copy_group(room(&mut self.q, self.rows * d), q, first, g, &self.shape);
+        if let Some((rotary, positions)) = rotation {
+            for (rows, &position) in self.q[..self.rows * d]
+                .chunks_exact_mut(self.shape.group() * d)
+                .zip(&positions[first..])
+            {
+                rotary.rotate_in_place(rows, position, false);
+            }
+        }
+    }
+
+    fn queries(&self) -> View<'_> {
+        let d = self.shape.head_dim;
+        View::dense(&self.q[..self.rows * d], self.rows, d)
+    }
+
+    /// Fills `p` for `tokens` tokens of which the first has position `first`; the first of `k`
+    /// is the key at position `low`.
+    fn probabilities(&mut self, k: View<'_>, tokens: usize, first: usize, low: usize) {
+        let keys = first + tokens - low;
         self.keys = keys;
-        let p = room(&mut self.p, rows * keys);
-        let dst = ViewMut::dense(p, rows, keys);
-        let k = k.first_rows(keys);
-        kernel::matmul(dst, Into::Overwrite, shape.scale(), q, k.t(), Threads::One);
+        let d = self.shape.head_dim;
+        let q = View::dense(&self.q[..self.rows * d], self.rows, d);
+        let p = room(&mut self.p, self.rows * keys);
+        let dst = ViewMut::dense(p, self.rows, keys);
+        let k = k.first_rows(keys).t();
+        kernel::matmul(dst, Into::Overwrite, self.shape.scale(), q, k, Threads::One);
+        let shape = self.shape;
         kernel::simd(|| {
             for (row, p) in p.chunks_exact_mut(keys).enumerate() {
-                let position = first + row;
-                let (low, high) = (shape.first_key(position), position + 1);
-                p[..low].fill(0.0);
-                p[high..].fill(0.0);
-                let (_, sum) = kernel::exp_minus_max(&mut p[low..high]);
+                let position = first + row / shape.group();
+                let (from, to) = (shape.first_key(position) - low, position + 1 - low);
+                p[..from].fill(0.0);
+                p[to..].fill(0.0);
+                let (_, sum) = kernel::exp_minus_max(&mut p[from..to]);
                 let inverse = sum.recip();
-                for v in &mut p[low..high] {
+                for v in &mut p[from..to] {
                     *v *= inverse;
                 }
             }
         });
     }
 
-    /// `p @ v`.
-    fn weighted(&mut self, v: View<'_>, rows: usize, d: usize) -> &[f32] {
-        let out = room(&mut self.output, rows * d);
-        kernel::matmul(
-            ViewMut::dense(out, rows, d),
-            Into::Overwrite,
-            1.0,
-            View::dense(&self.p[..rows * self.keys], rows, self.keys),
-            v.first_rows(self.keys),
-            Threads::One,
-        );
-        out
+    /// `output = p @ v`.
+    fn weigh(&mut self, v: View<'_>) {
+        let d = self.shape.head_dim;
+        let out = room(&mut self.output, self.rows * d);
+        let p = View::dense(&self.p[..self.rows * self.keys], self.rows, self.keys);
+        let v = v.first_rows(self.keys);
+        product(ViewMut::dense(out, self.rows, d), Into::Overwrite, p, v);
+    }
+
+    /// Writes the outputs of group `g` to their tokens from `first` on.
+    ///
+    /// # Safety
+    /// No other task may use this group's columns of these tokens meanwhile.
+    unsafe fn scatter(&self, out: SharedMut, first: usize, g: usize) {
+        let width = self.shape.group() * self.shape.head_dim;
+        let q_width = self.shape.heads * self.shape.head_dim;
+        let rows = &self.output[..self.rows * self.shape.head_dim];
+        for (t, rows) in rows.chunks_exact(width).enumerate() {
+            // SAFETY: the caller's promise.
+            let out = unsafe { out.slice((first + t) * q_width + g * width, width) };
+            out.copy_from_slice(rows);
+        }
+    }
+}
+
+/// The columns of group `g` of the tokens from `first` on; they lie together in every token.
+fn copy_group(into: &mut [f32], x: &[f32], first: usize, g: usize, shape: &AttentionShape) {
+    let width = shape.group() * shape.head_dim;
+    let q_width = shape.heads * shape.head_dim;
+    for (t, rows) in into.chunks_exact_mut(width).enumerate() {
+        rows.copy_from_slice(&x[(first + t) * q_width + g * width..][..width]);
     }
 }
 
@@ -235,129 +307,148 @@ struct Attention {
     shape: AttentionShape,
 }
 
-/// Rows of one head that a segment sees, gathered where they lie in several runs.
-fn visible_rows<'a>(
-    x: &'a [f32],
-    gathered: &'a mut Vec<f32>,
-    ranges: &[std::ops::Range<usize>],
-    (width, column, d): (usize, usize, usize),
-) -> View<'a> {
-    if let [only] = ranges {
-        return View::new(&x[only.start * width + column..], only.len(), d, width);
-    }
-    gathered.clear();
-    for token in ranges.iter().flat_map(Clone::clone) {
-        gathered.extend_from_slice(&x[token * width + column..][..d]);
-    }
-    View::dense(gathered, gathered.len() / d, d)
+/// What one segment sees of one key head, in the order of positions.
+struct Visible {
+    /// Token of each key.
+    tokens: Vec<usize>,
+    /// `(tokens, head_dim)` rotated keys.
+    keys: Vec<f32>,
+    /// `(tokens, head_dim)` values.
+    values: Vec<f32>,
 }
 
 impl Attention {
-    /// Every (tree, key head) pair: segments of one tree may share keys, so one task owns them.
-    fn tasks(&self) -> Vec<(&[usize], usize)> {
-        self.segments
-            .trees()
-            .iter()
-            .flat_map(|tree| (0..self.shape.kv_heads).map(move |g| (&tree[..], g)))
+    /// Every (segment, key head) pair.
+    fn tasks(&self) -> Vec<(usize, usize)> {
+        let heads = 0..self.shape.kv_heads;
+        let segments = 0..self.segments.list().len();
+        segments
+            .flat_map(|s| heads.clone().map(move |g| (s, g)))
             .collect()
     }
 
-    fn group(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
-    }
-
-    fn forward_task(
-        &self,
-        tree: &[usize],
-        g: usize,
-        [q, k, v]: [&[f32]; 3],
-        out: SharedMut,
-        block: &mut Block,
-    ) {
+    fn visible(&self, segment: usize, g: usize, k: &[f32], v: &[f32]) -> Visible {
         let d = self.shape.head_dim;
-        let (q_width, kv_width) = (self.shape.heads * d, self.shape.kv_heads * d);
-        let (mut k_rows, mut v_rows) = (vec![], vec![]);
-        for &index in tree {
-            let segment = &self.segments.list()[index];
-            let ranges = self.segments.visible(index);
-            let depth = ranges.iter().map(ExactSizeIterator::len).sum::<usize>() - segment.len;
-            let keys = visible_rows(k, &mut k_rows, &ranges, (kv_width, g * d, d));
-            let values = visible_rows(v, &mut v_rows, &ranges, (kv_width, g * d, d));
-            for h in g * self.group()..(g + 1) * self.group() {
-                for first in (0..segment.len).step_by(QUERY_BLOCK) {
-                    let rows = QUERY_BLOCK.min(segment.len - first);
-                    let start = (segment.start + first) * q_width + h * d;
-                    let q = View::new(&q[start..], rows, d, q_width);
-                    block.probabilities(q, keys, rows, depth + first, &self.shape);
-                    let o = block.weighted(values, rows, d);
-                    for (row, o) in o.chunks_exact(d).enumerate() {
-                        // SAFETY: tasks own disjoint (tokens of a tree) x (columns of a head).
-                        let out = unsafe { out.slice(start + row * q_width, d) };
-                        out.copy_from_slice(o);
-                    }
-                }
-            }
+        let width = self.shape.kv_heads * d;
+        let ranges = self.segments.visible(segment).into_iter();
+        let tokens: Vec<usize> = ranges.flatten().collect();
+        let mut keys = kernel::buffer(tokens.len() * d);
+        let mut values = kernel::buffer(tokens.len() * d);
+        let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
+        for ((position, &token), (key, value)) in tokens.iter().enumerate().zip(rows) {
+            key.copy_from_slice(&k[token * width + g * d..][..d]);
+            value.copy_from_slice(&v[token * width + g * d..][..d]);
+            self.rotary.rotate_in_place(key, position as u32, false);
+        }
+        Visible {
+            tokens,
+            keys,
+            values,
         }
     }
 
+    /// Calls `f(first_token, tokens, position_of_the_first)` for the blocks of a segment.
+    fn for_each_block(&self, segment: usize, seen: &Visible, mut f: impl FnMut(usize, usize, usize)) {
+        let own = &self.segments.list()[segment];
+        let depth = seen.tokens.len() - own.len;
+        for at in (0..own.len).step_by(self.shape.block_tokens()) {
+            let tokens = self.shape.block_tokens().min(own.len - at);
+            f(own.start + at, tokens, depth + at);
+        }
+    }
+
+    fn forward_task(&self, segment: usize, g: usize, [q, k, v]: [&[f32]; 3], out: SharedMut) {
+        let d = self.shape.head_dim;
+        let seen = self.visible(segment, g, k, v);
+        let total = seen.tokens.len();
+        let rotation = Some((&*self.rotary, self.segments.positions()));
+        let mut block = Block::new(self.shape);
+        self.for_each_block(segment, &seen, |first, tokens, position| {
+            block.gather(q, first, tokens, g, rotation);
+            block.probabilities(View::dense(&seen.keys, total, d), tokens, position, 0);
+            block.weigh(View::dense(&seen.values, total, d));
+            // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
+            unsafe { block.scatter(out, first, g) };
+        });
+    }
+
+    /// Writes the gradient of the segment's queries; returns its part of the gradients of the
+    /// keys and values it sees, `(visible, head_dim)` each.
     fn backward_task(
         &self,
-        tree: &[usize],
+        segment: usize,
         g: usize,
         [q, k, v, d_out]: [&[f32]; 4],
-        [d_q, d_k, d_v]: [SharedMut; 3],
-    ) {
+        d_q: SharedMut,
+    ) -> (Vec<f32>, Vec<f32>) {
         let d = self.shape.head_dim;
-        let (q_width, kv_width) = (self.shape.heads * d, self.shape.kv_heads * d);
-        let (mut k_rows, mut v_rows, mut block) = (vec![], vec![], Block::default());
-        let (mut d_p, mut d_q_block) = (vec![], vec![]);
-        for &index in tree {
-            let segment = &self.segments.list()[index];
-            let ranges = self.segments.visible(index);
-            let total: usize = ranges.iter().map(ExactSizeIterator::len).sum();
-            let depth = total - segment.len;
-            let keys = visible_rows(k, &mut k_rows, &ranges, (kv_width, g * d, d));
-            let values = visible_rows(v, &mut v_rows, &ranges, (kv_width, g * d, d));
-            let (mut dk_rows, mut dv_rows) = (vec![0f32; total * d], vec![0f32; total * d]);
-            for h in g * self.group()..(g + 1) * self.group() {
-                for first in (0..segment.len).step_by(QUERY_BLOCK) {
-                    let rows = QUERY_BLOCK.min(segment.len - first);
-                    let start = (segment.start + first) * q_width + h * d;
-                    let q = View::new(&q[start..], rows, d, q_width);
-                    let d_o = View::new(&d_out[start..], rows, d, q_width);
-                    block.probabilities(q, keys, rows, depth + first, &self.shape);
-                    let n_keys = block.keys;
-                    let p = &mut block.p[..rows * n_keys];
-                    let dv_dst = ViewMut::dense(&mut dv_rows[..n_keys * d], n_keys, d);
-                    product(dv_dst, Into::Add, View::dense(p, rows, n_keys).t(), d_o);
-                    let d_p = room(&mut d_p, rows * n_keys);
-                    let dp_dst = ViewMut::dense(d_p, rows, n_keys);
-                    let values_t = values.first_rows(n_keys).t();
-                    product(dp_dst, Into::Overwrite, d_o, values_t);
-                    softmax_backward(p, d_p, n_keys, self.shape.scale());
-                    let d_s = View::dense(p, rows, n_keys);
-                    let dq = room(&mut d_q_block, rows * d);
-                    let dq_dst = ViewMut::dense(dq, rows, d);
-                    product(dq_dst, Into::Overwrite, d_s, keys.first_rows(n_keys));
-                    let dk_dst = ViewMut::dense(&mut dk_rows[..n_keys * d], n_keys, d);
-                    product(dk_dst, Into::Add, d_s.t(), q);
-                    for (row, dq) in dq.chunks_exact(d).enumerate() {
-                        // SAFETY: tasks own disjoint (tokens of a tree) x (columns of a head).
-                        let out = unsafe { d_q.slice(start + row * q_width, d) };
-                        out.copy_from_slice(dq);
-                    }
-                }
+        let seen = self.visible(segment, g, k, v);
+        let total = seen.tokens.len();
+        let (keys, values) = (
+            View::dense(&seen.keys, total, d),
+            View::dense(&seen.values, total, d),
+        );
+        let positions = self.segments.positions();
+        let (mut d_k, mut d_v) = (vec![0f32; total * d], vec![0f32; total * d]);
+        let (mut block, mut d_p, mut d_o) = (Block::new(self.shape), vec![], vec![]);
+        self.for_each_block(segment, &seen, |first, tokens, position| {
+            block.gather(q, first, tokens, g, Some((&self.rotary, positions)));
+            block.probabilities(keys, tokens, position, 0);
+            let (rows, n) = (block.rows, block.keys);
+            let d_o = room(&mut d_o, rows * d);
+            copy_group(d_o, d_out, first, g, &self.shape);
+            let d_o = View::dense(d_o, rows, d);
+            let d_v = ViewMut::dense(&mut d_v[..n * d], n, d);
+            let p = View::dense(&block.p[..rows * n], rows, n);
+            product(d_v, Into::Add, p.t(), d_o);
+            let d_p = room(&mut d_p, rows * n);
+            let dst = ViewMut::dense(d_p, rows, n);
+            product(dst, Into::Overwrite, d_o, values.first_rows(n).t());
+            softmax_backward(&mut block.p[..rows * n], d_p, n, self.shape.scale());
+            let d_k = ViewMut::dense(&mut d_k[..n * d], n, d);
+            let d_scores = View::dense(&block.p[..rows * n], rows, n);
+            product(d_k, Into::Add, d_scores.t(), block.queries());
+            // The block's output is now the gradient of its queries.
+            block.weigh(keys);
+            let group = self.shape.group() * d;
+            for (t, rows) in block.output[..rows * d].chunks_exact_mut(group).enumerate() {
+                self.rotary.rotate_in_place(rows, positions[first + t], true);
             }
-            for (row, token) in ranges.into_iter().flatten().enumerate() {
-                for (shared, rows) in [(d_k, &dk_rows), (d_v, &dv_rows)] {
-                    // SAFETY: as above; segments of one tree run one after another.
-                    let out = unsafe { shared.slice(token * kv_width + g * d, d) };
-                    for (out, v) in out.iter_mut().zip(&rows[row * d..]) {
-                        *out += v;
-                    }
-                }
-            }
+            // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
+            unsafe { block.scatter(d_q, first, g) };
+        });
+        for (position, d_key) in d_k.chunks_exact_mut(d).enumerate() {
+            self.rotary.rotate_in_place(d_key, position as u32, true);
         }
+        (d_k, d_v)
+    }
+
+    /// Adds up what the segments of every tree found for the keys and values they share, in the
+    /// order of segments, so that the sum does not depend on threads.
+    fn gather_parts(&self, parts: &[(Vec<f32>, Vec<f32>)]) -> [Vec<f32>; 2] {
+        let (d, heads) = (self.shape.head_dim, self.shape.kv_heads);
+        let width = heads * d;
+        let n = self.segments.tokens();
+        let (mut d_k, mut d_v) = (vec![0f32; n * width], vec![0f32; n * width]);
+        let (k_shared, v_shared) = (SharedMut::new(&mut d_k), SharedMut::new(&mut d_v));
+        let trees = self.segments.trees().par_iter();
+        trees.for_each(|tree| {
+            for (&segment, g) in tree.iter().flat_map(|s| (0..heads).map(move |g| (s, g))) {
+                let (part_k, part_v) = &parts[segment * heads + g];
+                let tokens = self.segments.visible(segment).into_iter().flatten();
+                let rows = part_k.chunks_exact(d).zip(part_v.chunks_exact(d));
+                for (token, (part_k, part_v)) in tokens.zip(rows) {
+                    for (shared, part) in [(k_shared, part_k), (v_shared, part_v)] {
+                        // SAFETY: trees own disjoint tokens.
+                        let sum = unsafe { shared.slice(token * width + g * d, d) };
+                        for (sum, v) in sum.iter_mut().zip(part) {
+                            *sum += v;
+                        }
+                    }
+                }
+            }
+        });
+        [d_k, d_v]
     }
 }
 
@@ -378,32 +469,24 @@ fn softmax_backward(p: &mut [f32], d_p: &[f32], keys: usize, scale: f32) {
 }
 
 impl CpuOp for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (q, k, v) = (&inputs[0], &inputs[1], &inputs[2]);
         let (n, d) = (self.segments.tokens(), self.shape.head_dim);
         assert_eq!((q.rows(), q.cols()), (n, self.shape.heads * d), "queries");
         assert_eq!((k.rows(), k.cols()), (n, self.shape.kv_heads * d), "keys");
         assert_eq!((v.rows(), v.cols()), (n, k.cols()), "values");
-        let positions = self.segments.positions();
-        let q_rotated = self.rotary.rotate(q.values(), positions, false);
-        let k_rotated = self.rotary.rotate(k.values(), positions, false);
         let mut out = kernel::buffer(q.rows() * q.cols());
         let shared = SharedMut::new(&mut out);
+        let values = [q, k, v].map(Matrix::values);
         self.tasks()
             .into_par_iter()
-            .for_each_init(Block::default, |block, (tree, g)| {
-                let inputs = [&q_rotated[..], &k_rotated[..], v.values()];
-                self.forward_task(tree, g, inputs, shared, block);
-            });
-        let saved = if tracked {
-            vec![
-                Matrix::new(q_rotated, q.rows(), q.cols()),
-                Matrix::new(k_rotated, k.rows(), k.cols()),
-                v.clone(),
-            ]
-        } else {
-            vec![]
-        };
+            .with_max_len(1)
+            .for_each(|(segment, g)| self.forward_task(segment, g, values, shared));
+        let saved = if tracked { inputs.to_vec() } else { vec![] };
         (Matrix::new(out, q.rows(), q.cols()), saved)
     }
 
@@ -411,16 +494,15 @@ impl CpuOp for Attention {
         let (q, k, v) = (&saved[0], &saved[1], &saved[2]);
         let n = q.rows();
         let mut d_q = kernel::buffer(n * q.cols());
-        let mut d_k = vec![0f32; n * k.cols()];
-        let mut d_v = vec![0f32; n * v.cols()];
-        let shared = [&mut d_q, &mut d_k, &mut d_v].map(|d| SharedMut::new(d));
-        let inputs = [q, k, v, &dy].map(Matrix::values);
-        self.tasks()
+        let shared = SharedMut::new(&mut d_q);
+        let values = [q, k, v, &dy].map(Matrix::values);
+        let parts: Vec<(Vec<f32>, Vec<f32>)> = self
+            .tasks()
             .into_par_iter()
-            .for_each(|(tree, g)| self.backward_task(tree, g, inputs, shared));
-        let positions = self.segments.positions();
-        let d_q = self.rotary.rotate(&d_q, positions, true);
-        let d_k = self.rotary.rotate(&d_k, positions, true);
+            .with_max_len(1)
+            .map(|(segment, g)| self.backward_task(segment, g, values, shared))
+            .collect();
+        let [d_k, d_v] = self.gather_parts(&parts);
         vec![
             Some(Matrix::new(d_q, n, q.cols())),
             Some(Matrix::new(d_k, n, k.cols())),
@@ -488,7 +570,7 @@ mod tests {
 
     #[test]
     fn long_rows_equal_definition_across_blocks() {
-        let n = 2 * QUERY_BLOCK + 7;
+        let n = BLOCK_ROWS + 7;
         let (segments, rotary) = (Arc::new(Segments::rows(&[n, 3])), rotary());
         check::equal(Case {
             shapes: &[(n + 3, 16), (n + 3, 8), (n + 3, 8)],
@@ -521,8 +603,9 @@ mod tests {
             &rotary,
             shape(Some(6)),
         ));
-        let q = rotary.rotate(&q, segments.positions(), false);
-        let k = rotary.rotate(&k, segments.positions(), false);
+        let (mut q, mut k) = (q, k);
+        rotary.rotate(&mut q, segments.positions());
+        rotary.rotate(&mut k, segments.positions());
         for (from, to) in [(0, 4), (4, 5), (5, 11)] {
             let (q, k, v) = (&q[from * 16..to * 16], &k[..to * 8], &v[..to * 8]);
             let part = attend(q, k, v, to, shape(Some(6)));

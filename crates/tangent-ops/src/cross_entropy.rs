@@ -169,6 +169,10 @@ impl LinearCrossEntropy {
 }
 
 impl CpuOp for LinearCrossEntropy {
+    fn name(&self) -> &'static str {
+        "linear_cross_entropy"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let x = &inputs[0];
         let head = match &self.frozen {

@@ -11,6 +11,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, DispatchDevice, Flex, backend_extension};
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 
+use crate::profile::{self, Kind};
+
 /// A contiguous row-major `f32` matrix as kernels see it. Cloning shares the buffer.
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix(FlexTensor);
@@ -57,6 +59,9 @@ impl Matrix {
 
 /// An operation on `(rows, cols)` matrices with a CPU kernel and its derivative.
 pub(crate) trait CpuOp: Debug + Send + Sync + 'static {
+    /// Name in profiles.
+    fn name(&self) -> &'static str;
+
     /// The output and, when `tracked`, what [`CpuOp::backward`] needs.
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>);
 
@@ -71,6 +76,10 @@ pub(crate) trait CpuOp: Debug + Send + Sync + 'static {
 }
 
 type SharedOp = Arc<dyn CpuOp>;
+
+fn forward(op: &SharedOp, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
+    profile::span(op.name(), Kind::Forward, || op.forward(inputs, tracked))
+}
 
 /// Whether tensors of this device are served by the CPU kernels (otherwise by the definitions).
 pub(crate) fn has_kernels(x: &Tensor<2>) -> bool {
@@ -94,7 +103,7 @@ pub(crate) trait CpuExtension: Backend {
 
 fn run(inputs: Vec<FlexTensor>, op: &SharedOp) -> FlexTensor {
     let inputs: Vec<Matrix> = inputs.into_iter().map(Matrix::from_tensor).collect();
-    op.forward(&inputs, false).0.0
+    forward(op, &inputs, false).0.0
 }
 
 impl CpuExtension for Flex {
@@ -127,7 +136,9 @@ impl<const N: usize> Backward<Flex, N> for Step<N> {
         let d_output = Matrix::from_tensor(grads.consume::<Flex>(&ops.node));
         let needed = ops.parents.each_ref().map(Option::is_some);
         let (op, saved) = ops.state;
-        let d_inputs = op.backward(saved, d_output, &needed);
+        let d_inputs = profile::span(op.name(), Kind::Backward, || {
+            op.backward(saved, d_output, &needed)
+        });
         debug_assert_eq!(d_inputs.len(), N);
         for (parent, d_input) in ops.parents.into_iter().zip(d_inputs) {
             if let (Some(parent), Some(d_input)) = (parent, d_input) {
@@ -153,10 +164,10 @@ fn run_tracked<const N: usize, C: CheckpointStrategy>(
         .unwrap_or_else(|_| unreachable!("one node for each of N inputs"));
     match Step::<N>.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => {
-            let (output, saved) = op.forward(&primitives, true);
+            let (output, saved) = forward(&op, &primitives, true);
             prep.finish((op, saved), output.0)
         }
-        OpsKind::UnTracked(prep) => prep.finish(op.forward(&primitives, false).0.0),
+        OpsKind::UnTracked(prep) => prep.finish(forward(&op, &primitives, false).0.0),
     }
 }
 

@@ -43,6 +43,10 @@ pub fn definition(ids: &[u32], table: Tensor<2>) -> Tensor<2> {
 struct Embedding(Arc<[u32]>);
 
 impl CpuOp for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let table = &inputs[0];
         let d = table.cols();

@@ -107,6 +107,10 @@ pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> 
 struct FrozenLinear(FrozenMatrix);
 
 impl CpuOp for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen_linear"
+    }
+
     fn forward(&self, inputs: &[Matrix], _tracked: bool) -> (Matrix, Vec<Matrix>) {
         let x = &inputs[0];
         let y = forward(x.values(), x.rows(), &self.0);

@@ -15,6 +15,7 @@ pub mod frozen_linear;
 pub mod linear;
 pub mod low_rank;
 pub mod matrix;
+pub mod profile;
 pub mod rms_norm;
 pub mod rotary;
 pub mod segments;

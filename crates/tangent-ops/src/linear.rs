@@ -36,6 +36,10 @@ pub(crate) fn view(m: &Matrix) -> View<'_> {
 struct Linear;
 
 impl CpuOp for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (x, w) = (&inputs[0], &inputs[1]);
         let y = product(view(x), view(w).t(), x.rows(), w.rows());

@@ -52,6 +52,10 @@ fn add(out: &mut [f32], (rows, cols): (usize, usize), factor: f32, lhs: View<'_>
 }
 
 impl CpuOp for LowRank {
+    fn name(&self) -> &'static str {
+        "low_rank_linear"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (x, a, b) = (&inputs[0], &inputs[1], &inputs[2]);
         let (n, d_out) = (x.rows(), b.rows());

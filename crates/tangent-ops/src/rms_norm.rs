@@ -36,6 +36,10 @@ impl RmsNorm {
 }
 
 impl CpuOp for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (x, weight) = (&inputs[0], &inputs[1]);
         let (n, d) = (x.rows(), x.cols());

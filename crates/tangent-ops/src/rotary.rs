@@ -2,38 +2,36 @@
 
 use crate::kernel;
 
-/// Cosines and sines of every position up to a limit: `(positions, head_dim / 2)`.
+/// Cosines and sines of every position up to a limit, `(positions, head_dim / 2)` each.
 #[derive(Clone, Debug)]
 pub struct Rotary {
     half: usize,
     inverse_frequencies: Vec<f64>,
-    cos_sin: Vec<(f32, f32)>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
 }
 
 impl Rotary {
     /// A table for `positions` positions from the inverse frequencies of each pair of features,
     /// `theta^(-2j / head_dim)` after any scaling of the model.
     pub fn new(inverse_frequencies: Vec<f64>, positions: usize) -> Self {
-        let half = inverse_frequencies.len();
         // Angles are formed in f32 as the reference implementations do, so that positions agree.
-        let cos_sin = (0..positions)
-            .flat_map(|p| {
-                inverse_frequencies.iter().map(move |&f| {
-                    let angle = p as f32 * f as f32;
-                    (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32)
-                })
-            })
-            .collect();
+        let angles = (0..positions).flat_map(|p| {
+            let frequencies = inverse_frequencies.iter();
+            frequencies.map(move |&f| f64::from(p as f32 * f as f32))
+        });
+        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
         Self {
-            half,
+            half: inverse_frequencies.len(),
             inverse_frequencies,
-            cos_sin,
+            cos,
+            sin,
         }
     }
 
     /// Number of positions in the table.
     pub fn positions(&self) -> usize {
-        self.cos_sin.len() / self.half.max(1)
+        self.cos.len() / self.half.max(1)
     }
 
     /// The same embedding with at least `positions` positions.
@@ -41,36 +39,42 @@ impl Rotary {
         Self::new(self.inverse_frequencies.clone(), positions)
     }
 
-    /// `(cos, sin)` of each feature pair at `position`.
-    pub(crate) fn at(&self, position: u32) -> &[(f32, f32)] {
-        &self.cos_sin[position as usize * self.half..][..self.half]
+    /// Cosines and sines of the feature pairs at `position`.
+    pub(crate) fn at(&self, position: u32) -> (&[f32], &[f32]) {
+        let start = position as usize * self.half;
+        (
+            &self.cos[start..][..self.half],
+            &self.sin[start..][..self.half],
+        )
     }
 
-    /// Rotates every head of `x: (tokens, heads * head_dim)`; `inverse` rotates back, which is
-    /// the derivative.
-    pub fn rotate(&self, x: &[f32], positions: &[u32], inverse: bool) -> Vec<f32> {
-        let half = self.half;
-        let width = x.len().checked_div(positions.len()).unwrap_or(1);
+    /// Rotates the heads of one token, `(heads, head_dim)`; `inverse` rotates back, which is the
+    /// derivative.
+    pub(crate) fn rotate_in_place(&self, heads: &mut [f32], position: u32, inverse: bool) {
         let sign = if inverse { -1.0 } else { 1.0 };
-        assert!(
-            x.len() == positions.len() * width && width.is_multiple_of(2 * half),
-            "whole heads of every token"
-        );
-        let mut out = kernel::buffer(x.len());
-        kernel::fill_rows(&mut out, width, |token, out| {
-            let table = self.at(positions[token]);
-            let x = &x[token * width..][..width];
-            for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                let (x_low, x_high) = x.split_at(half);
-                let (low, high) = out.split_at_mut(half);
-                for j in 0..half {
-                    let (cos, sin) = (table[j].0, table[j].1 * sign);
-                    low[j] = x_low[j] * cos - x_high[j] * sin;
-                    high[j] = x_high[j] * cos + x_low[j] * sin;
+        let (cos, sin) = self.at(position);
+        kernel::simd(|| {
+            for head in heads.chunks_exact_mut(2 * self.half) {
+                let (low, high) = head.split_at_mut(self.half);
+                for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                    let (a, b, sin) = (*low, *high, sin * sign);
+                    *low = a * cos - b * sin;
+                    *high = b * cos + a * sin;
                 }
             }
         });
-        out
+    }
+
+    /// Rotates every head of `x: (tokens, heads * head_dim)` in place.
+    pub fn rotate(&self, x: &mut [f32], positions: &[u32]) {
+        let width = x.len().checked_div(positions.len()).unwrap_or(1);
+        assert!(
+            x.len() == positions.len() * width && width.is_multiple_of(2 * self.half),
+            "whole heads of every token"
+        );
+        for (token, &position) in x.chunks_exact_mut(width.max(1)).zip(positions) {
+            self.rotate_in_place(token, position, false);
+        }
     }
 }
 
@@ -83,14 +87,18 @@ mod tests {
     fn rotation_is_inverted_and_keeps_relative_positions() {
         let rotary = Rotary::new(vec![1.0, 0.1, 0.01], 64);
         let x = check::values(12, 1);
-        let there = rotary.rotate(&x, &[5, 40], false);
-        check::close(&rotary.rotate(&there, &[5, 40], true), &x, 1e-6);
+        let mut there = x.clone();
+        rotary.rotate(&mut there, &[5, 40]);
+        assert!((there[0] - x[0]).abs() > 1e-3);
+        for (token, position) in there.chunks_exact_mut(6).zip([5, 40]) {
+            rotary.rotate_in_place(token, position, true);
+        }
+        check::close(&there, &x, 1e-6);
         // The product of two rotated vectors depends on the distance of their positions only.
         let product = |p: u32, q: u32| -> f32 {
-            let (a, b) = (
-                rotary.rotate(&x[..6], &[p], false),
-                rotary.rotate(&x[6..], &[q], false),
-            );
+            let (mut a, mut b) = (x[..6].to_vec(), x[6..].to_vec());
+            rotary.rotate_in_place(&mut a, p, false);
+            rotary.rotate_in_place(&mut b, q, false);
             a.iter().zip(&b).map(|(a, b)| a * b).sum()
         };
         assert!((product(3, 7) - product(43, 47)).abs() < 1e-5);

@@ -29,6 +29,10 @@ fn sigmoid(x: f32) -> f32 {
 }
 
 impl CpuOp for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let (n, d) = (inputs[0].rows(), inputs[0].cols());
         let (gate, up) = (inputs[0].values(), inputs[1].values());

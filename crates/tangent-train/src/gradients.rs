@@ -3,6 +3,7 @@
 use burn::tensor::{Gradients, Tensor};
 use tangent_model::family::Model;
 use tangent_model::{Batch, Parameter, Pass, forward};
+use tangent_ops::profile::{self, Kind};
 
 /// Gradients of all parameters in their order; `None` for those that took no part.
 pub type Accumulated = Vec<Option<Vec<f32>>>;
@@ -24,11 +25,17 @@ pub fn accumulate(
     // the order of additions does not depend on how the batch was computed.
     let mut own: Accumulated = vec![None; parameters.len()];
     let loss = if checkpointing {
-        layer_by_layer(model, batch, factor, pass, parameters, &mut own)
+        profile::span("layer by layer", Kind::Phase, || {
+            layer_by_layer(model, batch, factor, pass, parameters, &mut own)
+        })
     } else {
-        let x = forward::hidden(model, batch, pass);
-        let loss = forward::loss(model, x, &batch.targets, factor, pass);
-        collect(parameters, &mut loss.backward(), &mut own);
+        let loss = profile::span("forward", Kind::Phase, || {
+            let x = forward::hidden(model, batch, pass);
+            forward::loss(model, x, &batch.targets, factor, pass)
+        });
+        profile::span("backward", Kind::Phase, || {
+            collect(parameters, &mut loss.backward(), &mut own);
+        });
         tangent_ops::values(loss)[0]
     };
     for (sum, gradient) in into.iter_mut().zip(own) {

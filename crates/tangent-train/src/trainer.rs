@@ -9,6 +9,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
 use tangent_model::{Batch, LanguageModel, Pass, pass};
+use tangent_ops::profile::{self, Kind};
 use tangent_peft::{Adapter, export};
 
 use crate::checkpoint::{self, Progress};
@@ -101,7 +102,7 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     });
     let mut last_eval = None;
     if progress.log_history.is_empty() && !run.eval.is_empty() {
-        let entry = entry(&progress, 0.0).with_eval(evaluate(&*run.opened.model, run.eval)?);
+        let entry = entry(&progress, 0.0).with_eval(evaluation(run)?);
         metrics.log(&mut progress, entry, on_event)?;
     }
     let mut stepping = 0f64;
@@ -120,9 +121,12 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             config.learning_rate * config.schedule.factor(progress.global_step, warmup, total);
         let step = progress.global_step + 1;
         let (loss, mut gradients, counts) = step_gradients(run, rows, step)?;
-        let norm = finite_norm(run, &gradients, rows, step)?;
-        gradients::clip(&mut gradients, norm, config.max_grad_norm);
-        optimizer.step(rate as f32, &gradients);
+        let norm = profile::span("update", Kind::Phase, || {
+            let norm = finite_norm(run, &gradients, rows, step)?;
+            gradients::clip(&mut gradients, norm, config.max_grad_norm);
+            optimizer.step(rate as f32, &gradients);
+            Ok::<_, TrainError>(norm)
+        })?;
 
         progress.global_step = step;
         progress.step_in_epoch += 1;
@@ -140,7 +144,7 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         if every(config.logging_steps) || evaluates || last {
             let mut entry = entry(&progress, window_seconds).with_step(rate, norm);
             if evaluates {
-                let report = evaluate(&*run.opened.model, run.eval)?;
+                let report = evaluation(run)?;
                 if progress.best_metric.is_none_or(|best| report.loss < best) {
                     progress.best_metric = Some(report.loss);
                     progress.best_global_step = Some(step);
@@ -175,6 +179,12 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         seconds: begun.elapsed().as_secs_f64(),
         tokens_per_second: tokens_here as f64 / stepping.max(1e-9),
         peak_memory_bytes: memory::peak_bytes(),
+    })
+}
+
+fn evaluation(run: &Run<'_>) -> Result<EvalReport, TrainError> {
+    profile::span("evaluation", Kind::Phase, || {
+        evaluate(&*run.opened.model, run.eval)
     })
 }
 

@@ -21,6 +21,7 @@ use tangent_train::{Schedule, TrainReport};
 
 use crate::failure::Failure;
 use crate::open::{ModelArgs, examples};
+use crate::profile;
 use crate::progress::{Progress, duration, say};
 
 /// A run, as typed. Every flag is also a key of `--config FILE` (YAML), with underscores.
@@ -53,6 +54,9 @@ pub struct Args {
     /// End with one line of JSON on standard output.
     #[arg(long)]
     json: bool,
+    /// Print where the steps' time goes and write `trace.json` (Chrome's format) into the output.
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
@@ -354,7 +358,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         stop: &stop,
     };
     let mut progress = Progress::new();
+    if args.profile {
+        tangent_ops::profile::start();
+    }
     let report = trainer::train(&run, &mut |event| progress.show(event))?;
+    if args.profile {
+        show_profile(&args)?;
+    }
     finish(&args, &report)
 }
 
@@ -454,6 +464,15 @@ fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
     ctrlc::set_handler(handler)
         .map_err(|e| Failure::Run(format!("cannot watch for Ctrl-C: {e}")))?;
     Ok(stop)
+}
+
+/// Prints the profile and writes its trace beside the result.
+fn show_profile(args: &Args) -> Result<(), Failure> {
+    let spans = tangent_ops::profile::finish();
+    say(format_args!("\n{}", profile::table(&spans)));
+    let path = args.output.join("trace.json");
+    folder::write_file(&path, profile::trace(&spans).to_string().as_bytes())?;
+    Ok(())
 }
 
 fn finish(args: &Args, report: &TrainReport) -> Result<ExitCode, Failure> {
