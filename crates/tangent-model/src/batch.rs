@@ -1,42 +1,125 @@
-//! A flat batch: the tokens of all rows in one run, no padding.
+//! A flat batch: rows as a prefix tree, every distinct prefix once, no padding.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use tangent_ops::{Segments, Target};
+use tangent_ops::{Segment, Segments, Target};
 
 /// Tokens, who sees whom, and what is to be predicted.
+///
+/// Rows that begin with the same tokens share them: a shared token is computed once, sees its
+/// ancestors, and receives the gradients of all rows that go through it. Its hidden state depends
+/// on its ancestors only, so losses and gradients are those of the rows one by one.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Token ids of all rows, one after another.
+    /// Token ids, segment after segment.
     pub ids: Arc<[u32]>,
-    /// Row boundaries and positions.
+    /// Runs of tokens with their ancestors.
     pub segments: Arc<Segments>,
-    /// Supervised positions.
+    /// Supervised positions, row after row.
     pub targets: Vec<Target>,
+    /// The rows in the order given.
+    pub rows: Vec<Row>,
+}
+
+/// Where a row of the batch is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// For each token of the row, its place in [`Batch::ids`].
+    pub places: Vec<usize>,
+    /// Its part of [`Batch::targets`].
+    pub targets: Range<usize>,
 }
 
 impl Batch {
     /// A batch of rows of `(tokens, supervised)`, where `supervised[t]` says that token `t` is to
     /// be predicted from the tokens before it; the first token of a row never is.
     pub fn new<'a>(rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
-        let (mut ids, mut lengths, mut targets) = (vec![], vec![], vec![]);
-        for (tokens, supervised) in rows {
-            let start = ids.len();
-            for t in 1..tokens.len() {
-                if supervised[t] {
-                    targets.push(Target {
-                        token: start + t - 1,
-                        id: tokens[t],
-                    });
-                }
-            }
-            ids.extend_from_slice(tokens);
-            lengths.push(tokens.len());
+        let rows: Vec<_> = rows.into_iter().collect();
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|&row| rows[row].0);
+        let mut tree = PrefixTree {
+            rows: rows.iter().map(|(tokens, _)| *tokens).collect(),
+            ids: vec![],
+            segments: vec![],
+            places: vec![vec![]; rows.len()],
+        };
+        tree.grow(&order, 0, &[]);
+        let mut targets = vec![];
+        let mut placed = Vec::with_capacity(rows.len());
+        for ((tokens, supervised), places) in rows.iter().zip(tree.places) {
+            let from = targets.len();
+            let predicted = (1..tokens.len()).filter(|&t| supervised[t]);
+            targets.extend(predicted.map(|t| Target {
+                token: places[t - 1],
+                id: tokens[t],
+            }));
+            let targets = from..targets.len();
+            placed.push(Row { places, targets });
         }
         Self {
-            ids: ids.into(),
-            segments: Arc::new(Segments::rows(&lengths)),
+            ids: tree.ids.into(),
+            segments: Arc::new(Segments::new(tree.segments)),
             targets,
+            rows: placed,
+        }
+    }
+
+    /// Number of distinct tokens that [`Batch::new`] would compute for rows of these tokens.
+    pub fn distinct_tokens<'a>(rows: impl IntoIterator<Item = &'a [u32]>) -> usize {
+        let mut rows: Vec<&[u32]> = rows.into_iter().collect();
+        rows.sort_unstable();
+        let shared = rows.windows(2).map(|pair| common_prefix(pair[0], pair[1]));
+        let repeated: usize = shared.sum();
+        rows.iter().map(|row| row.len()).sum::<usize>() - repeated
+    }
+
+    /// Tokens of all rows as given, shared ones counted in every row.
+    pub fn row_tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.places.len()).sum()
+    }
+}
+
+/// Number of tokens that `a` and `b` begin with together.
+fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+struct PrefixTree<'a> {
+    rows: Vec<&'a [u32]>,
+    ids: Vec<u32>,
+    segments: Vec<Segment>,
+    places: Vec<Vec<usize>>,
+}
+
+impl PrefixTree<'_> {
+    /// Appends what the rows of `sorted`, equal up to `depth`, have after it; `ancestors` are the
+    /// segments up to there.
+    fn grow(&mut self, sorted: &[usize], depth: usize, ancestors: &[usize]) {
+        // Rows that end here come first in the order.
+        let ended = sorted.partition_point(|&row| self.rows[row].len() == depth);
+        let mut rest = &sorted[ended..];
+        while let Some(&first) = rest.first() {
+            let token = self.rows[first][depth];
+            let (branch, others) =
+                rest.split_at(rest.partition_point(|&row| self.rows[row][depth] == token));
+            let last = branch[branch.len() - 1];
+            // In sorted order the first and the last row have the least in common.
+            let end = depth + common_prefix(&self.rows[first][depth..], &self.rows[last][depth..]);
+            let start = self.ids.len();
+            self.ids.extend_from_slice(&self.rows[first][depth..end]);
+            for &row in branch {
+                self.places[row].extend(start..self.ids.len());
+            }
+            let mut path = ancestors.to_vec();
+            self.segments.push(Segment {
+                start,
+                len: end - depth,
+                ancestors: path.clone(),
+            });
+            path.push(self.segments.len() - 1);
+            self.grow(branch, end, &path);
+            rest = others;
         }
     }
 }
@@ -44,6 +127,11 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn batch(rows: &[&[u32]]) -> Batch {
+        let none = vec![false; 9];
+        Batch::new(rows.iter().map(|row| (*row, &none[..row.len()])))
+    }
 
     #[test]
     fn targets_are_predicted_by_the_token_before() {
@@ -54,5 +142,32 @@ mod tests {
         assert_eq!(&*batch.ids, [5, 6, 7, 8, 9]);
         let targets: Vec<_> = batch.targets.iter().map(|t| (t.token, t.id)).collect();
         assert_eq!(targets, [(1, 7), (3, 9)]);
+        assert_eq!(batch.rows[1].targets, 1..2);
+    }
+
+    #[test]
+    fn prefixes_are_shared() {
+        let batch = batch(&[&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5], &[1, 2]]);
+        assert_eq!(&*batch.ids, [1, 2, 3, 4, 5, 7, 9]);
+        let segments: Vec<_> = batch.segments.list().iter().collect();
+        let shape: Vec<_> = segments.iter().map(|s| (s.start, s.len)).collect();
+        assert_eq!(shape, [(0, 2), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1)]);
+        assert_eq!(segments[3].ancestors, [0, 1]);
+        assert_eq!(segments[4].ancestors, [0]);
+        assert!(segments[5].ancestors.is_empty());
+        let places: Vec<_> = batch.rows.iter().map(|row| &row.places[..]).collect();
+        let want: [&[usize]; 6] = [&[0, 1, 5], &[0, 1, 2, 3], &[6], &[0, 1], &[0, 1, 2, 4], &[0, 1]];
+        assert_eq!(places, want);
+        assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 3, 2, 0]);
+        assert_eq!(batch.row_tokens(), 16);
+    }
+
+    #[test]
+    fn distinct_tokens_are_those_of_the_tree() {
+        let rows: [&[u32]; 5] = [&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5]];
+        let distinct = Batch::distinct_tokens(rows);
+        assert_eq!(distinct, batch(&rows).ids.len());
+        assert_eq!(Batch::distinct_tokens([]), 0);
+        assert!(batch(&[]).ids.is_empty());
     }
 }
