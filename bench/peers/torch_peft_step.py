@@ -9,15 +9,15 @@ step (which allocates), the last loss, the number of trained parameters and the 
 
 import argparse
 import json
-import resource
 import statistics
-import sys
 import time
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+
+from memory import peak_memory_bytes
 
 
 def parse_arguments():
@@ -45,12 +45,6 @@ def open_model(arguments):
         )
         model = get_peft_model(model, config)
     return model.train()
-
-
-def peak_memory_bytes():
-    """The largest resident memory of this process; the system counts in KiB, on macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main():

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: the same work with our binary and with PyTorch, into BENCHMARKS.md.
+//! `cargo xtask bench`: the same work with our binary and with others, into BENCHMARKS.md.
 
 mod command;
 mod environment;
@@ -42,6 +42,30 @@ pub enum Kind {
     /// Rows a second of fine-tuning on `train.jsonl` of a folder, and the loss on its
     /// `test.jsonl`, against PyTorch.
     Tuning(&'static str),
+    /// Tokens a second of evaluation on `test.jsonl` of a folder, and its loss, against PyTorch.
+    Eval(&'static str),
+    /// Tokens a second of greedy decoding and of the prompt before it, against llama.cpp.
+    Decode(Weights),
+}
+
+impl Kind {
+    /// The step whose products are also run alone, the least time that it can take: one of LoRA,
+    /// on rows so short that attention, which is not among those products, hardly counts.
+    fn floor(self) -> Option<Shape> {
+        match self {
+            Self::Step(shape) if shape.method == "lora" && shape.tokens <= 256 => Some(shape),
+            _ => None,
+        }
+    }
+}
+
+/// How the file that is decoded with stores its matrices.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights {
+    /// The model as it is published.
+    Q4_1,
+    /// The same, widened.
+    Bf16,
 }
 
 /// A step on rows of equal length, every token supervised.
@@ -97,6 +121,22 @@ const ROWS: &[Row] = &[
         name: "sft-foods",
         kind: Kind::Tuning("bench/data/fine_foods"),
     },
+    Row {
+        name: "eval-debian",
+        kind: Kind::Eval("examples/debian_sections"),
+    },
+    Row {
+        name: "eval-foods",
+        kind: Kind::Eval("bench/data/fine_foods"),
+    },
+    Row {
+        name: "decode-q4_1",
+        kind: Kind::Decode(Weights::Q4_1),
+    },
+    Row {
+        name: "decode-bf16",
+        kind: Kind::Decode(Weights::Bf16),
+    },
 ];
 
 impl Row {
@@ -110,6 +150,12 @@ impl Row {
                 work::RANK,
                 work::TUNING_ROWS,
                 work::TUNING_STEPS
+            ),
+            Kind::Eval(folder) => format!("`{folder}/test.jsonl`"),
+            Kind::Decode(weights) => format!(
+                "{weights}, {} tokens after {}",
+                work::NEW_TOKENS,
+                work::PROMPT.len()
             ),
         }
     }
@@ -125,6 +171,15 @@ impl fmt::Display for Shape {
     }
 }
 
+impl fmt::Display for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Q4_1 => "Q4_1",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
 /// Runs every row, or those that `--only` names, both sides in turn, and writes the tables after
 /// each row, so that an interrupted command keeps what it has measured.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
@@ -136,6 +191,9 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
         .args(["build", "--release", "--workspace"])
         .run()?;
     let work = Work::prepare(root, options.threads)?;
+    if options.rows.iter().any(|row| row.kind.floor().is_some()) {
+        work.build_floor()?;
+    }
     let environment = Environment::here(root, &work)?;
     let path = root.join(RESULTS);
     let mut results = Results::read(&path, environment)?;
@@ -163,9 +221,9 @@ fn with_tables(page: &Path, body: &str) -> Result<String, Failure> {
     })
 }
 
-/// The runs of a row, our side first in each.
+/// The runs of a row, in each our side, then the other, then the floor.
 fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Failure> {
-    work.write_rows(row)?;
+    work.make_inputs(row)?;
     if matches!(row.kind, Kind::Startup(_)) {
         println!(
             "== {}: once without counting, into the page cache",
@@ -174,14 +232,21 @@ fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Fa
         work.measure(row, Side::Ours, 0)?;
         work.measure(row, Side::Other, 0)?;
     }
-    let (mut ours, mut other) = (Samples::default(), Samples::default());
+    let mut ours = Samples::of(work.published(row, Side::Ours));
+    let mut other = Samples::of(work.published(row, Side::Other));
+    other.software = work.software(row)?;
+    let mut floor = row
+        .kind
+        .floor()
+        .map(|shape| (shape, Samples::of(work.published_floor(shape))));
     for run in 0..options.runs {
         println!("== {}: run {} of {}", row.name, run + 1, options.runs);
         ours.add(work.measure(row, Side::Ours, run)?);
         other.add(work.measure(row, Side::Other, run)?);
+        if let Some((shape, samples)) = &mut floor {
+            samples.add(work.measure_floor(*shape)?);
+        }
     }
-    ours.command = work.published(row, Side::Ours);
-    other.command = work.published(row, Side::Other);
     Ok(Measured {
         date: environment::today(),
         reproduce: format!(
@@ -190,6 +255,7 @@ fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Fa
         ),
         ours,
         other,
+        floor: floor.map(|(_, samples)| samples),
     })
 }
 

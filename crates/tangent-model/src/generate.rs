@@ -1,5 +1,7 @@
 //! Generation one token after another: greedy or sampled, streamed.
 
+use std::time::Instant;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -23,6 +25,8 @@ pub struct Sampling {
     pub repetition_penalty: f32,
     /// Stop before any of these strings.
     pub stop: Vec<String>,
+    /// Go on after an end token, which then is a token like others.
+    pub ignore_eos: bool,
     /// Seed of the random numbers.
     pub seed: u64,
 }
@@ -36,6 +40,7 @@ impl Default for Sampling {
             top_p: 1.0,
             repetition_penalty: 1.0,
             stop: vec![],
+            ignore_eos: false,
             seed: 0,
         }
     }
@@ -61,6 +66,12 @@ pub struct Generated {
     pub tokens: Vec<u32>,
     /// Why it ended.
     pub finish: Finish,
+    /// Seconds until the first token was chosen: those of the prompt.
+    pub prompt_seconds: f64,
+    /// Seconds from the first token to the last one, the end token included.
+    pub decode_seconds: f64,
+    /// Tokens that were decoded in `decode_seconds`: all but the first, the end token included.
+    pub decoded: usize,
 }
 
 /// Continues `prompt`; `on_text` gets the text piece by piece.
@@ -74,6 +85,8 @@ pub fn generate(
     sampling: &Sampling,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generated, ModelError> {
+    let begun = Instant::now();
+    let (mut first, mut last, mut chosen) = (begun, begun, 0usize);
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut cache = KvCache::new(model);
     let mut decoder = StreamDecoder::new(true);
@@ -88,7 +101,12 @@ pub fn generate(
     {
         let mut logits = continue_with(model, &feed, &mut cache);
         let token = choose(&mut logits, &seen, sampling, &mut rng);
-        if tokenizer.stop_ids.contains(&token) {
+        last = Instant::now();
+        if chosen == 0 {
+            first = last;
+        }
+        chosen += 1;
+        if !sampling.ignore_eos && tokenizer.stop_ids.contains(&token) {
             finish = Finish::EndToken;
             break;
         }
@@ -107,6 +125,9 @@ pub fn generate(
         text: text.finish(on_text),
         tokens,
         finish,
+        prompt_seconds: (first - begun).as_secs_f64(),
+        decode_seconds: (last - first).as_secs_f64(),
+        decoded: chosen.saturating_sub(1),
     })
 }
 
@@ -186,29 +207,67 @@ fn choose(logits: &mut [f32], seen: &[u32], sampling: &Sampling, rng: &mut ChaCh
     if sampling.temperature <= 0.0 {
         return argmax(logits);
     }
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-    order.truncate(sampling.top_k.unwrap_or(usize::MAX).max(1));
-    let max = logits[order[0]];
-    let weights: Vec<f64> = order
-        .iter()
-        .map(|&i| f64::from((logits[i] - max) / sampling.temperature).exp())
-        .collect();
-    let total: f64 = weights.iter().sum();
-    let mut kept = 0;
-    let mut mass = 0.0;
-    while kept < weights.len() && (kept == 0 || mass < f64::from(sampling.top_p) * total) {
-        mass += weights[kept];
-        kept += 1;
+    let mut ranking = Ranking::new(logits);
+    let count = sampling.top_k.unwrap_or(usize::MAX).clamp(1, logits.len());
+    let max = logits[ranking.id(0)];
+    let weight = |id: usize| f64::from((logits[id] - max) / sampling.temperature).exp();
+    let total: f64 = if count < logits.len() {
+        (0..count).map(|rank| weight(ranking.id(rank))).sum()
+    } else {
+        (0..count).map(weight).sum()
+    };
+    let (mut kept, mut mass) = (count, total);
+    if sampling.top_p < 1.0 {
+        (kept, mass) = (0, 0.0);
+        while kept < count && (kept == 0 || mass < f64::from(sampling.top_p) * total) {
+            mass += weight(ranking.id(kept));
+            kept += 1;
+        }
     }
     let mut draw = rng.random::<f64>() * mass;
-    for (&id, weight) in order.iter().zip(&weights[..kept]) {
-        draw -= weight;
+    for rank in 0..kept {
+        let id = ranking.id(rank);
+        draw -= weight(id);
         if draw < 0.0 {
             return id as u32;
         }
     }
-    order[kept - 1] as u32
+    ranking.id(kept - 1) as u32
+}
+
+/// Ids from the largest to the smallest logit, the smaller id first where logits are equal. Only
+/// the ranks that are asked for are put in order, since they are few in a large vocabulary.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    ids: Vec<usize>,
+    ordered: usize,
+}
+
+impl<'a> Ranking<'a> {
+    /// Ranks put in order at first.
+    const FIRST: usize = 64;
+
+    fn new(logits: &'a [f32]) -> Self {
+        Self {
+            logits,
+            ids: (0..logits.len()).collect(),
+            ordered: 0,
+        }
+    }
+
+    /// The id at `rank`, counted from 0.
+    fn id(&mut self, rank: usize) -> usize {
+        while self.ordered <= rank && self.ordered < self.ids.len() {
+            let rest = &mut self.ids[self.ordered..];
+            let more = (3 * self.ordered).max(Self::FIRST).min(rest.len());
+            let logits = self.logits;
+            let order = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+            rest.select_nth_unstable_by(more - 1, order);
+            rest[..more].sort_unstable_by(order);
+            self.ordered += more;
+        }
+        self.ids[rank]
+    }
 }
 
 /// The first index of the largest value.
@@ -269,6 +328,57 @@ mod tests {
             [0.4136, 0.4136, 0.1522, 0.0206],
         );
         assert!(shares(&Sampling::default(), &[])[0] > 0.999, "greedy");
+    }
+
+    /// What [`choose`] would choose if it sorted the vocabulary.
+    fn choose_sorted(logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        order.truncate(sampling.top_k.unwrap_or(usize::MAX).max(1));
+        let weight = |i: usize| f64::from((logits[i] - logits[order[0]]) / sampling.temperature);
+        let weights: Vec<f64> = order.iter().map(|&i| weight(i).exp()).collect();
+        let limit = f64::from(sampling.top_p) * weights.iter().sum::<f64>();
+        let (mut kept, mut mass) = (0, 0.0);
+        while kept < weights.len() && (kept == 0 || mass < limit) {
+            mass += weights[kept];
+            kept += 1;
+        }
+        let mut draw = rng.random::<f64>() * mass;
+        let chosen = weights[..kept].iter().position(|weight| {
+            draw -= weight;
+            draw < 0.0
+        });
+        order[chosen.unwrap_or(kept - 1)] as u32
+    }
+
+    #[test]
+    fn a_partial_ranking_chooses_as_a_sorted_vocabulary() {
+        // Equal logits abound, so that their order matters too.
+        let mut logits: Vec<f32> = (0..3_000usize)
+            .map(|i| (i * 7_919 % 601) as f32 / 100.0)
+            .collect();
+        for (temperature, top_k, top_p) in [
+            (1.0, None, 1.0),
+            (0.7, None, 0.9),
+            (1.5, Some(50), 1.0),
+            (1.0, Some(700), 0.5),
+            (0.5, Some(1), 0.2),
+            (2.0, Some(9_999), 0.01),
+        ] {
+            let sampling = Sampling {
+                temperature,
+                top_k,
+                top_p,
+                ..Sampling::default()
+            };
+            let mut rng = ChaCha8Rng::seed_from_u64(5);
+            let mut same = rng.clone();
+            for _ in 0..50 {
+                let want = choose_sorted(&logits, &sampling, &mut same);
+                let got = choose(&mut logits, &[], &sampling, &mut rng);
+                assert_eq!(got, want, "{sampling:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! A linear map with a frozen weight in its stored type, `y = x W^T`; no weight gradient exists.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::custom::{self, CpuOp, Matrix};
+use crate::few_tokens;
 use crate::kernel::{self, Into, Threads, View, ViewMut};
 use crate::matrix::FrozenMatrix;
 
@@ -18,13 +18,12 @@ pub fn frozen_linear(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
 
 /// The definition in plain tensor operations.
 pub fn definition(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
-    let device = x.device().without_autodiff();
-    let dense = crate::tensor(weight.to_values(), weight.rows(), weight.cols(), &device);
+    let dense = weight.dense(&x.device());
     x.matmul(dense.transpose())
 }
 
-/// Up to this many tokens a row of the weight is widened in cache and multiplied at once, which
-/// is what decoding needs; above it panels go through the matrix product.
+/// Up to this many tokens the weight is widened in registers, which is what decoding needs; above
+/// it panels go through the matrix product.
 const FEW_TOKENS: usize = 8;
 
 /// `x W^T` for row-major `x: (n, d_in)`.
@@ -32,7 +31,7 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
     let (d_out, d_in) = (weight.rows(), weight.cols());
     let mut y = kernel::buffer(n * d_out);
     if n <= FEW_TOKENS {
-        forward_few(x, n, weight, &mut y);
+        few_tokens::forward(x, n, weight, &mut y);
     } else {
         weight.for_each_panel(|first, rows, panel| {
             kernel::matmul(
@@ -46,42 +45,6 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
         });
     }
     y
-}
-
-fn forward_few(x: &[f32], n: usize, weight: &FrozenMatrix, y: &mut [f32]) {
-    let (d_out, d_in) = (weight.rows(), weight.cols());
-    let rows_per_task = (65_536 / d_in.max(1)).clamp(1, d_out.max(1));
-    let parts: Vec<Vec<f32>> = (0..d_out.div_ceil(rows_per_task))
-        .into_par_iter()
-        .map(|task| {
-            let first = task * rows_per_task;
-            let rows = rows_per_task.min(d_out - first);
-            let mut widened = kernel::buffer(if weight.values().is_some() { 0 } else { d_in });
-            let mut part = kernel::buffer(rows * n);
-            for row in 0..rows {
-                let w: &[f32] = match weight.values() {
-                    Some(values) => &values[(first + row) * d_in..][..d_in],
-                    None => {
-                        weight.widen_here(first + row, &mut widened);
-                        &widened
-                    }
-                };
-                kernel::simd(|| {
-                    for token in 0..n {
-                        part[row * n + token] = kernel::dot(&x[token * d_in..][..d_in], w);
-                    }
-                });
-            }
-            part
-        })
-        .collect();
-    for (task, part) in parts.iter().enumerate() {
-        for (row, values) in part.chunks_exact(n).enumerate() {
-            for (token, value) in values.iter().enumerate() {
-                y[token * d_out + task * rows_per_task + row] = *value;
-            }
-        }
-    }
 }
 
 /// `dx = dy W` for row-major `dy: (n, d_out)`.

@@ -6,6 +6,7 @@
 //! `(tokens, features)` matrices of `f32`, rows of all sequences one after another, no padding.
 
 mod custom;
+mod few_tokens;
 mod kernel;
 
 pub mod attention;

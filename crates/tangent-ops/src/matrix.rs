@@ -1,8 +1,9 @@
 //! Frozen weights in the type they were stored in, widened to `f32` panel by panel.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use burn::tensor::{Device, Tensor};
 use candle_core::quantized::k_quants::{self, GgmlType};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
@@ -113,6 +114,8 @@ pub struct FrozenMatrix {
     cols: usize,
     stored: StoredType,
     bytes: WeightBytes,
+    /// The dense weight on the first device without kernels that asked for it.
+    uploaded: Arc<OnceLock<Tensor<2>>>,
 }
 
 /// Values widened at a time inside products: the panel stays in the second-level cache.
@@ -168,6 +171,7 @@ impl FrozenMatrix {
             cols,
             stored,
             bytes,
+            uploaded: Arc::default(),
         })
     }
 
@@ -182,6 +186,7 @@ impl FrozenMatrix {
             cols,
             stored: StoredType::F32,
             bytes: WeightBytes::Values(Arc::new(values)),
+            uploaded: Arc::default(),
         }
     }
 
@@ -211,9 +216,11 @@ impl FrozenMatrix {
             quantized => unreachable!("no conversion to {quantized:?}"),
         };
         Self {
+            rows: self.rows,
+            cols: self.cols,
             stored,
             bytes: WeightBytes::Owned(bytes),
-            ..*self
+            uploaded: Arc::default(),
         }
     }
 
@@ -242,12 +249,34 @@ impl FrozenMatrix {
         out
     }
 
+    /// The weight as a dense `f32` constant, `(rows, cols)`. A device without kernels of ours
+    /// keeps it for as long as this weight or a clone of it lives, so that it is sent there once.
+    pub fn dense(&self, device: &Device) -> Tensor<2> {
+        let device = device.clone().without_autodiff();
+        let upload = || crate::tensor(self.to_values(), self.rows, self.cols, &device);
+        if device == Device::flex() {
+            return upload();
+        }
+        if let Some(kept) = self.uploaded.get().filter(|kept| kept.device() == device) {
+            return kept.clone();
+        }
+        // Widened outside of the lock: its parallel loop may run another upload on this thread.
+        let dense = upload();
+        let _ = self.uploaded.set(dense.clone());
+        dense
+    }
+
     /// The values themselves where they are stored as `f32`.
     pub(crate) fn values(&self) -> Option<&[f32]> {
         match self.stored {
             StoredType::F32 => bytemuck::try_cast_slice(self.bytes.bytes()).ok(),
             _ => None,
         }
+    }
+
+    /// The stored bytes, row after row.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.bytes.bytes()
     }
 
     /// Widens whole rows from `first` on into `out`, in parallel.
@@ -337,6 +366,19 @@ mod tests {
         let wide = FrozenMatrix::from_values(values.clone(), 4, 16);
         for stored in [StoredType::BF16, StoredType::F16] {
             assert_eq!(wide.convert(stored).to_values(), values, "{stored:?}");
+        }
+    }
+
+    #[test]
+    fn a_dense_weight_is_not_kept_for_the_cpu() {
+        let wide = FrozenMatrix::from_values(vec![1.0, -2.0, 0.5, 4.0, 3.0, 0.0], 2, 3);
+        let narrow = wide.convert(StoredType::BF16);
+        for device in [Device::flex(), Device::flex().autodiff()] {
+            let dense = narrow.dense(&device);
+            assert_eq!(dense.dims(), [2, 3]);
+            assert!(!dense.is_autodiff());
+            assert_eq!(crate::values(dense), wide.to_values());
+            assert!(narrow.uploaded.get().is_none());
         }
     }
 }

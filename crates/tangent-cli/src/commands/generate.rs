@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use serde_json::json;
-use tangent_model::generate::{Sampling, generate};
+use serde_json::{Value, json};
+use tangent_model::generate::{Generated, Sampling, generate};
 use tangent_model::{LanguageModel, ModelError};
+use tangent_train::memory;
 
 use crate::failure::Failure;
 use crate::open::ModelArgs;
@@ -62,6 +63,7 @@ impl SamplingArgs {
             top_p: self.top_p,
             repetition_penalty: self.repetition_penalty,
             stop: self.stop.clone(),
+            ignore_eos: false,
             seed: self.seed,
         })
     }
@@ -86,7 +88,10 @@ pub struct Args {
     raw: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Print one line of JSON instead of streaming.
+    /// Go on after the end token, up to --max-new-tokens.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one line of JSON, with speed and memory, instead of streaming.
     #[arg(long)]
     json: bool,
 }
@@ -122,7 +127,10 @@ fn check_length(opened: &LanguageModel, prompt: &[u32]) -> Result<(), Failure> {
 
 /// Generates, streaming to standard output.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let sampling = args.sampling.sampling()?;
+    let sampling = Sampling {
+        ignore_eos: args.ignore_eos,
+        ..args.sampling.sampling()?
+    };
     let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
     let prompt = if args.raw {
         opened.tokenizer.encode(&args.prompt)?
@@ -150,10 +158,27 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         &mut stream,
     )?;
     if args.json {
-        let line = json!({"text": generated.text, "tokens": generated.tokens});
-        writeln!(out, "{line}")?;
+        writeln!(out, "{}", in_json(&generated, prompt.len()))?;
     } else {
         writeln!(out)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The continuation with its speed, the first token counted as the prompt's, and the largest
+/// memory of the process. A rate is null where nothing was timed.
+fn in_json(generated: &Generated, prompt_tokens: usize) -> Value {
+    let rate = |tokens: usize, seconds: f64| (seconds > 0.0).then(|| tokens as f64 / seconds);
+    let (prompt_seconds, seconds) = (generated.prompt_seconds, generated.decode_seconds);
+    json!({
+        "text": generated.text,
+        "tokens": generated.tokens,
+        "prompt_tokens": prompt_tokens,
+        "prompt_seconds": prompt_seconds,
+        "prompt_tokens_per_second": rate(prompt_tokens, prompt_seconds),
+        "completion_tokens": generated.tokens.len(),
+        "seconds": seconds,
+        "tokens_per_second": rate(generated.decoded, seconds),
+        "peak_memory_bytes": memory::peak_bytes(),
+    })
 }

@@ -1,0 +1,446 @@
+//! Times every operation at the shapes of SmolLM2-135M and sets it against the machine's roofline.
+//!
+//! `cargo bench --workspace --bench operations` times all of them, `… -- attention` those whose
+//! names match; `RAYON_NUM_THREADS` says with how many threads. Criterion prints statistics and
+//! the change since the last run; the table after it says how close each operation comes to what
+//! the machine can do. "forward + backward" times both passes, with a gradient of ones that is
+//! written within the time.
+
+mod harness;
+mod roofline;
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Device, Tensor};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput};
+use tangent_ops::{
+    AttentionShape, FrozenMatrix, Head, Rotary, Segments, StoredType, Target, WeightBytes,
+};
+
+use harness::{median, numbers};
+use roofline::{Measured, Roofline, Work};
+
+const TOKENS: usize = 1024;
+const LAYERS: usize = 30;
+const HIDDEN: usize = 576;
+const KEY_VALUE: usize = 192;
+const FEED_FORWARD: usize = 1536;
+const VOCABULARY: usize = 49_152;
+const RANK: usize = 8;
+const ATTENTION: AttentionShape = AttentionShape {
+    heads: 9,
+    kv_heads: 3,
+    head_dim: 64,
+    window: None,
+};
+/// Tokens in the cache that a decoded token attends to.
+const CACHED: usize = 512;
+/// Rows whose log-probabilities are taken at once.
+const SCORED: usize = 64;
+/// Samples of a row; its time is their median.
+const SAMPLES: usize = 20;
+
+/// An operation on fixed inputs.
+struct Row {
+    name: String,
+    work: Work,
+    run: Box<dyn FnMut()>,
+}
+
+/// Shape of an input, and whether it wants a gradient.
+#[derive(Clone, Copy)]
+struct Input {
+    rows: usize,
+    cols: usize,
+    tracked: bool,
+}
+
+fn tracked(rows: usize, cols: usize) -> Input {
+    Input {
+        rows,
+        cols,
+        tracked: true,
+    }
+}
+
+fn constant(rows: usize, cols: usize) -> Input {
+    Input {
+        rows,
+        cols,
+        tracked: false,
+    }
+}
+
+impl Input {
+    fn tensor(self, seed: u64) -> Tensor<2> {
+        let values = numbers(self.rows * self.cols, seed);
+        tangent_ops::tensor(values, self.rows, self.cols, &Device::flex())
+    }
+}
+
+impl Row {
+    fn new(name: impl Into<String>, work: Work, run: impl FnMut() + 'static) -> Self {
+        Self {
+            name: name.into(),
+            work,
+            run: Box::new(run),
+        }
+    }
+
+    /// `f` without a graph.
+    fn forward(
+        name: &str,
+        work: Work,
+        inputs: &[Input],
+        f: impl Fn(&[Tensor<2>]) -> Tensor<2> + 'static,
+    ) -> Self {
+        let seeded = inputs.iter().zip(1..);
+        let tensors: Vec<Tensor<2>> = seeded.map(|(input, seed)| input.tensor(seed)).collect();
+        Self::new(format!("{name}, forward"), work, move || {
+            black_box(f(&tensors));
+        })
+    }
+
+    /// `f` and the gradients of its tracked inputs.
+    fn with_backward(
+        name: &str,
+        work: Work,
+        inputs: &[Input],
+        f: impl Fn(&[Tensor<2>]) -> Tensor<2> + 'static,
+    ) -> Self {
+        let seeded = inputs.iter().zip(1..);
+        let tensors: Vec<Tensor<2>> = seeded
+            .map(|(input, seed)| match input.tracked {
+                true => input.tensor(seed).autodiff().require_grad(),
+                false => input.tensor(seed),
+            })
+            .collect();
+        Self::new(format!("{name}, forward + backward"), work, move || {
+            black_box(f(&tensors).backward());
+        })
+    }
+
+    /// The forward pass alone, and with the backward pass.
+    fn both(
+        name: &str,
+        [forward, backward]: [Work; 2],
+        inputs: &[Input],
+        f: impl Fn(&[Tensor<2>]) -> Tensor<2> + Clone + 'static,
+    ) -> [Self; 2] {
+        [
+            Self::forward(name, forward, inputs, f.clone()),
+            Self::with_backward(name, forward + backward, inputs, f),
+        ]
+    }
+}
+
+/// Work of `flops` on `floats` values of `f32` and `stored` bytes of a frozen weight.
+fn work(flops: usize, floats: usize, stored: usize) -> Work {
+    Work {
+        flops: flops as u64,
+        bytes: (floats * size_of::<f32>() + stored) as u64,
+    }
+}
+
+fn stored_bytes(stored: StoredType, rows: usize, cols: usize) -> usize {
+    rows * stored.row_bytes(cols).expect("rows are whole blocks")
+}
+
+/// A frozen weight; of the quantized types only `Q4_1` is there.
+fn frozen(stored: StoredType, rows: usize, cols: usize, seed: u64) -> FrozenMatrix {
+    if stored != StoredType::Q4_1 {
+        return FrozenMatrix::from_values(numbers(rows * cols, seed), rows, cols).convert(stored);
+    }
+    // A block is a scale, its smallest value, and 32 codes of four bits.
+    let scale = half::f16::from_f32(0.1).to_le_bytes();
+    let smallest = half::f16::from_f32(-0.75).to_le_bytes();
+    let mut bytes = Vec::with_capacity(stored_bytes(stored, rows, cols));
+    for codes in numbers(rows * cols / 2, seed).chunks_exact(16) {
+        bytes.extend(scale);
+        bytes.extend(smallest);
+        bytes.extend(codes.iter().map(|code| (code * 127.0) as i8 as u8));
+    }
+    FrozenMatrix::new(rows, cols, stored, WeightBytes::Owned(bytes.into()))
+        .expect("rows are whole blocks")
+}
+
+/// Every operation of the crate.
+fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for stored in [StoredType::F32, StoredType::BF16, StoredType::Q4_1] {
+        rows.extend(frozen_linear(stored));
+        rows.push(decoded_linear(stored));
+    }
+    rows.extend(low_rank());
+    rows.extend(linear());
+    rows.extend(rms_norm());
+    rows.push(rotary());
+    rows.extend(attention("4 x 256", &[256; 4]));
+    rows.extend(attention("1 x 2048", &[2048]));
+    rows.push(attend());
+    rows.extend(swiglu());
+    rows.push(frozen_embedding());
+    rows.extend(embedding());
+    rows.extend(linear_cross_entropy());
+    rows.push(log_softmax_at());
+    rows
+}
+
+fn frozen_linear(stored: StoredType) -> [Row; 2] {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let weight = frozen(stored, d_out, d_in, 0);
+    // The backward pass is the same product the other way round.
+    let pass = work(
+        2 * n * d_out * d_in,
+        n * (d_in + d_out),
+        stored_bytes(stored, d_out, d_in),
+    );
+    let name = format!("frozen_linear {stored:?}");
+    Row::both(&name, [pass, pass], &[tracked(n, d_in)], move |t| {
+        tangent_ops::frozen_linear(t[0].clone(), &weight)
+    })
+}
+
+fn decoded_linear(stored: StoredType) -> Row {
+    let (d_out, d_in) = (FEED_FORWARD, HIDDEN);
+    // Decoding goes through all layers for each token; one weight alone would stay in cache.
+    let weights: Vec<FrozenMatrix> = (0..LAYERS as u64)
+        .map(|layer| frozen(stored, d_out, d_in, layer))
+        .collect();
+    let work = work(
+        2 * d_out * d_in,
+        d_in + d_out,
+        stored_bytes(stored, d_out, d_in),
+    );
+    let x = constant(1, d_in).tensor(1);
+    let mut layer = 0;
+    Row::new(
+        format!("frozen_linear {stored:?}, 1 token"),
+        work,
+        move || {
+            layer = (layer + 1) % LAYERS;
+            black_box(tangent_ops::frozen_linear(x.clone(), &weights[layer]));
+        },
+    )
+}
+
+fn low_rank() -> Vec<Row> {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let weight = frozen(StoredType::F32, d_out, d_in, 0);
+    let thin = RANK * (d_in + d_out);
+    let delta = [
+        work(2 * n * thin, n * (d_in + d_out) + thin, 0),
+        work(4 * n * thin, n * (2 * d_in + d_out) + 2 * thin, 0),
+    ];
+    let base = work(2 * n * d_out * d_in, d_out * d_in, 0);
+    let whole = delta.map(|delta| base + delta);
+    let inputs = [tracked(n, d_in), tracked(RANK, d_in), tracked(d_out, RANK)];
+    let linear = Row::both("low_rank_linear F32", whole, &inputs, move |t| {
+        let (a, b) = (t[1].clone(), t[2].clone());
+        tangent_ops::low_rank_linear(t[0].clone(), &weight, a, b, 2.0)
+    });
+    let delta = Row::both("low_rank_delta", delta, &inputs, |t| {
+        tangent_ops::low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 2.0)
+    });
+    linear.into_iter().chain(delta).collect()
+}
+
+fn linear() -> [Row; 2] {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let weight = d_out * d_in;
+    let passes = [
+        work(2 * n * weight, n * (d_in + d_out) + weight, 0),
+        work(4 * n * weight, n * (2 * d_in + d_out) + 2 * weight, 0),
+    ];
+    let inputs = [tracked(n, d_in), tracked(d_out, d_in)];
+    Row::both("linear", passes, &inputs, |t| {
+        tangent_ops::linear(t[0].clone(), t[1].clone())
+    })
+}
+
+fn rms_norm() -> [Row; 2] {
+    let values = TOKENS * HIDDEN;
+    let passes = [
+        work(4 * values, 2 * values + HIDDEN, 0),
+        work(8 * values, 3 * values + HIDDEN, 0),
+    ];
+    let inputs = [tracked(TOKENS, HIDDEN), constant(1, HIDDEN)];
+    Row::both("rms_norm", passes, &inputs, |t| {
+        tangent_ops::rms_norm(t[0].clone(), t[1].clone(), 1e-5)
+    })
+}
+
+fn rotary_table(positions: usize) -> Rotary {
+    let d = ATTENTION.head_dim;
+    let frequencies = (0..d / 2).map(|j| 1e5f64.powf(-2.0 * j as f64 / d as f64));
+    Rotary::new(frequencies.collect(), positions)
+}
+
+fn rotary() -> Row {
+    let values = TOKENS * HIDDEN;
+    let work = work(3 * values, 2 * values + TOKENS * ATTENTION.head_dim, 0);
+    let (table, x) = (rotary_table(TOKENS), numbers(values, 1));
+    let positions: Vec<u32> = (0..TOKENS as u32).collect();
+    Row::new("rotary", work, move || {
+        black_box(table.rotate(&x, &positions, false));
+    })
+}
+
+fn attention(name: &str, lengths: &[usize]) -> [Row; 2] {
+    let n: usize = lengths.iter().sum();
+    // A token sees itself and those before it.
+    let pairs: usize = lengths.iter().map(|len| len * (len + 1) / 2).sum();
+    let product = 2 * pairs * ATTENTION.heads * ATTENTION.head_dim;
+    // Scores and outputs; the scores again and the four gradients of both products.
+    let passes = [
+        work(2 * product, n * (2 * HIDDEN + 2 * KEY_VALUE), 0),
+        work(5 * product, n * (3 * HIDDEN + 4 * KEY_VALUE), 0),
+    ];
+    let segments = Arc::new(Segments::rows(lengths));
+    let table = Arc::new(rotary_table(n));
+    let inputs = [
+        tracked(n, HIDDEN),
+        tracked(n, KEY_VALUE),
+        tracked(n, KEY_VALUE),
+    ];
+    Row::both(&format!("attention {name}"), passes, &inputs, move |t| {
+        let (q, k, v) = (t[0].clone(), t[1].clone(), t[2].clone());
+        tangent_ops::attention(q, k, v, &segments, &table, ATTENTION)
+    })
+}
+
+fn attend() -> Row {
+    let cache = CACHED * KEY_VALUE;
+    let work = work(4 * CACHED * HIDDEN, 2 * cache + 2 * HIDDEN, 0);
+    let (q, keys, values) = (numbers(HIDDEN, 1), numbers(cache, 2), numbers(cache, 3));
+    Row::new(format!("attend, 1 token of {CACHED}"), work, move || {
+        black_box(tangent_ops::attend(&q, &keys, &values, CACHED, ATTENTION));
+    })
+}
+
+fn swiglu() -> [Row; 2] {
+    let values = TOKENS * FEED_FORWARD;
+    let passes = [
+        work(6 * values, 3 * values, 0),
+        work(16 * values, 5 * values, 0),
+    ];
+    let input = tracked(TOKENS, FEED_FORWARD);
+    Row::both("swiglu", passes, &[input, input], |t| {
+        tangent_ops::swiglu(t[0].clone(), t[1].clone())
+    })
+}
+
+/// Ids all over the vocabulary.
+fn ids(len: usize) -> Vec<u32> {
+    (0..len).map(|i| (i * 7919 % VOCABULARY) as u32).collect()
+}
+
+fn frozen_embedding() -> Row {
+    let stored = StoredType::BF16;
+    let work = work(0, TOKENS * HIDDEN, stored_bytes(stored, TOKENS, HIDDEN));
+    let (table, ids) = (frozen(stored, VOCABULARY, HIDDEN, 0), ids(TOKENS));
+    let device = Device::flex();
+    Row::new(format!("frozen_embedding {stored:?}"), work, move || {
+        black_box(tangent_ops::frozen_embedding(&ids, &table, &device));
+    })
+}
+
+fn embedding() -> [Row; 2] {
+    let (values, table) = (TOKENS * HIDDEN, VOCABULARY * HIDDEN);
+    // The gradient of the table is written whole, rows of the batch are then added to.
+    let passes = [work(0, 2 * values, 0), work(values, table + 3 * values, 0)];
+    let ids: Arc<[u32]> = ids(TOKENS).into();
+    let inputs = [tracked(VOCABULARY, HIDDEN)];
+    Row::both("embedding", passes, &inputs, move |t| {
+        tangent_ops::embedding(&ids, t[0].clone())
+    })
+}
+
+fn linear_cross_entropy() -> Vec<Row> {
+    let (n, d) = (TOKENS, HIDDEN);
+    let head = VOCABULARY * d;
+    let (logits, product) = (n * VOCABULARY, 2 * n * head);
+    let forward = work(product + 3 * logits, n * d + head, 0);
+    let d_x = work(product + 2 * logits, n * d + head, 0);
+    let d_head = work(product, head, 0);
+    let targets: Vec<Target> = ids(n)
+        .into_iter()
+        .enumerate()
+        .map(|(token, id)| Target { token, id })
+        .collect();
+    let factor = 1.0 / n as f32;
+    let (inputs, wanted) = ([tracked(n, d), tracked(VOCABULARY, d)], targets.clone());
+    let weight = frozen(StoredType::F32, VOCABULARY, d, 0);
+    let name = "linear_cross_entropy";
+    let fixed = Row::both(name, [forward, d_x], &inputs[..1], move |t| {
+        let head = Head::Frozen(weight.clone());
+        tangent_ops::linear_cross_entropy(t[0].clone(), head, targets.clone(), factor)
+    });
+    let name = "linear_cross_entropy, trained head";
+    let trained = Row::with_backward(name, forward + d_x + d_head, &inputs, move |t| {
+        let head = Head::Trained(t[1].clone());
+        tangent_ops::linear_cross_entropy(t[0].clone(), head, wanted.clone(), factor)
+    });
+    fixed.into_iter().chain([trained]).collect()
+}
+
+fn log_softmax_at() -> Row {
+    let values = SCORED * VOCABULARY;
+    let (logits, ids) = (numbers(values, 1), ids(SCORED));
+    let name = format!("log_softmax_at, {SCORED} tokens");
+    Row::new(name, work(4 * values, values, 0), move || {
+        black_box(tangent_ops::log_softmax_at(&logits, &ids));
+    })
+}
+
+/// Lets Criterion time the row; the median seconds of its samples, or `None` where it did not
+/// take them: another name was asked for, or it only tests that rows run.
+fn time(group: &mut BenchmarkGroup<'_, WallTime>, row: &mut Row) -> Option<f64> {
+    let (elements, bytes) = (row.work.flops, row.work.bytes);
+    group.throughput(match elements {
+        0 => Throughput::Bytes(bytes),
+        _ => Throughput::ElementsAndBytes { elements, bytes },
+    });
+    let mut samples = Vec::new();
+    group.bench_function(row.name.as_str(), |bencher| {
+        bencher.iter_custom(|iterations| {
+            let start = Instant::now();
+            for _ in 0..iterations {
+                (row.run)();
+            }
+            let elapsed = start.elapsed();
+            samples.push(elapsed.as_secs_f64() / iterations as f64);
+            elapsed
+        });
+    });
+    (samples.len() >= SAMPLES).then(|| median(&samples))
+}
+
+fn main() {
+    harness::keep_memory();
+    let mut criterion = Criterion::default()
+        .sample_size(SAMPLES)
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(2))
+        .without_plots()
+        .configure_from_args();
+    let mut group = criterion.benchmark_group("operations");
+    let mut measured = Vec::new();
+    for mut row in rows() {
+        if let Some(seconds) = time(&mut group, &mut row) {
+            measured.push(Measured {
+                name: row.name,
+                work: row.work,
+                seconds,
+            });
+        }
+    }
+    group.finish();
+    criterion.final_summary();
+    if !measured.is_empty() {
+        println!("{}", Roofline::measure().table(&measured));
+    }
+}
