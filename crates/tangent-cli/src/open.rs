@@ -36,15 +36,18 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Opens the model on its device and sets the number of threads.
     pub fn open(&self) -> Result<LanguageModel, Failure> {
-        if let Some(threads) = self.threads {
-            if !(1..=1024).contains(&threads) {
-                return Err(Failure::Request(format!(
-                    "--threads {threads}: expected 1 to 1024, at best the number of cores"
-                )));
-            }
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            pool.build_global()
-                .map_err(|e| Failure::Run(format!("cannot start {threads} threads: {e}")))?;
+        let threads = self.threads.unwrap_or(0);
+        if self.threads.is_some() && !(1..=1024).contains(&threads) {
+            return Err(Failure::Request(format!(
+                "--threads {threads}: expected 1 to 1024, at best the number of cores"
+            )));
+        }
+        // This thread is one of the pool: handing thousands of small products a step over to
+        // another thread and sleeping meanwhile costs more than some of them take.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        match pool.use_current_thread().build_global() {
+            Ok(()) => {}
+            Err(e) => return Err(Failure::Run(format!("cannot start threads: {e}"))),
         }
         let device = self.device.open()?;
         Ok(tangent_model::open(&self.model, self.base_dtype, &device)?)

@@ -65,15 +65,6 @@ impl Batch {
         }
     }
 
-    /// Number of distinct tokens that [`Batch::new`] would compute for rows of these tokens.
-    pub fn distinct_tokens<'a>(rows: impl IntoIterator<Item = &'a [u32]>) -> usize {
-        let mut rows: Vec<&[u32]> = rows.into_iter().collect();
-        rows.sort_unstable();
-        let shared = rows.windows(2).map(|pair| common_prefix(pair[0], pair[1]));
-        let repeated: usize = shared.sum();
-        rows.iter().map(|row| row.len()).sum::<usize>() - repeated
-    }
-
     /// Tokens of all rows as given, shared ones counted in every row.
     pub fn row_tokens(&self) -> usize {
         self.rows.iter().map(|row| row.places.len()).sum()
@@ -83,6 +74,35 @@ impl Batch {
 /// Number of tokens that `a` and `b` begin with together.
 fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Counts the tokens that a batch of some rows computes, row by row.
+#[derive(Clone, Debug, Default)]
+pub struct DistinctTokens<'a> {
+    sorted: Vec<&'a [u32]>,
+    count: usize,
+}
+
+impl<'a> DistinctTokens<'a> {
+    /// Tokens that the rows so far need.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Tokens that `row` would add.
+    pub fn added_by(&self, row: &[u32]) -> usize {
+        let at = self.sorted.partition_point(|other| *other < row);
+        let neighbors = self.sorted[..at].last().into_iter().chain(self.sorted.get(at));
+        let shared = neighbors.map(|other| common_prefix(other, row)).max();
+        row.len() - shared.unwrap_or(0)
+    }
+
+    /// Adds a row.
+    pub fn add(&mut self, row: &'a [u32]) {
+        self.count += self.added_by(row);
+        let at = self.sorted.partition_point(|other| *other < row);
+        self.sorted.insert(at, row);
+    }
 }
 
 struct PrefixTree<'a> {
@@ -164,10 +184,13 @@ mod tests {
 
     #[test]
     fn distinct_tokens_are_those_of_the_tree() {
-        let rows: [&[u32]; 5] = [&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5]];
-        let distinct = Batch::distinct_tokens(rows);
-        assert_eq!(distinct, batch(&rows).ids.len());
-        assert_eq!(Batch::distinct_tokens([]), 0);
+        let rows: [&[u32]; 6] = [&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5], &[9]];
+        let mut distinct = DistinctTokens::default();
+        for (index, row) in rows.into_iter().enumerate() {
+            distinct.add(row);
+            assert_eq!(distinct.count(), batch(&rows[..=index]).ids.len());
+        }
+        assert_eq!(distinct.count(), 7);
         assert!(batch(&[]).ids.is_empty());
     }
 }

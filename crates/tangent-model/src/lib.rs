@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use serde_json::Value;
 
-pub use batch::Batch;
+pub use batch::{Batch, DistinctTokens};
 pub use error::ModelError;
 pub use family::Model;
 pub use parameter::Parameter;

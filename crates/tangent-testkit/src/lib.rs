@@ -108,7 +108,7 @@ impl Reference {
         Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
     }
 
-    /// All logits of all rows in the order of the flat batch.
+    /// All logits of all rows, row after row.
     pub fn logits(&self) -> Vec<f32> {
         (0..self.names("logits.").len())
             .flat_map(|i| self.values(&format!("logits.{i}")))
@@ -132,9 +132,9 @@ pub fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     );
 }
 
-/// Logits of every token of a batch.
+/// Logits of every token of every row of a batch, row after row.
 pub fn all_logits(model: &dyn Model, batch: &Batch) -> Vec<f32> {
-    let rows: Vec<usize> = (0..batch.ids.len()).collect();
+    let rows: Vec<usize> = batch.rows.iter().flat_map(|r| r.places.clone()).collect();
     let pass = Pass::inference(&model.device());
     tangent_ops::values(forward::logits(model, batch, &rows, &pass))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 use tangent_model::family::Model;
-use tangent_model::{Batch, forward};
+use tangent_model::{Batch, DistinctTokens, forward};
 use tangent_ops::log_softmax_at;
 
 use crate::data::Example;
@@ -62,15 +62,16 @@ fn labels(examples: &[Example]) -> Option<Vec<u32>> {
     Some(firsts.into_iter().collect())
 }
 
-/// Groups of consecutive examples of about [`TOKENS`] tokens.
+/// Groups of consecutive examples that take about [`TOKENS`] tokens to compute.
 fn groups(examples: &[Example]) -> Vec<&[Example]> {
-    let (mut groups, mut start, mut tokens) = (vec![], 0, 0);
+    let (mut groups, mut start) = (vec![], 0);
+    let mut tokens = DistinctTokens::default();
     for (i, example) in examples.iter().enumerate() {
-        if i > start && tokens + example.tokens.len() > TOKENS {
+        if i > start && tokens.count() + tokens.added_by(&example.tokens) > TOKENS {
             groups.push(&examples[start..i]);
-            (start, tokens) = (i, 0);
+            (start, tokens) = (i, DistinctTokens::default());
         }
-        tokens += example.tokens.len();
+        tokens.add(&example.tokens);
     }
     groups.push(&examples[start..]);
     groups
@@ -92,7 +93,7 @@ pub fn evaluate(model: &dyn Model, examples: &[Example]) -> Result<EvalReport, T
             let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
             let scores = log_softmax_at(logits, &ids);
             if let Some(bad) = scores.iter().position(|v| !v.is_finite()) {
-                broken.get_or_insert(targets[bad].token);
+                broken.get_or_insert(at + bad);
             }
             loss -= scores.iter().map(|v| f64::from(*v)).sum::<f64>();
             count += targets.len();
@@ -107,9 +108,8 @@ pub fn evaluate(model: &dyn Model, examples: &[Example]) -> Result<EvalReport, T
             }
             at += targets.len();
         });
-        if let Some(token) = broken {
-            let segments = batch.segments.list();
-            let row = segments.iter().position(|s| token < s.start + s.len);
+        if let Some(target) = broken {
+            let row = batch.rows.iter().position(|r| r.targets.contains(&target));
             let row = row.map_or(String::new(), |row| group[row].origin.to_string());
             return Err(TrainError::ScoreNotFinite { row });
         }
@@ -126,11 +126,8 @@ pub fn evaluate(model: &dyn Model, examples: &[Example]) -> Result<EvalReport, T
 
 /// Indices of the targets that come first in their rows.
 fn first_targets(batch: &Batch) -> BTreeSet<usize> {
-    let segments = batch.segments.list();
-    segments
-        .iter()
-        .filter_map(|s| batch.targets.iter().position(|t| t.token >= s.start))
-        .collect()
+    let rows = batch.rows.iter().filter(|r| !r.targets.is_empty());
+    rows.map(|r| r.targets.start).collect()
 }
 
 /// The label with the largest logit; the first one of equals.

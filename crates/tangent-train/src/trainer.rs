@@ -212,7 +212,7 @@ fn step_gradients(
         })
         .collect();
     let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
-    let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
+    let tokens: usize = batches.iter().map(Batch::row_tokens).sum();
     let factor = 1.0 / supervised.max(1) as f32;
     let mut gradients: Accumulated = vec![None; run.adapter.parameters.len()];
     let mut loss = 0f64;

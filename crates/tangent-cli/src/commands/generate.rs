@@ -99,7 +99,7 @@ pub struct Args {
 /// Token ids of messages up to the assistant's next answer.
 pub fn prompt_ids(
     opened: &LanguageModel,
-    messages: &[serde_json::Value],
+    messages: &[Value],
 ) -> Result<Vec<u32>, Failure> {
     let Some(template) = &opened.tokenizer.chat_template else {
         return Err(Failure::Request(format!(

@@ -1,8 +1,11 @@
 //! Accumulation equals the big batch, and activation checkpointing changes no bit.
 
+use std::sync::Arc;
+
 use burn::tensor::Device;
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass};
+use tangent_ops::{Segments, Target};
 use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
 use tangent_testkit::{Reference, close, folder, model};
 use tangent_train::gradients::{Accumulated, accumulate, clip, global_norm};
@@ -106,6 +109,55 @@ fn accumulation_equals_the_big_batch() {
         for ((got, want), parameter) in sum.iter().zip(&big).zip(&adapter.parameters) {
             let (got, want) = (got.as_ref().unwrap(), want.as_ref().unwrap());
             close(parameter.name(), got, want, 2e-5);
+        }
+    }
+}
+
+/// The rows one after another, each computed from its first token on.
+fn without_sharing(rows: &[(Vec<u32>, Vec<bool>)]) -> Batch {
+    let alone: Vec<Batch> = rows.chunks(1).map(batch).collect();
+    let lengths: Vec<usize> = rows.iter().map(|(ids, _)| ids.len()).collect();
+    let (mut start, mut targets) = (0, vec![]);
+    for row in &alone {
+        targets.extend(row.targets.iter().map(|t| Target {
+            token: start + t.token,
+            id: t.id,
+        }));
+        start += row.ids.len();
+    }
+    Batch {
+        ids: rows.iter().flat_map(|(ids, _)| ids.clone()).collect(),
+        segments: Arc::new(Segments::rows(&lengths)),
+        targets,
+        rows: vec![],
+    }
+}
+
+#[test]
+fn shared_prefixes_change_no_loss_and_no_gradient() {
+    let (mut rows, long) = (rows(), rows().swap_remove(0));
+    // Rows that branch at several depths, one that is the beginning of another, one twice.
+    for cut in [2, long.0.len() / 2, long.0.len() - 1] {
+        let (mut ids, supervised) = long.clone();
+        ids[cut] = (ids[cut] + 1) % 7;
+        rows.push((ids, supervised));
+    }
+    let half = long.0.len() / 2;
+    rows.push((long.0[..half].to_vec(), vec![true; half]));
+    rows.push(long);
+    let (shared, plain) = (batch(&rows), without_sharing(&rows));
+    assert!(shared.ids.len() + 10 < plain.ids.len());
+    for (base, config) in cases().iter().filter(|c| c.1.dropout == 0.0) {
+        let (model, adapter) = attached(base, config);
+        let (want_loss, want) = gradients(&*model, &adapter, std::slice::from_ref(&plain), false);
+        for checkpointing in [false, true] {
+            let batches = std::slice::from_ref(&shared);
+            let (loss, got) = gradients(&*model, &adapter, batches, checkpointing);
+            close("loss", &[loss], &[want_loss], 1e-6);
+            for ((got, want), parameter) in got.iter().zip(&want).zip(&adapter.parameters) {
+                let (got, want) = (got.as_ref().unwrap(), want.as_ref().unwrap());
+                close(parameter.name(), got, want, 2e-5);
+            }
         }
     }
 }
