@@ -7,6 +7,7 @@ use tangent_model::folder::FolderError;
 use tangent_peft::PeftError;
 
 use crate::data::DataError;
+use crate::plan::megabytes;
 
 /// A run that cannot begin or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,25 @@ pub enum TrainError {
         name: String,
         /// All optimizers.
         known: String,
+    },
+    /// A run that does not fit into the memory that it may take.
+    #[error(
+        "--max-memory allows {}M, and the smallest predicted peak is {}, of {how} ({parts}). What \
+         takes less: {remedies}",
+        .limit / 1_000_000,
+        megabytes(.smallest)
+    )]
+    Memory {
+        /// Bytes that it may take.
+        limit: u64,
+        /// Bytes of the smallest predicted peak.
+        smallest: u64,
+        /// The micro-batches that this is the peak of.
+        how: String,
+        /// The parts of the peak.
+        parts: String,
+        /// What would make it smaller.
+        remedies: String,
     },
     /// A loss or a gradient that is not a finite number.
     #[error(

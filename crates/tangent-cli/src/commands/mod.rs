@@ -10,6 +10,7 @@ mod eval;
 mod generate;
 mod merge;
 mod methods;
+mod plan;
 mod score;
 mod switch;
 mod train;
@@ -37,6 +38,8 @@ macro_rules! commands {
 commands! {
     /// Fine-tune a model on rows of text or conversations.
     train => Train,
+    /// What a run would train, and the memory and time that it would take; nothing runs.
+    plan => Plan,
     /// Loss, perplexity and, where answers are labels, accuracy of a model on rows.
     eval => Eval,
     /// Log-probability of every token of rows.

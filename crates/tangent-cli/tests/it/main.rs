@@ -5,6 +5,7 @@
 mod bad_input;
 mod device;
 mod outputs;
+mod plan;
 mod real_model;
 mod resume;
 

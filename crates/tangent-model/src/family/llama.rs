@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use serde_json::{Map, Value};
 use tangent_ops::{AttentionShape, Rotary};
 
-use super::{Attend, Family, Model};
+use super::{Activation, Attend, Family, Model};
 use crate::error::ModelError;
 use crate::pass::Pass;
 use crate::site::{Site, SiteKind};
@@ -524,6 +524,33 @@ impl Model for Llama {
         let gate = l.gate_proj.linear(h.clone(), pass);
         let up = l.up_proj.linear(h, pass);
         x + l.down_proj.linear(tangent_ops::swiglu(gate, up), pass)
+    }
+
+    fn activations(&self) -> Vec<Activation> {
+        let c = &self.config;
+        let (d, ff) = (c.hidden_size, c.intermediate_size);
+        let (q, kv) = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        );
+        vec![
+            Activation::kept(d, &["input_layernorm"]),
+            Activation::read(d, &["q_proj", "k_proj", "v_proj"]),
+            // Queries, keys and values, which attention keeps.
+            Activation::kept(q, &[]),
+            Activation::kept(kv, &[]),
+            Activation::kept(kv, &[]),
+            Activation::read(q, &["o_proj"]),
+            Activation::kept(d, &["post_attention_layernorm"]),
+            Activation::read(d, &["gate_proj", "up_proj"]),
+            // Gate and up, which swiglu keeps, and their product.
+            Activation::kept(ff, &[]),
+            Activation::kept(ff, &[]),
+            Activation {
+                formed_again: true,
+                ..Activation::read(ff, &["down_proj"])
+            },
+        ]
     }
 
     fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {

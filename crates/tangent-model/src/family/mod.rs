@@ -17,6 +17,43 @@ pub mod llama;
 /// Attention as a layer calls it: `(q, k, v)` to outputs, all `(tokens, features)`.
 pub type Attend<'a> = dyn FnMut(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2> + 'a;
 
+/// What a layer holds of every token at one point of its computation, so that the memory of a
+/// training step can be told before it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activation {
+    /// Features of a token.
+    pub width: usize,
+    /// Whether the operation that takes it keeps it for its derivative, whatever trains.
+    pub kept: bool,
+    /// The sites that take it as their input, by the last part of their paths. One that trains
+    /// keeps it for the gradient of its weight.
+    pub read_by: &'static [&'static str],
+    /// Whether low-rank products do not keep it but form it again from what is kept before it.
+    pub formed_again: bool,
+}
+
+impl Activation {
+    /// One that is kept in any case.
+    pub const fn kept(width: usize, read_by: &'static [&'static str]) -> Self {
+        Self {
+            width,
+            kept: true,
+            read_by,
+            formed_again: false,
+        }
+    }
+
+    /// One that is kept only for sites that train.
+    pub const fn read(width: usize, read_by: &'static [&'static str]) -> Self {
+        Self {
+            width,
+            kept: false,
+            read_by,
+            formed_again: false,
+        }
+    }
+}
+
 /// A decoder whose layers can be driven one at a time.
 pub trait Model: Send + Sync {
     /// The device that activations live on.
@@ -39,6 +76,8 @@ pub trait Model: Send + Sync {
     fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2>;
     /// One layer with the given attention.
     fn layer(&self, index: usize, x: Tensor<2>, attend: &mut Attend<'_>, pass: &Pass) -> Tensor<2>;
+    /// What a layer holds of every token, in the order of its computation, its input first.
+    fn activations(&self) -> Vec<Activation>;
     /// The normalization before the head.
     fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2>;
     /// The output head.

@@ -1,0 +1,248 @@
+//! `tangent plan`: the run that `tangent train` would begin with the same flags, told and not run.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use tangent_train::plan::{Form, Plan, SiteGroup, measured_rate};
+
+use super::train::{Prepared, RunArgs, max_length};
+use crate::failure::Failure;
+use crate::progress::duration;
+
+/// A run, as typed.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Accepted so that a line of `tangent train` can be planned as it is; nothing is written.
+    #[arg(long, alias = "output-dir", value_name = "DIR", help_heading = "Run")]
+    output: Option<PathBuf>,
+    /// Accepted as --output is.
+    #[arg(long, alias = "overwrite-output-dir", hide = true)]
+    overwrite: bool,
+    /// Accepted as --output is.
+    #[arg(long, alias = "resume-from-checkpoint", hide = true)]
+    resume: bool,
+}
+
+/// Plans.
+pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let args = args.run;
+    let typed = args.train_config()?;
+    let prepared = Prepared::new(&args, typed.seed)?;
+    let plan = prepared.plan(&args, &typed)?;
+    let rate = measured_rate(&prepared.opened.model.device());
+    let settings = settings(&args, &prepared, &plan);
+    let mut out = io::stdout().lock();
+    if args.json {
+        let mut line = Map::new();
+        let model = prepared.opened.path.to_string_lossy();
+        line.insert("model".into(), json!(model));
+        line.insert("method".into(), json!(prepared.adapter_config.method));
+        line.insert("settings".into(), Value::Object(settings));
+        if let Value::Object(told) = plan.to_json(rate) {
+            line.extend(told);
+        }
+        writeln!(out, "{}", Value::Object(line))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    writeln!(out, "model      {}", prepared.opened.path.display())?;
+    writeln!(out, "method     {}", prepared.adapter_config.method)?;
+    writeln!(out, "\nsettings")?;
+    for (name, value) in &settings {
+        if TOLD_BELOW.contains(&name.as_str()) {
+            continue;
+        }
+        match value.as_str() {
+            Some(text) => writeln!(out, "  {name:<30}{text}")?,
+            None => writeln!(out, "  {name:<30}{value}")?,
+        }
+    }
+    parameters(&mut out, &plan)?;
+    data(&mut out, &plan)?;
+    memory(&mut out, &plan)?;
+    time(&mut out, &plan, rate)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Settings that the text tells in another form: model and method above all, sites in groups, rows
+/// by their number.
+const TOLD_BELOW: [&str; 5] = ["model", "method", "target_modules", "data", "eval_data"];
+
+/// Every resolved setting: those that `run.json` records, and those that change no result.
+fn settings(args: &RunArgs, prepared: &Prepared, plan: &Plan) -> Map<String, Value> {
+    let mut settings = match prepared.settings(args, &plan.config) {
+        Value::Object(settings) => settings,
+        _ => Map::new(),
+    };
+    let length = max_length(args, &prepared.opened);
+    for (name, value) in [
+        ("max_length", length),
+        ("logging_steps", plan.config.logging_steps),
+        ("save_steps", plan.config.save_steps),
+        ("save_total_limit", plan.config.save_total_limit),
+        ("threads", rayon::current_num_threads()),
+    ] {
+        settings.insert(name.into(), json!(value));
+    }
+    settings
+}
+
+fn parameters(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
+    writeln!(
+        out,
+        "\ntrained parameters   {:>15}",
+        grouped(plan.trainable_parameters)
+    )?;
+    let widest = plan.sites.iter().map(|g| g.name.len()).max().unwrap_or(0);
+    for group in &plan.sites {
+        let (rows, cols) = group.shape;
+        writeln!(
+            out,
+            "  {:<widest$}  {:<13} {:<9} {:<13} {:>15} parameters",
+            group.name,
+            format!("{rows}x{cols}"),
+            form(group),
+            places(group),
+            grouped(group.parameters),
+        )?;
+    }
+    writeln!(
+        out,
+        "frozen parameters    {:>15}",
+        grouped(plan.frozen_parameters)
+    )
+}
+
+fn form(group: &SiteGroup) -> String {
+    match group.form {
+        Form::Whole => "whole".to_owned(),
+        Form::LowRank { rank } => format!("rank {rank}"),
+        Form::Rows(1) => "1 row".to_owned(),
+        Form::Rows(rows) => format!("{rows} rows"),
+        Form::Bias => "bias".to_owned(),
+    }
+}
+
+fn places(group: &SiteGroup) -> String {
+    match (group.in_layers, group.sites) {
+        (true, 1) => "x 1 layer".to_owned(),
+        (true, layers) => format!("x {layers} layers"),
+        (false, _) => String::new(),
+    }
+}
+
+fn data(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
+    let held_out = grouped(plan.held_out_rows);
+    writeln!(
+        out,
+        "\nrows          {} ({held_out} held out)",
+        grouped(plan.rows)
+    )?;
+    writeln!(
+        out,
+        "tokens        {} an epoch, {} of them supervised",
+        grouped(plan.tokens_per_epoch),
+        grouped(plan.supervised_tokens_per_epoch),
+    )?;
+    writeln!(
+        out,
+        "steps         {}, of {}",
+        grouped(plan.steps),
+        plan.micro_batching()
+    )?;
+    writeln!(
+        out,
+        "micro-batch   {} tokens at most, {:.0} in the mean",
+        grouped(plan.largest_micro_batch),
+        plan.mean_micro_batch,
+    )
+}
+
+fn memory(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
+    let memory = &plan.memory;
+    let gigabytes = |bytes: u64| format!("{:>8.3} GB", bytes as f64 / 1e9);
+    writeln!(
+        out,
+        "\npredicted peak memory        {}",
+        gigabytes(memory.peak())
+    )?;
+    for (name, bytes) in [
+        ("base weights", memory.base_weights),
+        ("trained, gradients, state", memory.trained),
+        ("activations", memory.activations),
+        ("loss chunk", memory.loss),
+        ("process, tokenizer, rows", memory.fixed),
+    ] {
+        writeln!(out, "  {name:<27}{}", gigabytes(bytes))?;
+    }
+    Ok(())
+}
+
+fn time(out: &mut impl Write, plan: &Plan, rate: f64) -> io::Result<()> {
+    let seconds = plan.seconds(rate).clamp(0.0, 1e12);
+    writeln!(
+        out,
+        "\npredicted time    {:.3} s a step, {} in all, at {:.0} GFLOP/s of products (measured now)",
+        plan.seconds_per_step(rate),
+        duration(Duration::from_secs_f64(seconds)),
+        rate / 1e9,
+    )
+}
+
+/// A number with its digits in threes.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_stand_in_threes() {
+        let cases = [
+            (0, "0"),
+            (999, "999"),
+            (1_000, "1 000"),
+            (276_480, "276 480"),
+        ];
+        for (number, text) in cases {
+            assert_eq!(grouped(number), text);
+        }
+        assert_eq!(grouped(12_345_678), "12 345 678");
+    }
+
+    #[test]
+    fn groups_are_told_in_words() {
+        let group = |form, in_layers, sites| SiteGroup {
+            name: "q_proj".into(),
+            shape: (4, 4),
+            form,
+            in_layers,
+            sites,
+            parameters: 1,
+        };
+        let low_rank = group(Form::LowRank { rank: 8 }, true, 30);
+        assert_eq!(
+            (form(&low_rank), places(&low_rank)),
+            ("rank 8".into(), "x 30 layers".into())
+        );
+        let rows = group(Form::Rows(1), false, 1);
+        assert_eq!(
+            (form(&rows), places(&rows)),
+            ("1 row".into(), String::new())
+        );
+    }
+}

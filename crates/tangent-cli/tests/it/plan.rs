@@ -1,0 +1,128 @@
+//! Runs that are planned, and runs that keep below a limit of memory.
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+use crate::Place;
+
+const RUN: &str = "--model tiny.gguf --data rows.jsonl --max-steps 3 --learning-rate 0.001";
+
+#[track_caller]
+fn number(object: &Value, key: &str) -> u64 {
+    let value = object[key].as_u64();
+    value.unwrap_or_else(|| panic!("{key} is not a whole number in {object}"))
+}
+
+#[test]
+fn a_plan_tells_the_run_and_writes_nothing() {
+    let place = Place::new();
+    let line = format!("{RUN} --eval-data rows.jsonl --output run");
+    let before = place.files();
+    let plan = place.run(&format!("plan {line} --json")).json();
+    let text = place.run(&format!("plan {line}")).succeeded();
+    assert!(place.files() == before, "a plan wrote something");
+    place.run(&format!("train {line}")).succeeded();
+
+    let bytes = place.read("run/adapter_model.safetensors");
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let values = tensors
+        .iter()
+        .map(|(_, t)| t.shape().iter().product::<usize>());
+    let trained = values.sum::<usize>() as u64;
+    assert_eq!(number(&plan, "trainable_parameters"), trained);
+    assert_eq!(number(&plan, "steps"), 3);
+    assert_eq!(number(&plan, "rows"), 4);
+    for (name, value) in place.read_json("run/run.json").as_object().unwrap() {
+        assert_eq!(&plan["settings"][name], value, "{name}");
+    }
+    let parts = plan["predicted_memory"].as_object().unwrap().values();
+    let sum: u64 = parts.map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(number(&plan, "predicted_peak_bytes"), sum);
+    let seconds = |key: &str| plan[key].as_f64().unwrap();
+    assert!(seconds("predicted_seconds_per_step") > 0.0, "{plan}");
+    assert!(seconds("predicted_seconds") > 3.0 * seconds("predicted_seconds_per_step"));
+    for words in [
+        "q_proj",
+        "rank 8",
+        "x 2 layers",
+        "learning_rate",
+        "(measured now)",
+    ] {
+        assert!(text.contains(words), "no {words:?} in:\n{text}");
+    }
+}
+
+#[test]
+fn a_plan_takes_the_flags_of_a_run_and_no_others() {
+    let place = Place::new();
+    let full = place
+        .run(&format!("plan {RUN} --method full --json"))
+        .json();
+    assert_eq!(number(&full, "frozen_parameters"), 0);
+    let count = number(&full, "trainable_parameters");
+    let report = place.run(&format!("train {RUN} --method full --output run"));
+    let told = format!("full on tiny.gguf: {count} trained");
+    assert!(report.err.contains(&told), "{told}: {}", report.err);
+    report.succeeded();
+    // What is there already is no fault, since nothing is written; neither is it used.
+    place
+        .run(&format!("plan {RUN} --output run --resume"))
+        .succeeded();
+    let refused = place.run(&format!("plan {RUN} --method full --dropout 0.1"));
+    refused.refused(&["dropout"]);
+    place
+        .run(&format!("plan {RUN} --max-memory 3T"))
+        .refused(&["3T", "3GiB"]);
+}
+
+#[test]
+fn a_limit_that_is_too_small_is_refused_with_the_smallest() {
+    let place = Place::new();
+    let line = format!("train {RUN} --output run --max-memory");
+    let refused = place.run(&format!("{line} 1M"));
+    refused.refused(&["allows 1M", "--max-length", "--rank", "base weights"]);
+    assert!(!place.path("run").exists());
+    let smallest = refused.err.split("peak is ").nth(1).unwrap();
+    let smallest = smallest.split(',').next().unwrap();
+    place.run(&format!("{line} {smallest}")).succeeded();
+}
+
+#[test]
+fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
+    let place = Place::new();
+    let plan = place.run(&format!("plan {RUN} --json")).json();
+    let peak = number(&plan, "predicted_peak_bytes");
+    let fits = place.run(&format!("plan {RUN} --json --max-memory {peak}"));
+    assert!(fits.err.contains("as typed"), "{}", fits.err);
+    assert_eq!(fits.json()["settings"], plan["settings"]);
+
+    let limit = format!("--max-memory {}", peak - 1);
+    let below = place.run(&format!("plan {RUN} --json {limit}"));
+    assert!(!below.err.contains("as typed"), "{}", below.err);
+    assert!(below.err.contains("micro-batches of "), "{}", below.err);
+    let below = below.json();
+    assert!(number(&below, "predicted_peak_bytes") < peak);
+    assert_ne!(below["settings"], plan["settings"]);
+
+    let typed = place.run(&format!("train {RUN} --output typed --json"));
+    let limited = place.run(&format!("train {RUN} --output limited --json {limit}"));
+    let (typed, limited) = (typed.json(), limited.json());
+    let loss = |report: &Value| report["train_loss"].as_f64().unwrap();
+    let difference = (loss(&typed) - loss(&limited)).abs();
+    assert!(difference < 1e-5, "{typed} against {limited}");
+
+    let recorded = place.read_json("limited/run.json");
+    for (name, value) in recorded.as_object().unwrap() {
+        assert_eq!(&below["settings"][name], value, "{name}");
+    }
+    let rows = |settings: &Value| {
+        number(settings, "per_device_train_batch_size")
+            * number(settings, "gradient_accumulation_steps")
+    };
+    assert_eq!(rows(&recorded), rows(&place.read_json("typed/run.json")));
+    let again = format!("train {RUN} --output limited {limit} --resume");
+    place.run(&again).succeeded();
+    place
+        .run(&format!("train {RUN} --output limited --resume"))
+        .refused(&["begun with other settings"]);
+}

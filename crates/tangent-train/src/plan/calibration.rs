@@ -1,0 +1,37 @@
+//! Every number of the predictions that was measured rather than derived, in one place.
+//!
+//! They hold for the release build on Linux, x86_64. To measure them again, compare
+//! `predicted_peak_bytes` of `tangent plan --json` with `peak_memory_bytes` of
+//! `tangent train --json`, and `predicted_seconds_per_step` with the seconds of its steps.
+
+/// Resident bytes of the process that do not depend on the run: program, threads, allocator,
+/// buffers of kernels.
+pub(super) const PROCESS_BYTES: u64 = 80_000_000;
+
+/// Resident bytes of the tokenizer for every token of the vocabulary.
+pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
+
+/// Bytes of an encoded row besides its tokens: its place in the data and its allocations.
+pub(super) const ROW_BYTES: u64 = 160;
+
+/// Bytes of activations that the allocator takes for every byte asked of it: large buffers are
+/// rounded up to its classes of sizes.
+pub(super) const ALLOCATOR_SHARE: f64 = 1.10;
+
+/// Share of a GGUF file's weights that is held a second time: query and key rows, which are put
+/// into another order.
+pub(super) const GGUF_COPIED_SHARE: f64 = 0.10;
+
+/// Share of the measured rate of matrix products that a whole training step reaches.
+pub(super) const STEP_EFFICIENCY: f64 = 0.80;
+
+/// Tokens whose products take as long as what a micro-batch costs whatever its size, which is to
+/// read and widen all weights.
+pub(super) const MICRO_BATCH_TOKENS: f64 = 24.0;
+
+/// Operations of a product that take as long as the optimizer's work on one trained value.
+pub(super) const OPTIMIZER_FLOPS: f64 = 100.0;
+
+/// Rows of the data that are looked at to find the largest and the mean micro-batch; the first
+/// pass over the data is looked at whole.
+pub(super) const SURVEYED_ROWS: usize = 131_072;

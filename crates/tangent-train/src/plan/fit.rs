@@ -1,0 +1,188 @@
+//! Settings that keep a run below a limit of memory and leave its result as it is.
+
+use super::survey::Survey;
+use super::{Draft, Form, Plan, Predictor};
+use crate::config::{Batching, TrainConfig};
+use crate::error::TrainError;
+
+impl Draft<'_> {
+    /// The settings as they are, if the run then stays below `limit` bytes; else with a step's rows
+    /// in more micro-batches, with activation checkpointing, or with both, whichever is fastest.
+    /// The rows of every step stay the same, and with them what is computed.
+    ///
+    /// # Errors
+    /// If no such settings fit, or the optimizer does not exist.
+    pub fn fit(&self, config: &TrainConfig, limit: u64) -> Result<Plan, TrainError> {
+        let predictor = Predictor::new(self, config)?;
+        let typed = predictor.plan(config, &Survey::new(self.train, config));
+        if typed.memory.peak() <= limit {
+            return Ok(typed);
+        }
+        let mut plans = vec![];
+        for (batching, accumulation) in batchings(config, self.train.len()) {
+            let config = TrainConfig {
+                batching,
+                gradient_accumulation_steps: accumulation,
+                ..config.clone()
+            };
+            let survey = Survey::new(self.train, &config);
+            plans.push(predictor.plan(&config, &survey));
+            let checkpointed = TrainConfig {
+                activation_checkpointing: true,
+                ..config
+            };
+            plans.push(predictor.plan(&checkpointed, &survey));
+        }
+        let fitting = plans.iter().filter(|plan| plan.memory.peak() <= limit);
+        let fastest = fitting.min_by(|a, b| a.flops_per_step.total_cmp(&b.flops_per_step));
+        if let Some(plan) = fastest {
+            return Ok(plan.clone());
+        }
+        let smallest = plans.iter().min_by_key(|plan| plan.memory.peak());
+        Err(self.too_large(smallest.unwrap_or(&typed), limit))
+    }
+
+    fn too_large(&self, smallest: &Plan, limit: u64) -> TrainError {
+        let longest = self.train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
+        let mut remedies = vec![
+            format!("--max-length below {longest}"),
+            "a base model stored in fewer bits (a quantized GGUF file, --base-dtype bf16)".into(),
+        ];
+        let forms = || self.trained.iter().map(|site| site.form);
+        if forms().any(|form| matches!(form, Form::LowRank { .. })) {
+            remedies.push("a smaller --rank".into());
+        }
+        if self
+            .trained
+            .iter()
+            .any(|site| site.form == Form::Whole && site.layer.is_some())
+        {
+            remedies.push("--method lora".into());
+        }
+        if matches!(smallest.config.batching, Batching::Tokens(_)) {
+            remedies.push("--batch-size in the place of --tokens-per-batch".into());
+        }
+        let memory = smallest.memory;
+        let part = |name: &str, bytes: u64| format!("{name} {}", megabytes(&bytes));
+        TrainError::Memory {
+            limit,
+            smallest: memory.peak(),
+            how: smallest.micro_batching(),
+            parts: [
+                part("base weights", memory.base_weights),
+                part("trained parameters", memory.trained),
+                part("activations", memory.activations),
+                part("loss", memory.loss),
+                part("fixed", memory.fixed),
+            ]
+            .join(", "),
+            remedies: remedies.join("; "),
+        }
+    }
+}
+
+/// Bytes in the form that a limit is typed in, rounded up.
+pub(crate) fn megabytes(bytes: &u64) -> String {
+    format!("{}M", bytes.div_ceil(1_000_000))
+}
+
+/// Micro-batches of fewer rows and the number of them that makes the same step, the largest first
+/// and as typed; of steps that are measured in tokens, only those as typed.
+fn batchings(config: &TrainConfig, rows: usize) -> Vec<(Batching, usize)> {
+    let times = config.gradient_accumulation_steps;
+    let mut all = vec![(config.batching, times)];
+    if let Batching::Rows(typed) = config.batching {
+        let step = typed.saturating_mul(times);
+        // Micro-batches of all rows and of more are the same.
+        let fewer = (1..typed.min(rows.saturating_add(1))).rev();
+        let fewer = fewer.filter(|n| step.is_multiple_of(*n));
+        all.extend(fewer.map(|n| (Batching::Rows(n), step / n)));
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{TrainedSite, fixture};
+    use super::*;
+    use crate::sampler::epoch_steps;
+
+    fn config(batching: Batching, times: usize) -> TrainConfig {
+        TrainConfig {
+            batching,
+            gradient_accumulation_steps: times,
+            ..TrainConfig::default()
+        }
+    }
+
+    #[test]
+    fn smaller_micro_batches_make_the_same_steps() {
+        let rows = fixture::rows(&[4; 29]);
+        let typed = config(Batching::Rows(6), 2);
+        let all = batchings(&typed, rows.len());
+        let sizes = [(6, 2), (4, 3), (3, 4), (2, 6), (1, 12)];
+        assert_eq!(all, sizes.map(|(n, times)| (Batching::Rows(n), times)));
+        let steps = |config: &TrainConfig| -> Vec<Vec<usize>> {
+            let steps = epoch_steps(&rows, config, 1);
+            steps.iter().map(|step| step.concat()).collect()
+        };
+        for (batching, times) in all {
+            assert_eq!(steps(&config(batching, times)), steps(&typed));
+        }
+        let tokens = config(Batching::Tokens(64), 2);
+        assert_eq!(batchings(&tokens, 29), [(Batching::Tokens(64), 2)]);
+        let huge = batchings(&config(Batching::Rows(usize::MAX), 3), 2);
+        assert!(huge.len() <= 3, "{huge:?}");
+    }
+
+    #[test]
+    fn the_fastest_settings_below_the_limit_are_chosen() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+        let long = fixture::rows(&[60; 16]);
+        let draft = fixture::draft(&*model, &trained, &long);
+        let typed = config(Batching::Rows(8), 1);
+        let whole = draft.plan(&typed).unwrap();
+        let peak = whole.memory.peak();
+        assert_eq!(draft.fit(&typed, peak).unwrap(), whole);
+        // Rows of 60 tokens: half the micro-batch costs less than a second forward pass.
+        let halved = draft.fit(&typed, peak - 1).unwrap();
+        assert_eq!(halved.config, config(Batching::Rows(4), 2));
+        assert!(halved.memory.peak() < peak);
+        assert_eq!(halved.steps, whole.steps);
+        // Tokens cannot be divided; only checkpointing is left.
+        let tokens = config(Batching::Tokens(480), 1);
+        let peak = draft.plan(&tokens).unwrap().memory.peak();
+        let checkpointed = draft.fit(&tokens, peak - 1).unwrap().config;
+        let want = TrainConfig {
+            activation_checkpointing: true,
+            ..tokens
+        };
+        assert_eq!(checkpointed, want);
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_the_least_that_would() {
+        let model = fixture::model("llama/tied_gqa");
+        let trained = TrainedSite::whole_model(&*model);
+        let rows = fixture::rows(&[30, 60, 10]);
+        let draft = fixture::draft(&*model, &trained, &rows);
+        let typed = config(Batching::Rows(8), 1);
+        let error = draft.fit(&typed, 1_000_000).unwrap_err();
+        let TrainError::Memory { smallest, .. } = &error else {
+            panic!("it is about memory: {error}")
+        };
+        assert!(draft.fit(&typed, *smallest).is_ok());
+        assert!(draft.fit(&typed, smallest - 1).is_err());
+        let text = error.to_string();
+        for part in [
+            "--max-length below 60",
+            "--method lora",
+            "1M",
+            megabytes(smallest).as_str(),
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!text.contains("--rank"), "{text}");
+    }
+}

@@ -1,0 +1,76 @@
+//! Tiny models, adapters and rows of the planner's tests.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tangent_model::BaseDtype;
+use tangent_model::family::Model;
+use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
+
+use super::{Draft, TrainedSite};
+use crate::data::{Example, Origin};
+
+/// A stored model: 2 layers, 32 features, 48 in the feed-forward, 32 of queries, 16 of keys, 96
+/// tokens in `llama/tied_gqa`.
+pub(super) fn model(name: &str) -> Box<dyn Model> {
+    tangent_testkit::model(&tangent_testkit::folder(name))
+}
+
+/// Every weight.
+pub(super) fn full() -> AdapterConfig {
+    AdapterConfig {
+        method: "full".into(),
+        ..AdapterConfig::default()
+    }
+}
+
+/// LoRA of rank 4.
+pub(super) fn lora(targets: &[&str]) -> AdapterConfig {
+    let targets: Vec<String> = targets.iter().map(|t| (*t).to_owned()).collect();
+    AdapterConfig {
+        rank: 4,
+        targets: Targets::parse(&targets),
+        ..AdapterConfig::default()
+    }
+}
+
+/// Attaches, and tells what trains.
+pub(super) fn attached(
+    model: &mut dyn Model,
+    config: &AdapterConfig,
+) -> (Vec<TrainedSite>, Adapter) {
+    let adapter = attach(model, config, 1).unwrap();
+    (TrainedSite::of_adapter(model, &adapter), adapter)
+}
+
+/// Rows of these lengths, all tokens but the first supervised.
+pub(super) fn rows(lengths: &[usize]) -> Vec<Example> {
+    let file = Arc::new("rows.jsonl".into());
+    let row = |(line, &length): (usize, &usize)| Example {
+        tokens: vec![1; length],
+        supervised: (0..length).map(|t| t > 0).collect(),
+        origin: Origin {
+            file: Arc::clone(&file),
+            line: line + 1,
+        },
+        full_length: length,
+    };
+    lengths.iter().enumerate().map(row).collect()
+}
+
+/// A run without held-out rows.
+pub(super) fn draft<'a>(
+    model: &'a dyn Model,
+    trained: &'a [TrainedSite],
+    train: &'a [Example],
+) -> Draft<'a> {
+    Draft {
+        model,
+        path: Path::new("model"),
+        base_dtype: BaseDtype::AsStored,
+        trained,
+        dropout: 0.0,
+        train,
+        eval: &[],
+    }
+}

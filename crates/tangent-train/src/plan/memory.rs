@@ -1,0 +1,430 @@
+//! The memory model: what is resident at the moments of a run when most is.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tangent_model::BaseDtype;
+use tangent_model::family::{Activation, Model};
+use tangent_ops::FrozenMatrix;
+
+use super::calibration as measured;
+use super::survey::{MicroBatch, Survey};
+use super::trained::{lowest_layer, trains_embedding};
+use super::{Draft, Form, TrainedSite};
+use crate::config::TrainConfig;
+use crate::data::Example;
+use crate::error::TrainError;
+use crate::optim;
+
+/// Bytes of an `f32`.
+const VALUE: u64 = 4;
+/// Supervised positions whose logits exist at one time, as in `linear_cross_entropy` and in
+/// evaluations.
+const LOGITS_AT_ONCE: usize = 256;
+/// Tokens that are evaluated together, as in `eval`.
+const EVALUATED_AT_ONCE: usize = 2048;
+/// Tensors of the size of all logits where an adapted head computes them densely: the logits, their
+/// logarithmic softmax, and the gradients of both.
+const DENSE_LOGITS: usize = 4;
+
+/// Bytes of a run's largest resident memory, by part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Frozen weights as they are held, pages of mapped files included.
+    pub base_weights: u64,
+    /// Trained tensors with their gradients and the optimizer's state.
+    pub trained: u64,
+    /// Activations that are kept for the backward pass, and what it needs beside them.
+    pub activations: u64,
+    /// Logits of a chunk of supervised positions and gradients of the last hidden states.
+    pub loss: u64,
+    /// The process, the tokenizer and the data.
+    pub fixed: u64,
+}
+
+impl Memory {
+    /// All parts together.
+    pub fn peak(&self) -> u64 {
+        self.base_weights + self.trained + self.activations + self.loss + self.fixed
+    }
+
+    pub(super) fn to_json(self) -> Value {
+        json!({
+            "base_weights_bytes": self.base_weights,
+            "trained_bytes": self.trained,
+            "activations_bytes": self.activations,
+            "loss_bytes": self.loss,
+            "fixed_bytes": self.fixed,
+        })
+    }
+}
+
+/// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
+/// sites; `tracked` says whether its input wants a gradient.
+fn kept_features(
+    activations: &[Activation],
+    trained: &[&TrainedSite],
+    mut tracked: bool,
+    dropout: bool,
+) -> usize {
+    let mut features = 0;
+    for activation in activations {
+        let mut keeps = activation.kept && tracked;
+        let readers = trained
+            .iter()
+            .filter(|site| activation.read_by.contains(&site.name()));
+        let mut trains = false;
+        for site in readers {
+            trains = true;
+            match site.form {
+                Form::Whole => keeps = true,
+                // The dropped input is a tensor of the site's own, and so is the mask.
+                Form::LowRank { rank } if dropout => {
+                    features += rank + activation.width * (1 + usize::from(tracked));
+                }
+                Form::LowRank { rank } => {
+                    features += rank;
+                    // Where nothing before it is kept, there is nothing to form it from.
+                    keeps |= !(activation.formed_again && tracked);
+                }
+                Form::Rows(_) | Form::Bias => {}
+            }
+        }
+        tracked |= trains;
+        features += if keeps { activation.width } else { 0 };
+    }
+    features
+}
+
+/// A model with what trains in it, in the numbers that memory depends on.
+pub(super) struct MemoryModel {
+    layers: usize,
+    /// The first layer of which anything is kept.
+    lowest: usize,
+    hidden: usize,
+    vocabulary: usize,
+    /// Features of the widest activation.
+    widest: usize,
+    /// Features that each layer keeps of a token.
+    kept: Vec<usize>,
+    /// How the head trains, and whether its tensor is the embedding's.
+    head: Option<Form>,
+    shared_head: bool,
+    parameters: u64,
+    /// State vectors of the optimizer for every trained tensor.
+    state_vectors: u64,
+    base_bytes: u64,
+    /// Bytes of weights, in the file and as they are held, while the model is opened.
+    loading_bytes: u64,
+    fixed_bytes: u64,
+    /// Tokens of the largest evaluated batch.
+    evaluated: usize,
+}
+
+impl MemoryModel {
+    pub fn new(draft: &Draft<'_>, config: &TrainConfig) -> Result<Self, TrainError> {
+        let (model, trained) = (draft.model, draft.trained);
+        let activations = model.activations();
+        let head = model.head();
+        let layers = model.layers();
+        let lowest = lowest_layer(trained, layers);
+        let kept = (0..layers).map(|index| {
+            if index < lowest {
+                return 0;
+            }
+            let own = trained.iter().filter(|site| site.layer == Some(index));
+            let own: Vec<&TrainedSite> = own.collect();
+            let tracked = index > lowest || trains_embedding(trained);
+            kept_features(&activations, &own, tracked, draft.dropout > 0.0)
+        });
+        let head_site = trained.iter().find(|site| site.path == head.path);
+        let (base_bytes, loading_bytes) = weight_bytes(draft);
+        let parameters: usize = trained.iter().map(|site| site.parameters).sum();
+        Ok(Self {
+            layers,
+            lowest,
+            hidden: head.weight.cols(),
+            vocabulary: model.vocabulary(),
+            widest: activations.iter().map(|a| a.width).max().unwrap_or(0),
+            kept: kept.collect(),
+            head: head_site.map(|site| site.form),
+            shared_head: head_site.is_some_and(|site| site.parameters == 0),
+            parameters: parameters as u64,
+            state_vectors: optim::find(&config.optimizer)?.slots.len() as u64,
+            base_bytes,
+            loading_bytes,
+            fixed_bytes: fixed_bytes(draft),
+            evaluated: evaluated_at_once(draft.eval),
+        })
+    }
+
+    /// The memory at the worst moment of the run.
+    pub fn predict(&self, survey: &Survey, checkpointing: bool) -> Memory {
+        let mut worst = self.loading();
+        for moment in [
+            self.start_of_backward(survey, checkpointing),
+            self.end_of_backward(survey),
+            self.evaluation(),
+        ] {
+            if moment.peak() > worst.peak() {
+                worst = moment;
+            }
+        }
+        worst
+    }
+
+    /// While weights are converted, the file's pages are resident beside the result.
+    fn loading(&self) -> Memory {
+        Memory {
+            base_weights: self.loading_bytes,
+            fixed: self.fixed_bytes,
+            ..Memory::default()
+        }
+    }
+
+    /// All that the forward pass keeps is there; gradients of this micro-batch are not yet.
+    fn start_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
+        let tokens = survey.largest.tokens;
+        let at_loss = tokens * self.held_at_loss(checkpointing);
+        let at_layer = tokens * self.held_at_layer(checkpointing);
+        let loss = self.loss_bytes(survey.largest);
+        Memory {
+            base_weights: self.base_bytes,
+            trained: VALUE * self.parameters * (1 + self.state_vectors + self.earlier(survey)),
+            // The chunk of the loss is free again when the first layer's turn comes.
+            activations: activation_bytes(at_loss)
+                .max(activation_bytes(at_layer).saturating_sub(loss)),
+            loss,
+            fixed: self.fixed_bytes,
+        }
+    }
+
+    /// What the forward pass keeps is free again; all gradients are there.
+    fn end_of_backward(&self, survey: &Survey) -> Memory {
+        let vectors = 2 + self.state_vectors + self.earlier(survey);
+        // A tensor with two uses has two gradients until they are added.
+        let second = match self.shared_head {
+            true => (self.vocabulary * self.hidden) as u64,
+            false => 0,
+        };
+        Memory {
+            base_weights: self.base_bytes,
+            trained: VALUE * (self.parameters * vectors + second),
+            activations: activation_bytes(survey.largest.tokens * self.working()),
+            loss: 0,
+            fixed: self.fixed_bytes,
+        }
+    }
+
+    /// Nothing is kept between layers; the last step's gradients are still there.
+    fn evaluation(&self) -> Memory {
+        let positions = self.evaluated.min(LOGITS_AT_ONCE);
+        Memory {
+            base_weights: self.base_bytes,
+            trained: VALUE * self.parameters * (2 + self.state_vectors),
+            activations: activation_bytes(self.evaluated * self.working()),
+            loss: VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64,
+            fixed: self.fixed_bytes,
+        }
+    }
+
+    /// Sums of gradients of earlier micro-batches of the step.
+    fn earlier(&self, survey: &Survey) -> u64 {
+        u64::from(survey.accumulates)
+    }
+
+    /// Features of a token that are kept when the loss is computed.
+    fn held_at_loss(&self, checkpointing: bool) -> usize {
+        match checkpointing {
+            true => (self.layers + 1) * self.hidden,
+            false => self.kept.iter().sum::<usize>() + self.hidden,
+        }
+    }
+
+    /// Features of a token, kept and in work, when the backward pass is in the layer where that
+    /// is most.
+    fn held_at_layer(&self, checkpointing: bool) -> usize {
+        if !checkpointing {
+            return self.kept.iter().sum::<usize>() + self.working();
+        }
+        let layers = self.kept.iter().enumerate().skip(self.lowest);
+        // Inputs of the layers below; the layer's own is among what it keeps.
+        let held = layers.map(|(index, kept)| index * self.hidden + kept);
+        // Its output, and the gradient that is pushed through it.
+        held.max().unwrap_or(0) + self.working() + 2 * self.hidden
+    }
+
+    /// Features of a token that a layer needs while it is computed: the widest activations (gate,
+    /// up and their product, or their gradients) and what goes around them.
+    fn working(&self) -> usize {
+        3 * self.widest + 2 * self.hidden
+    }
+
+    fn loss_bytes(&self, batch: MicroBatch) -> u64 {
+        // The normalized hidden states and their gradient.
+        let states = 2 * batch.tokens * self.hidden;
+        let positions = batch.targets.min(LOGITS_AT_ONCE);
+        let chunk = positions * (self.vocabulary + 2 * self.hidden);
+        let values = match self.head {
+            None => states + chunk,
+            Some(Form::Whole) => states + chunk + self.vocabulary * self.hidden,
+            Some(_) => states + DENSE_LOGITS * batch.targets * self.vocabulary,
+        };
+        VALUE * values as u64
+    }
+}
+
+fn activation_bytes(values: usize) -> u64 {
+    (values as f64 * VALUE as f64 * measured::ALLOCATOR_SHARE) as u64
+}
+
+fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
+    let row = matrix.stored().row_bytes(matrix.cols()).unwrap_or(0);
+    (row * matrix.rows()) as u64
+}
+
+/// Bytes of the weights as they are held, shared ones counted once.
+fn held_bytes(model: &dyn Model) -> u64 {
+    let sites = model.sites();
+    let own = sites.iter().filter(|site| site.tied_to.is_none());
+    own.map(|site| matrix_bytes(&site.weight) + site.bias.as_ref().map_or(0, matrix_bytes))
+        .sum()
+}
+
+/// Resident bytes of the weights in the run, and while the model is opened.
+fn weight_bytes(draft: &Draft<'_>) -> (u64, u64) {
+    let held = held_bytes(draft.model);
+    let files = file_bytes(draft.path);
+    // Files of the wanted type are mapped as they are.
+    let converted = draft.base_dtype != BaseDtype::AsStored && held.abs_diff(files) > files / 20;
+    match (converted, draft.path.is_file()) {
+        (true, _) => (held, held + files),
+        (false, true) => {
+            let copied = (held as f64 * measured::GGUF_COPIED_SHARE) as u64;
+            (held + copied, held + copied)
+        }
+        (false, false) => (held, held),
+    }
+}
+
+/// Bytes of a model's weight files; 0 where they cannot be told.
+fn file_bytes(path: &Path) -> u64 {
+    let size = |path: &Path| fs::metadata(path).map_or(0, |m| m.len());
+    let single = path.join("model.safetensors");
+    if path.is_file() {
+        return size(path);
+    }
+    if single.is_file() {
+        return size(&single);
+    }
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let files = entries.map(|entry| entry.path());
+    files
+        .filter(|file| file.extension().is_some_and(|e| e == "safetensors"))
+        .map(|file| size(&file))
+        .sum()
+}
+
+fn fixed_bytes(draft: &Draft<'_>) -> u64 {
+    let row = |e: &Example| {
+        let (tokens, supervised) = (size_of_val(&e.tokens[..]), size_of_val(&e.supervised[..]));
+        (tokens + supervised) as u64 + measured::ROW_BYTES
+    };
+    let data: u64 = draft.train.iter().chain(draft.eval).map(row).sum();
+    let vocabulary = draft.model.vocabulary() as u64 * measured::VOCABULARY_ENTRY_BYTES;
+    measured::PROCESS_BYTES + vocabulary + data
+}
+
+/// Tokens of the largest batch of an evaluation, 0 without one.
+fn evaluated_at_once(eval: &[Example]) -> usize {
+    let lengths = || eval.iter().map(|e| e.tokens.len());
+    let longest = lengths().max().unwrap_or(0);
+    lengths().sum::<usize>().min(longest.max(EVALUATED_AT_ONCE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture;
+    use super::*;
+    use crate::config::Batching;
+
+    /// Features that the layers keep, counted by hand against `fixture::model`'s sizes.
+    #[track_caller]
+    fn check_kept(targets: &[&str], dropout: f32, want: [usize; 2]) {
+        let mut model = fixture::model("llama/tied_gqa");
+        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(targets));
+        let draft = Draft {
+            dropout,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+        assert_eq!(memory.kept, want, "{targets:?}");
+    }
+
+    #[test]
+    fn layers_keep_what_their_backward_passes_read() {
+        // x, h, q, k, v, o, x2, h2, gate, up and seven ranks; the lowest layer's x wants nothing.
+        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 48 + 48 + 7 * 4;
+        check_kept(&["all-linear"], 0.0, [all - 32, all]);
+        // Nothing below; no o, no h2.
+        let queries = 32 + 32 + 16 + 16 + 32 + 48 + 48 + 4;
+        check_kept(&["model.layers.1.*q_proj"], 0.0, [0, queries]);
+        // Above it, normalization, attention and gate keep their inputs all the same.
+        let passed = 32 + 32 + 16 + 16 + 32 + 48 + 48;
+        check_kept(&["model.layers.0.*q_proj"], 0.0, [queries, passed]);
+        // Nothing that the product could be formed from is kept in the lowest layer.
+        check_kept(&["model.layers.1.*down_proj"], 0.0, [0, 48 + 4]);
+        // With dropout h itself is not kept, a dropped copy is; no mask in the lowest layer.
+        check_kept(&["model.layers.1.*q_proj"], 0.1, [0, queries]);
+    }
+
+    #[test]
+    fn full_fine_tuning_keeps_every_input() {
+        let model = fixture::model("llama/tied_gqa");
+        let trained = TrainedSite::whole_model(&*model);
+        let draft = fixture::draft(&*model, &trained, &[]);
+        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 3 * 48;
+        assert_eq!(memory.kept, [all, all]);
+        assert!(memory.shared_head);
+        // Values, gradients and two moments.
+        let end = memory.end_of_backward(&Survey::default());
+        let count: usize = trained.iter().map(|site| site.parameters).sum();
+        assert_eq!(end.trained, 4 * (4 * count + 96 * 32) as u64);
+    }
+
+    fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
+        let mut model = fixture::model("llama/tied_gqa");
+        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+        let train = fixture::rows(rows);
+        let config = TrainConfig {
+            batching: Batching::Rows(batch),
+            activation_checkpointing: checkpointing,
+            ..TrainConfig::default()
+        };
+        let draft = fixture::draft(&*model, &trained, &train);
+        draft.plan(&config).unwrap().memory
+    }
+
+    #[test]
+    fn activations_grow_with_the_tokens_and_shrink_with_checkpointing() {
+        let rows = [30; 8];
+        let (whole, half) = (peak(&rows, 8, false), peak(&rows, 4, false));
+        assert_eq!(whole.base_weights, half.base_weights);
+        assert!(whole.activations > half.activations);
+        let checkpointed = peak(&rows, 8, true);
+        assert!(checkpointed.activations < whole.activations);
+        assert_eq!(checkpointed.fixed, whole.fixed);
+    }
+
+    #[test]
+    fn weights_of_a_missing_file_are_those_held() {
+        let model = fixture::model("llama/tied_gqa");
+        let held = held_bytes(&*model);
+        let draft = fixture::draft(&*model, &[], &[]);
+        assert_eq!(weight_bytes(&draft), (held, held));
+        // All of the stored model is f32.
+        assert_eq!(held, 4 * super::super::values(&*model) as u64);
+    }
+}

@@ -1,0 +1,298 @@
+//! A run before it runs: what trains, how much memory and time it will take, and settings that
+//! keep it below a limit.
+//!
+//! Memory and time are predicted from shapes for the CPU's kernels; the few numbers that had to be
+//! measured are in `calibration`. A prediction depends on the model, the data and the settings, not
+//! on the machine, so that a resumed run decides as the first one did.
+
+mod calibration;
+mod fit;
+#[cfg(test)]
+mod fixture;
+mod memory;
+mod survey;
+mod time;
+mod trained;
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tangent_model::family::Model;
+use tangent_model::{BaseDtype, Batch};
+
+use crate::config::{Batching, TrainConfig};
+use crate::data::Example;
+use crate::error::TrainError;
+
+pub(crate) use fit::megabytes;
+pub use memory::Memory;
+pub use time::measured_rate;
+pub use trained::{Form, SiteGroup, TrainedSite};
+
+use memory::MemoryModel;
+use survey::Survey;
+use time::Work;
+
+/// Tokens that a micro-batch of these rows computes.
+pub fn batch_tokens(rows: &[&Example]) -> usize {
+    let batch = Batch::new(rows.iter().map(|e| (&e.tokens[..], &e.supervised[..])));
+    batch.ids.len()
+}
+
+/// A run whose settings are not decided yet.
+pub struct Draft<'a> {
+    /// The model; the adapter need not be attached.
+    pub model: &'a dyn Model,
+    /// Where the model was opened from.
+    pub path: &'a Path,
+    /// How its weights are held.
+    pub base_dtype: BaseDtype,
+    /// What trains.
+    pub trained: &'a [TrainedSite],
+    /// Probability of dropping a feature of the adapter's input.
+    pub dropout: f32,
+    /// Rows to train on.
+    pub train: &'a [Example],
+    /// Rows to evaluate on; may be empty.
+    pub eval: &'a [Example],
+}
+
+impl Draft<'_> {
+    /// What a run with these settings takes.
+    ///
+    /// # Errors
+    /// If the optimizer does not exist.
+    pub fn plan(&self, config: &TrainConfig) -> Result<Plan, TrainError> {
+        let survey = Survey::new(self.train, config);
+        Ok(Predictor::new(self, config)?.plan(config, &survey))
+    }
+}
+
+/// A run with decided settings and what it takes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The settings.
+    pub config: TrainConfig,
+    /// Trained sites by name and shape.
+    pub sites: Vec<SiteGroup>,
+    /// Trained values.
+    pub trainable_parameters: usize,
+    /// Values of the model that stay as they are.
+    pub frozen_parameters: usize,
+    /// Rows to train on.
+    pub rows: usize,
+    /// Held-out rows.
+    pub held_out_rows: usize,
+    /// Tokens of a pass over the data.
+    pub tokens_per_epoch: usize,
+    /// Supervised tokens of a pass over the data.
+    pub supervised_tokens_per_epoch: usize,
+    /// Steps of the run.
+    pub steps: usize,
+    /// Tokens of the largest micro-batch.
+    pub largest_micro_batch: usize,
+    /// Tokens of a micro-batch in the mean.
+    pub mean_micro_batch: f64,
+    /// Largest resident memory, by part.
+    pub memory: Memory,
+    /// Floating-point operations of a step in the mean, those of a product counted and everything
+    /// else turned into as many as take the same time.
+    pub flops_per_step: f64,
+    /// The same of the whole run, evaluations included.
+    pub flops: f64,
+}
+
+impl Plan {
+    /// Seconds of a step on a machine that makes `rate` operations a second in products.
+    pub fn seconds_per_step(&self, rate: f64) -> f64 {
+        self.flops_per_step / (rate * calibration::STEP_EFFICIENCY)
+    }
+
+    /// Seconds of the run, evaluations included, loading and saving not.
+    pub fn seconds(&self, rate: f64) -> f64 {
+        self.flops / (rate * calibration::STEP_EFFICIENCY)
+    }
+
+    /// How a step is cut into micro-batches, in words.
+    pub fn micro_batching(&self) -> String {
+        micro_batching(&self.config)
+    }
+
+    /// The plan with the seconds at `rate`.
+    pub fn to_json(&self, rate: f64) -> Value {
+        let sites: Vec<Value> = self.sites.iter().map(SiteGroup::to_json).collect();
+        json!({
+            "sites": sites,
+            "trainable_parameters": self.trainable_parameters,
+            "frozen_parameters": self.frozen_parameters,
+            "rows": self.rows,
+            "held_out_rows": self.held_out_rows,
+            "tokens_per_epoch": self.tokens_per_epoch,
+            "supervised_tokens_per_epoch": self.supervised_tokens_per_epoch,
+            "steps": self.steps,
+            "largest_micro_batch_tokens": self.largest_micro_batch,
+            "mean_micro_batch_tokens": self.mean_micro_batch,
+            "predicted_peak_bytes": self.memory.peak(),
+            "predicted_memory": self.memory.to_json(),
+            "flops_per_step": self.flops_per_step,
+            "measured_flops_per_second": rate,
+            "predicted_seconds_per_step": self.seconds_per_step(rate),
+            "predicted_seconds": self.seconds(rate),
+        })
+    }
+}
+
+impl SiteGroup {
+    fn to_json(&self) -> Value {
+        let (form, amount) = match self.form {
+            Form::Whole => ("whole", None),
+            Form::LowRank { rank } => ("low_rank", Some(rank)),
+            Form::Rows(rows) => ("rows", Some(rows)),
+            Form::Bias => ("bias", None),
+        };
+        let mut json = json!({
+            "name": self.name,
+            "shape": [self.shape.0, self.shape.1],
+            "form": form,
+            "sites": self.sites,
+            "parameters": self.parameters,
+        });
+        if let (Value::Object(fields), Some(amount)) = (&mut json, amount) {
+            let key = match self.form {
+                Form::Rows(_) => "trained_rows",
+                _ => "rank",
+            };
+            fields.insert(key.into(), json!(amount));
+        }
+        json
+    }
+}
+
+/// How a step is cut into micro-batches, in words.
+fn micro_batching(config: &TrainConfig) -> String {
+    let micro = match config.batching {
+        Batching::Rows(1) => "micro-batches of 1 row".to_owned(),
+        Batching::Rows(rows) => format!("micro-batches of {rows} rows"),
+        Batching::Tokens(tokens) => format!("micro-batches of up to {tokens} tokens"),
+    };
+    let times = config.gradient_accumulation_steps;
+    let checkpointing = match config.activation_checkpointing {
+        true => "with activation checkpointing",
+        false => "without activation checkpointing",
+    };
+    format!("{micro}, {times} a step, {checkpointing}")
+}
+
+/// What is known of a run whatever its micro-batches are.
+struct Predictor<'a> {
+    draft: &'a Draft<'a>,
+    memory: MemoryModel,
+    work: Work,
+}
+
+impl<'a> Predictor<'a> {
+    fn new(draft: &'a Draft<'a>, config: &TrainConfig) -> Result<Self, TrainError> {
+        Ok(Self {
+            draft,
+            memory: MemoryModel::new(draft, config)?,
+            work: Work::new(draft),
+        })
+    }
+
+    fn plan(&self, config: &TrainConfig, survey: &Survey) -> Plan {
+        let draft = self.draft;
+        let checkpointing = config.activation_checkpointing;
+        let steps = survey.steps.max(1) as f64;
+        let flops_per_step = self.work.of_steps(survey, checkpointing) / steps;
+        let evaluations = evaluations(draft.eval, config, survey.total_steps) as f64;
+        let trainable: usize = draft.trained.iter().map(|s| s.parameters).sum();
+        let replaced: usize = draft.trained.iter().map(|s| s.replaced).sum();
+        Plan {
+            config: config.clone(),
+            sites: SiteGroup::of(draft.trained),
+            trainable_parameters: trainable,
+            frozen_parameters: values(draft.model).saturating_sub(replaced),
+            rows: draft.train.len(),
+            held_out_rows: draft.eval.len(),
+            tokens_per_epoch: draft.train.iter().map(|e| e.tokens.len()).sum(),
+            supervised_tokens_per_epoch: draft.train.iter().map(survey::targets).sum(),
+            steps: survey.total_steps,
+            largest_micro_batch: survey.largest.tokens,
+            mean_micro_batch: survey.tokens as f64 / survey.micro_batches.max(1) as f64,
+            memory: self.memory.predict(survey, checkpointing),
+            flops_per_step,
+            flops: flops_per_step * survey.total_steps as f64
+                + evaluations * self.work.of_evaluation(draft.eval),
+        }
+    }
+}
+
+/// Values of a model, shared ones counted once.
+fn values(model: &dyn Model) -> usize {
+    let sites = model.sites();
+    let own = sites.iter().filter(|site| site.tied_to.is_none());
+    own.map(|site| {
+        let bias = site.bias.as_ref().map_or(0, |b| b.cols());
+        site.weight.rows() * site.weight.cols() + bias
+    })
+    .sum()
+}
+
+/// Evaluations of a run: before the first step, after every `eval_steps`, after the last one.
+fn evaluations(eval: &[Example], config: &TrainConfig, steps: usize) -> usize {
+    if eval.is_empty() {
+        return 0;
+    }
+    match config.eval_steps {
+        0 => 2,
+        every => 1 + steps.div_ceil(every),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_counts_what_trains_and_what_runs() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let (trained, adapter) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+        let train = fixture::rows(&[10; 10]);
+        let eval = fixture::rows(&[10; 3]);
+        let draft = Draft {
+            eval: &eval,
+            ..fixture::draft(&*model, &trained, &train)
+        };
+        let config = TrainConfig {
+            batching: Batching::Rows(4),
+            eval_steps: 2,
+            ..TrainConfig::default()
+        };
+        let plan = draft.plan(&config).unwrap();
+        assert_eq!(plan.trainable_parameters, adapter.count());
+        assert_eq!(plan.frozen_parameters, values(&*model));
+        // Micro-batches of 4, 4 and 2 rows in each of 3 passes.
+        assert_eq!(plan.steps, 9);
+        assert_eq!(plan.largest_micro_batch, 40);
+        assert!((plan.mean_micro_batch - 100.0 / 3.0).abs() < 1e-9);
+        assert_eq!(plan.tokens_per_epoch, 100);
+        assert_eq!(plan.supervised_tokens_per_epoch, 90);
+        assert_eq!(evaluations(&eval, &config, 9), 6);
+        assert!(plan.seconds(1e9) > 9.0 * plan.seconds_per_step(1e9));
+        let json = plan.to_json(1e9);
+        assert_eq!(json["predicted_peak_bytes"], plan.memory.peak());
+        assert_eq!(json["sites"][0]["rank"], 4);
+    }
+
+    #[test]
+    fn full_fine_tuning_freezes_nothing() {
+        let model = fixture::model("llama/everything");
+        let trained = TrainedSite::whole_model(&*model);
+        let train = fixture::rows(&[5; 4]);
+        let plan = fixture::draft(&*model, &trained, &train)
+            .plan(&TrainConfig::default())
+            .unwrap();
+        assert_eq!(plan.frozen_parameters, 0);
+        assert_eq!(plan.trainable_parameters, values(&*model));
+    }
+}
