@@ -1,6 +1,7 @@
 //! What commands share: the model and its adapter, rows, and where a written model goes.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel};
@@ -42,13 +43,7 @@ impl ModelArgs {
                 "--threads {threads}: expected 1 to 1024, at best the number of cores"
             )));
         }
-        // This thread is one of the pool: handing thousands of small products a step over to
-        // another thread and sleeping meanwhile costs more than some of them take.
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        match pool.use_current_thread().build_global() {
-            Ok(()) => {}
-            Err(e) => return Err(Failure::Run(format!("cannot start threads: {e}"))),
-        }
+        start_threads(threads)?;
         let device = self.device.open()?;
         Ok(tangent_model::open(&self.model, self.base_dtype, &device)?)
     }
@@ -72,6 +67,21 @@ impl ModelArgs {
         };
         Ok((opened, adapter))
     }
+}
+
+/// Starts the pool that products run on; 0 takes a thread for each core. A command that opens
+/// several models has started it already.
+fn start_threads(threads: usize) -> Result<(), Failure> {
+    static STARTED: OnceLock<()> = OnceLock::new();
+    if STARTED.set(()).is_err() {
+        return Ok(());
+    }
+    // This thread is one of the pool: handing thousands of small products a step over to another
+    // thread and sleeping meanwhile costs more than some of them take.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.use_current_thread()
+        .build_global()
+        .map_err(|e| Failure::Run(format!("cannot start threads: {e}")))
 }
 
 /// Where a written model goes.

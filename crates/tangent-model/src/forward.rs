@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
+use tangent_ops::cross_entropy::CHUNK;
 use tangent_ops::{Target, linear_cross_entropy, log_softmax_at};
 
 use crate::batch::Batch;
@@ -74,9 +75,6 @@ fn logits_of(model: &dyn Model, x: Tensor<2>, rows: &[usize], pass: &Pass) -> Te
     let x = x.select(0, Tensor::<1, Int>::from_data(indices, &pass.device));
     model.head().linear(model.final_norm(x, pass), pass)
 }
-
-/// Positions whose logits exist at one time.
-const CHUNK: usize = 256;
 
 /// Calls `f(targets, logits)` for chunks of the batch's supervised positions, the logits
 /// row-major `(targets, vocabulary)`.

@@ -32,6 +32,17 @@ pub trait WeightAdapter: Send + Sync {
         tangent_ops::linear(x, self.weight(dense(base, pass), pass))
     }
 
+    /// `(silu(gate) * up) W'^T` for a linear site.
+    fn gated_linear(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        base: &FrozenMatrix,
+        pass: &Pass,
+    ) -> Tensor<2> {
+        self.linear(tangent_ops::swiglu(gate, up), base, pass)
+    }
+
     /// Rows `ids` of `W'` for an embedding site.
     fn embed(&self, ids: &Arc<[u32]>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
         tangent_ops::embedding(ids, self.weight(dense(base, pass), pass))
@@ -167,6 +178,19 @@ impl Site {
             Some(adapter) => adapter.linear(x, &self.weight, &pass.at(&self.path)),
             None => tangent_ops::frozen_linear(x, &self.weight),
         };
+        self.biased(y, pass)
+    }
+
+    /// `(silu(gate) * up) W^T + b` for linear sites.
+    pub fn gated_linear(&self, gate: Tensor<2>, up: Tensor<2>, pass: &Pass) -> Tensor<2> {
+        let Some(adapter) = &self.adapter else {
+            return self.linear(tangent_ops::swiglu(gate, up), pass);
+        };
+        let y = adapter.gated_linear(gate, up, &self.weight, &pass.at(&self.path));
+        self.biased(y, pass)
+    }
+
+    fn biased(&self, y: Tensor<2>, pass: &Pass) -> Tensor<2> {
         match self.effective_bias(pass) {
             Some(bias) => y + bias,
             None => y,

@@ -88,7 +88,7 @@ pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
 }
 
 /// Supervised positions whose logits exist at one time.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// The head's weight as the kernel sees it.
 enum Weight<'a> {

@@ -99,6 +99,13 @@ pub(crate) trait CpuExtension: Backend {
         c: FloatTensor<Self>,
         op: SharedOp,
     ) -> FloatTensor<Self>;
+    fn cpu_op_4(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self>;
 }
 
 fn run(inputs: Vec<FlexTensor>, op: &SharedOp) -> FlexTensor {
@@ -117,6 +124,16 @@ impl CpuExtension for Flex {
 
     fn cpu_op_3(a: FlexTensor, b: FlexTensor, c: FlexTensor, op: SharedOp) -> FlexTensor {
         run(vec![a, b, c], &op)
+    }
+
+    fn cpu_op_4(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        op: SharedOp,
+    ) -> FlexTensor {
+        run(vec![a, b, c, d], &op)
     }
 }
 
@@ -188,6 +205,16 @@ impl<C: CheckpointStrategy> CpuExtension for Autodiff<Flex, C> {
     ) -> FloatTensor<Self> {
         run_tracked::<3, C>([a, b, c], op)
     }
+
+    fn cpu_op_4(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self> {
+        run_tracked::<4, C>([a, b, c, d], op)
+    }
 }
 
 /// Applies `op` to one tensor.
@@ -210,6 +237,17 @@ pub(crate) fn apply3(op: impl CpuOp, a: Tensor<2>, b: Tensor<2>, c: Tensor<2>) -
         a.into_dispatch(),
         b.into_dispatch(),
         c.into_dispatch(),
+        Arc::new(op),
+    ))
+}
+
+/// Applies `op` to four tensors.
+pub(crate) fn apply4(op: impl CpuOp, [a, b, c, d]: [Tensor<2>; 4]) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::cpu_op_4(
+        a.into_dispatch(),
+        b.into_dispatch(),
+        c.into_dispatch(),
+        d.into_dispatch(),
         Arc::new(op),
     ))
 }

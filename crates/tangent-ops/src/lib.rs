@@ -30,7 +30,7 @@ pub use cross_entropy::{Head, Target, linear_cross_entropy, log_softmax_at};
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen_linear::frozen_linear;
 pub use linear::linear;
-pub use low_rank::{low_rank_delta, low_rank_linear};
+pub use low_rank::{gated_low_rank_linear, low_rank_delta, low_rank_linear};
 pub use matrix::{FrozenMatrix, MatrixError, StoredType, WeightBytes};
 pub use rms_norm::rms_norm;
 pub use rotary::Rotary;

@@ -13,7 +13,7 @@ use crate::error::TrainError;
 /// Most different answers that count as a closed set of labels.
 const MOST_LABELS: usize = 20;
 /// Tokens that are evaluated together.
-const TOKENS: usize = 2048;
+pub(crate) const TOKENS: usize = 2048;
 
 /// How a model does on examples.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,7 +63,7 @@ fn labels(examples: &[Example]) -> Option<Vec<u32>> {
 }
 
 /// Groups of consecutive examples that take about [`TOKENS`] tokens to compute.
-fn groups(examples: &[Example]) -> Vec<&[Example]> {
+pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
     let (mut groups, mut start) = (vec![], 0);
     let mut tokens = DistinctTokens::default();
     for (i, example) in examples.iter().enumerate() {

@@ -61,8 +61,13 @@ fn eval_prints_loss_perplexity_counts_and_accuracy() {
         "accuracy",
         "examples",
         "loss",
+        "peak_memory_bytes",
         "perplexity",
+        "rows_per_second",
+        "seconds",
         "supervised_tokens",
+        "tokens",
+        "tokens_per_second",
     ];
     assert_eq!(keys(&report), want);
     let loss = number(&report, "loss");
@@ -149,11 +154,26 @@ fn generate_prints_text_and_tokens() {
     let place = Place::new();
     let line = "generate --model tiny.gguf --prompt fox --max-new-tokens 5 --temperature 0 --json";
     let answer = place.run(line).json();
-    assert_eq!(keys(&answer), ["text", "tokens"]);
+    let want = [
+        "completion_tokens",
+        "peak_memory_bytes",
+        "prompt_seconds",
+        "prompt_tokens",
+        "prompt_tokens_per_second",
+        "seconds",
+        "text",
+        "tokens",
+        "tokens_per_second",
+    ];
+    assert_eq!(keys(&answer), want);
     assert!(answer["text"].is_string());
     let tokens = answer["tokens"].as_array().unwrap();
     assert!((1..=5).contains(&tokens.len()), "{answer}");
-    assert_eq!(place.run(line).json(), answer);
+    assert_eq!(answer["completion_tokens"], tokens.len());
+    let again = place.run(line).json();
+    assert_eq!((&again["text"], &again["tokens"]), (&answer["text"], &answer["tokens"]));
+    let whole = place.run(&format!("{line} --ignore-eos")).json();
+    assert_eq!(whole["completion_tokens"], 5);
     let raw = place.run(&format!("{line} --raw")).json();
     assert_ne!(raw["tokens"], answer["tokens"]);
     let streamed = place.run(&line.replace(" --json", "")).succeeded();

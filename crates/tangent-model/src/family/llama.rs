@@ -523,7 +523,7 @@ impl Model for Llama {
         let h = l.post_attention_layernorm.rms_norm(x.clone(), eps, pass);
         let gate = l.gate_proj.linear(h.clone(), pass);
         let up = l.up_proj.linear(h, pass);
-        x + l.down_proj.linear(tangent_ops::swiglu(gate, up), pass)
+        x + l.down_proj.gated_linear(gate, up, pass)
     }
 
     fn activations(&self) -> Vec<Activation> {

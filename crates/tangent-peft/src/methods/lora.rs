@@ -128,6 +128,20 @@ impl WeightAdapter for Lora {
         tangent_ops::low_rank_linear(x, base, a, b, self.scaling)
     }
 
+    fn gated_linear(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        base: &FrozenMatrix,
+        pass: &Pass,
+    ) -> Tensor<2> {
+        if pass.training && self.dropout > 0.0 {
+            return self.linear(tangent_ops::swiglu(gate, up), base, pass);
+        }
+        let (a, b) = (pass.value(&self.a), pass.value(&self.b));
+        tangent_ops::gated_low_rank_linear(gate, up, base, a, b, self.scaling)
+    }
+
     fn is_additive(&self) -> bool {
         true
     }

@@ -43,11 +43,11 @@ pub(super) fn attached(
     (TrainedSite::of_adapter(model, &adapter), adapter)
 }
 
-/// Rows of these lengths, all tokens but the first supervised.
+/// Rows of these lengths without a common prefix, all tokens but the first supervised.
 pub(super) fn rows(lengths: &[usize]) -> Vec<Example> {
     let file = Arc::new("rows.jsonl".into());
     let row = |(line, &length): (usize, &usize)| Example {
-        tokens: vec![1; length],
+        tokens: (0..length as u32).map(|t| t + line as u32).collect(),
         supervised: (0..length).map(|t| t > 0).collect(),
         origin: Origin {
             file: Arc::clone(&file),

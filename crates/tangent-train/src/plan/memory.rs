@@ -7,23 +7,20 @@ use serde_json::{Value, json};
 use tangent_model::BaseDtype;
 use tangent_model::family::{Activation, Model};
 use tangent_ops::FrozenMatrix;
+use tangent_ops::cross_entropy::CHUNK;
 
 use super::calibration as measured;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{lowest_layer, trains_embedding};
-use super::{Draft, Form, TrainedSite};
+use super::{Draft, Form, TrainedSite, batch_tokens};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
+use crate::eval;
 use crate::optim;
 
 /// Bytes of an `f32`.
 const VALUE: u64 = 4;
-/// Supervised positions whose logits exist at one time, as in `linear_cross_entropy` and in
-/// evaluations.
-const LOGITS_AT_ONCE: usize = 256;
-/// Tokens that are evaluated together, as in `eval`.
-const EVALUATED_AT_ONCE: usize = 2048;
 /// Tensors of the size of all logits where an adapted head computes them densely: the logits, their
 /// logarithmic softmax, and the gradients of both.
 const DENSE_LOGITS: usize = 4;
@@ -219,7 +216,7 @@ impl MemoryModel {
 
     /// Nothing is kept between layers; the last step's gradients are still there.
     fn evaluation(&self) -> Memory {
-        let positions = self.evaluated.min(LOGITS_AT_ONCE);
+        let positions = self.evaluated.min(CHUNK);
         Memory {
             base_weights: self.base_bytes,
             trained: VALUE * self.parameters * (2 + self.state_vectors),
@@ -264,7 +261,7 @@ impl MemoryModel {
     fn loss_bytes(&self, batch: MicroBatch) -> u64 {
         // The normalized hidden states and their gradient.
         let states = 2 * batch.tokens * self.hidden;
-        let positions = batch.targets.min(LOGITS_AT_ONCE);
+        let positions = batch.targets.min(CHUNK);
         let chunk = positions * (self.vocabulary + 2 * self.hidden);
         let values = match self.head {
             None => states + chunk,
@@ -337,10 +334,10 @@ fn fixed_bytes(draft: &Draft<'_>) -> u64 {
 }
 
 /// Tokens of the largest batch of an evaluation, 0 without one.
-fn evaluated_at_once(eval: &[Example]) -> usize {
-    let lengths = || eval.iter().map(|e| e.tokens.len());
-    let longest = lengths().max().unwrap_or(0);
-    lengths().sum::<usize>().min(longest.max(EVALUATED_AT_ONCE))
+fn evaluated_at_once(rows: &[Example]) -> usize {
+    let groups = eval::groups(rows).into_iter();
+    let tokens = groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()));
+    tokens.max().unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use tangent_model::family::Model;
-use tangent_model::{BaseDtype, Batch};
+use tangent_model::{BaseDtype, DistinctTokens};
 
 use crate::config::{Batching, TrainConfig};
 use crate::data::Example;
@@ -35,8 +35,11 @@ use time::Work;
 
 /// Tokens that a micro-batch of these rows computes.
 pub fn batch_tokens(rows: &[&Example]) -> usize {
-    let batch = Batch::new(rows.iter().map(|e| (&e.tokens[..], &e.supervised[..])));
-    batch.ids.len()
+    let mut tokens = DistinctTokens::default();
+    for row in rows {
+        tokens.add(&row.tokens);
+    }
+    tokens.count()
 }
 
 /// A run whose settings are not decided yet.
