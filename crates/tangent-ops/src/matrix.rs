@@ -1,5 +1,6 @@
 //! Frozen weights in the type they were stored in, widened to `f32` panel by panel.
 
+use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
@@ -74,6 +75,20 @@ impl WeightBytes {
             Self::Mapped(map, range) => &map[range.clone()],
             Self::Owned(bytes) => bytes,
             Self::Values(values) => bytemuck::cast_slice(&values[..]),
+        }
+    }
+
+    /// Tells the system that a mapped file's pages need not stay in memory; they are read again
+    /// when they are used again.
+    fn leave_pages(&self) {
+        #[cfg(unix)]
+        if let Self::Mapped(map, range) = self {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is read-only and of a file, so a page that was dropped has the same
+            // bytes when it comes back.
+            let advised = unsafe { map.unchecked_advise_range(advice, range.start, range.len()) };
+            // Memory is all that a refusal costs.
+            drop(advised);
         }
     }
 }
@@ -198,30 +213,38 @@ impl FrozenMatrix {
         if stored == self.stored {
             return self.clone();
         }
-        let values = self.to_values();
         let bytes = match stored {
-            StoredType::F32 => return Self::from_values(values, self.rows, self.cols),
-            StoredType::BF16 => {
-                let narrow: Vec<half::bf16> = values
-                    .par_iter()
-                    .map(|&v| half::bf16::from_f32(v))
-                    .collect();
-                bytemuck::cast_slice::<_, u8>(&narrow).into()
-            }
-            StoredType::F16 => {
-                let narrow: Vec<half::f16> =
-                    values.par_iter().map(|&v| half::f16::from_f32(v)).collect();
-                bytemuck::cast_slice::<_, u8>(&narrow).into()
-            }
+            StoredType::F32 => WeightBytes::Values(Arc::new(self.to_values())),
+            StoredType::BF16 => self.narrowed(|v| half::bf16::from_f32(v).to_le_bytes()),
+            StoredType::F16 => self.narrowed(|v| half::f16::from_f32(v).to_le_bytes()),
             quantized => unreachable!("no conversion to {quantized:?}"),
         };
+        self.bytes.leave_pages();
         Self {
             rows: self.rows,
             cols: self.cols,
             stored,
-            bytes: WeightBytes::Owned(bytes),
+            bytes,
             uploaded: Arc::default(),
         }
+    }
+
+    /// All values in two bytes each. They are widened a few rows at a time: all of them as `f32`
+    /// would be the largest buffer of the process.
+    fn narrowed(&self, narrow: impl Fn(f32) -> [u8; 2] + Sync) -> WeightBytes {
+        let mut bytes: Arc<[u8]> = repeat_n(0, 2 * self.rows * self.cols).collect();
+        let rows_per_task = (65_536 / self.cols.max(1)).max(1);
+        let out = Arc::get_mut(&mut bytes).unwrap_or_default();
+        out.par_chunks_mut(2 * rows_per_task * self.cols.max(1))
+            .enumerate()
+            .for_each(|(task, out)| {
+                let mut wide = kernel::buffer(out.len() / 2);
+                self.widen_here(task * rows_per_task, &mut wide);
+                for (out, v) in out.as_chunks_mut::<2>().0.iter_mut().zip(wide) {
+                    *out = narrow(v);
+                }
+            });
+        WeightBytes::Owned(bytes)
     }
 
     /// Output features.
