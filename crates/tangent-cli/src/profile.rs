@@ -123,7 +123,10 @@ mod tests {
         let text = table(&spans());
         let row = |name: &str| {
             let line = text.lines().find(|l| l.starts_with(name)).unwrap();
-            line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
+            line.split_whitespace()
+                .skip(1)
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(row("backward"), "0.250 62.5 %");
         assert_eq!(row("linear"), "2 0.100 0.200 75.0 %");
@@ -137,6 +140,9 @@ mod tests {
         let event = &trace["traceEvents"][2];
         assert_eq!(event["name"], "linear");
         assert_eq!(event["cat"], "backward");
-        assert_eq!((event["ts"].as_f64(), event["dur"].as_f64()), (Some(160_000.0), Some(200_000.0)));
+        assert_eq!(
+            (event["ts"].as_f64(), event["dur"].as_f64()),
+            (Some(160_000.0), Some(200_000.0))
+        );
     }
 }

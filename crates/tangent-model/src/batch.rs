@@ -92,7 +92,10 @@ impl<'a> DistinctTokens<'a> {
     /// Tokens that `row` would add.
     pub fn added_by(&self, row: &[u32]) -> usize {
         let at = self.sorted.partition_point(|other| *other < row);
-        let neighbors = self.sorted[..at].last().into_iter().chain(self.sorted.get(at));
+        let neighbors = self.sorted[..at]
+            .last()
+            .into_iter()
+            .chain(self.sorted.get(at));
         let shared = neighbors.map(|other| common_prefix(other, row)).max();
         row.len() - shared.unwrap_or(0)
     }
@@ -167,7 +170,14 @@ mod tests {
 
     #[test]
     fn prefixes_are_shared() {
-        let batch = batch(&[&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5], &[1, 2]]);
+        let batch = batch(&[
+            &[1, 2, 7],
+            &[1, 2, 3, 4],
+            &[9],
+            &[1, 2],
+            &[1, 2, 3, 5],
+            &[1, 2],
+        ]);
         assert_eq!(&*batch.ids, [1, 2, 3, 4, 5, 7, 9]);
         let segments: Vec<_> = batch.segments.list().iter().collect();
         let shape: Vec<_> = segments.iter().map(|s| (s.start, s.len)).collect();
@@ -176,7 +186,14 @@ mod tests {
         assert_eq!(segments[4].ancestors, [0]);
         assert!(segments[5].ancestors.is_empty());
         let places: Vec<_> = batch.rows.iter().map(|row| &row.places[..]).collect();
-        let want: [&[usize]; 6] = [&[0, 1, 5], &[0, 1, 2, 3], &[6], &[0, 1], &[0, 1, 2, 4], &[0, 1]];
+        let want: [&[usize]; 6] = [
+            &[0, 1, 5],
+            &[0, 1, 2, 3],
+            &[6],
+            &[0, 1],
+            &[0, 1, 2, 4],
+            &[0, 1],
+        ];
         assert_eq!(places, want);
         assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 3, 2, 0]);
         assert_eq!(batch.row_tokens(), 16);
@@ -184,7 +201,14 @@ mod tests {
 
     #[test]
     fn distinct_tokens_are_those_of_the_tree() {
-        let rows: [&[u32]; 6] = [&[1, 2, 7], &[1, 2, 3, 4], &[9], &[1, 2], &[1, 2, 3, 5], &[9]];
+        let rows: [&[u32]; 6] = [
+            &[1, 2, 7],
+            &[1, 2, 3, 4],
+            &[9],
+            &[1, 2],
+            &[1, 2, 3, 5],
+            &[9],
+        ];
         let mut distinct = DistinctTokens::default();
         for (index, row) in rows.into_iter().enumerate() {
             distinct.add(row);

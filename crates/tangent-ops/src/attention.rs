@@ -251,19 +251,22 @@ impl Block {
         let k = k.first_rows(keys).t();
         kernel::matmul(dst, Into::Overwrite, self.shape.scale(), q, k, Threads::One);
         let shape = self.shape;
-        kernel::simd(|| {
-            for (row, p) in p.chunks_exact_mut(keys).enumerate() {
-                let position = first + row / shape.group();
-                let (from, to) = (shape.first_key(position) - low, position + 1 - low);
-                p[..from].fill(0.0);
-                p[to..].fill(0.0);
-                let (_, sum) = kernel::exp_minus_max(&mut p[from..to]);
-                let inverse = sum.recip();
-                for v in &mut p[from..to] {
-                    *v *= inverse;
+        kernel::simd(
+            #[inline(always)]
+            || {
+                for (row, p) in p.chunks_exact_mut(keys).enumerate() {
+                    let position = first + row / shape.group();
+                    let (from, to) = (shape.first_key(position) - low, position + 1 - low);
+                    p[..from].fill(0.0);
+                    p[to..].fill(0.0);
+                    let (_, sum) = kernel::exp_minus_max(&mut p[from..to]);
+                    let inverse = sum.recip();
+                    for v in &mut p[from..to] {
+                        *v *= inverse;
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 
     /// `output = p @ v`.
@@ -348,7 +351,12 @@ impl Attention {
     }
 
     /// Calls `f(first_token, tokens, position_of_the_first)` for the blocks of a segment.
-    fn for_each_block(&self, segment: usize, seen: &Visible, mut f: impl FnMut(usize, usize, usize)) {
+    fn for_each_block(
+        &self,
+        segment: usize,
+        seen: &Visible,
+        mut f: impl FnMut(usize, usize, usize),
+    ) {
         let own = &self.segments.list()[segment];
         let depth = seen.tokens.len() - own.len;
         for at in (0..own.len).step_by(self.shape.block_tokens()) {
@@ -412,7 +420,8 @@ impl Attention {
             block.weigh(keys);
             let group = self.shape.group() * d;
             for (t, rows) in block.output[..rows * d].chunks_exact_mut(group).enumerate() {
-                self.rotary.rotate_in_place(rows, positions[first + t], true);
+                self.rotary
+                    .rotate_in_place(rows, positions[first + t], true);
             }
             // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
             unsafe { block.scatter(d_q, first, g) };
@@ -458,14 +467,17 @@ fn product(dst: ViewMut<'_>, mode: Into, lhs: View<'_>, rhs: View<'_>) {
 
 /// Turns probabilities into score gradients: `p * (dp - <p, dp>) * scale`, row by row.
 fn softmax_backward(p: &mut [f32], d_p: &[f32], keys: usize, scale: f32) {
-    kernel::simd(|| {
-        for (p, d_p) in p.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
-            let mean = kernel::dot(p, d_p);
-            for (p, d_p) in p.iter_mut().zip(d_p) {
-                *p *= (d_p - mean) * scale;
+    kernel::simd(
+        #[inline(always)]
+        || {
+            for (p, d_p) in p.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
+                let mean = kernel::dot(p, d_p);
+                for (p, d_p) in p.iter_mut().zip(d_p) {
+                    *p *= (d_p - mean) * scale;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 impl CpuOp for Attention {

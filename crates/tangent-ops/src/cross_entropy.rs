@@ -81,7 +81,10 @@ pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
         .zip(ids)
         .map(|(row, &id)| {
             let mut scratch = row.to_vec();
-            let (max, sum) = kernel::simd(|| kernel::exp_minus_max(&mut scratch));
+            let (max, sum) = kernel::simd(
+                #[inline(always)]
+                || kernel::exp_minus_max(&mut scratch),
+            );
             row[id as usize] - max - sum.ln()
         })
         .collect()
@@ -151,14 +154,17 @@ impl LinearCrossEntropy {
             .map(|(row, target)| {
                 let id = target.id as usize;
                 let logit = row[id];
-                let (max, sum) = kernel::simd(|| {
-                    let (max, sum) = kernel::exp_minus_max(row);
-                    let scale = self.factor / sum;
-                    for v in row.iter_mut() {
-                        *v *= scale;
-                    }
-                    (max, sum)
-                });
+                let (max, sum) = kernel::simd(
+                    #[inline(always)]
+                    || {
+                        let (max, sum) = kernel::exp_minus_max(row);
+                        let scale = self.factor / sum;
+                        for v in row.iter_mut() {
+                            *v *= scale;
+                        }
+                        (max, sum)
+                    },
+                );
                 row[id] -= self.factor;
                 f64::from(sum).ln() + f64::from(max) - f64::from(logit)
             })

@@ -177,11 +177,14 @@ pub(crate) fn fill_rows(out: &mut [f32], cols: usize, f: impl Fn(usize, &mut [f3
     out.par_chunks_mut(rows_per_task * cols.max(1))
         .enumerate()
         .for_each(|(task, chunk)| {
-            simd(|| {
-                for (i, row) in chunk.chunks_mut(cols.max(1)).enumerate() {
-                    f(task * rows_per_task + i, row);
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for (i, row) in chunk.chunks_mut(cols.max(1)).enumerate() {
+                        f(task * rows_per_task + i, row);
+                    }
+                },
+            );
         });
 }
 

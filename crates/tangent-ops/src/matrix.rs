@@ -320,11 +320,14 @@ impl FrozenMatrix {
             StoredType::F16 => {
                 bytemuck::cast_slice::<_, half::f16>(bytes).convert_to_f32_slice(out);
             }
-            StoredType::BF16 => kernel::simd(|| {
-                for (out, v) in out.iter_mut().zip(bytemuck::cast_slice::<_, u16>(bytes)) {
-                    *out = f32::from_bits(u32::from(*v) << 16);
-                }
-            }),
+            StoredType::BF16 => kernel::simd(
+                #[inline(always)]
+                || {
+                    for (out, v) in out.iter_mut().zip(bytemuck::cast_slice::<_, u16>(bytes)) {
+                        *out = f32::from_bits(u32::from(*v) << 16);
+                    }
+                },
+            ),
             StoredType::Q8_0 => widen_blocks::<k_quants::BlockQ8_0>(bytes, out),
             StoredType::Q4_0 => widen_blocks::<k_quants::BlockQ4_0>(bytes, out),
             StoredType::Q4_1 => widen_blocks::<k_quants::BlockQ4_1>(bytes, out),
@@ -362,7 +365,10 @@ fn widen_blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
     let blocks = unsafe {
         std::slice::from_raw_parts(bytes.as_ptr().cast::<B>(), bytes.len() / size_of::<B>())
     };
-    kernel::simd(|| B::to_float(blocks, out));
+    kernel::simd(
+        #[inline(always)]
+        || B::to_float(blocks, out),
+    );
 }
 
 #[cfg(test)]

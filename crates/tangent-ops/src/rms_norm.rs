@@ -45,13 +45,18 @@ impl CpuOp for RmsNorm {
         let (n, d) = (x.rows(), x.cols());
         let (xs, w) = (x.values(), weight.values());
         let mut y = kernel::buffer(n * d);
-        kernel::fill_rows(&mut y, d, |row, y| {
-            let x = &xs[row * d..][..d];
-            let r = self.inverse_rms(x);
-            for i in 0..d {
-                y[i] = x[i] * r * w[i];
-            }
-        });
+        kernel::fill_rows(
+            &mut y,
+            d,
+            #[inline(always)]
+            |row, y| {
+                let x = &xs[row * d..][..d];
+                let r = self.inverse_rms(x);
+                for i in 0..d {
+                    y[i] = x[i] * r * w[i];
+                }
+            },
+        );
         let saved = if tracked { inputs.to_vec() } else { vec![] };
         (Matrix::new(y, n, d), saved)
     }
@@ -62,17 +67,22 @@ impl CpuOp for RmsNorm {
         let (xs, w, dys) = (x.values(), weight.values(), dy.values());
         let d_x = needed[0].then(|| {
             let mut out = kernel::buffer(n * d);
-            kernel::fill_rows(&mut out, d, |row, out| {
-                let (x, dy) = (&xs[row * d..][..d], &dys[row * d..][..d]);
-                let r = self.inverse_rms(x);
-                for i in 0..d {
-                    out[i] = dy[i] * w[i];
-                }
-                let k = kernel::dot(out, x) * r * r * r / d as f32;
-                for i in 0..d {
-                    out[i] = out[i] * r - x[i] * k;
-                }
-            });
+            kernel::fill_rows(
+                &mut out,
+                d,
+                #[inline(always)]
+                |row, out| {
+                    let (x, dy) = (&xs[row * d..][..d], &dys[row * d..][..d]);
+                    let r = self.inverse_rms(x);
+                    for i in 0..d {
+                        out[i] = dy[i] * w[i];
+                    }
+                    let k = kernel::dot(out, x) * r * r * r / d as f32;
+                    for i in 0..d {
+                        out[i] = out[i] * r - x[i] * k;
+                    }
+                },
+            );
             Matrix::new(out, n, d)
         });
         let d_weight = needed[1].then(|| {

@@ -53,16 +53,19 @@ impl Rotary {
     pub(crate) fn rotate_in_place(&self, heads: &mut [f32], position: u32, inverse: bool) {
         let sign = if inverse { -1.0 } else { 1.0 };
         let (cos, sin) = self.at(position);
-        kernel::simd(|| {
-            for head in heads.chunks_exact_mut(2 * self.half) {
-                let (low, high) = head.split_at_mut(self.half);
-                for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    let (a, b, sin) = (*low, *high, sin * sign);
-                    *low = a * cos - b * sin;
-                    *high = b * cos + a * sin;
+        kernel::simd(
+            #[inline(always)]
+            || {
+                for head in heads.chunks_exact_mut(2 * self.half) {
+                    let (low, high) = head.split_at_mut(self.half);
+                    for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                        let (a, b, sin) = (*low, *high, sin * sign);
+                        *low = a * cos - b * sin;
+                        *high = b * cos + a * sin;
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Rotates every head of `x: (tokens, heads * head_dim)` in place.

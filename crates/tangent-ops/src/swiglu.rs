@@ -33,12 +33,17 @@ pub(crate) fn product(gate: &Matrix, up: &Matrix) -> Matrix {
     let (n, d) = (gate.rows(), gate.cols());
     let (gate, up) = (gate.values(), up.values());
     let mut y = kernel::buffer(n * d);
-    kernel::fill_rows(&mut y, d, |row, y| {
-        let (g, u) = (&gate[row * d..][..d], &up[row * d..][..d]);
-        for i in 0..d {
-            y[i] = g[i] * sigmoid(g[i]) * u[i];
-        }
-    });
+    kernel::fill_rows(
+        &mut y,
+        d,
+        #[inline(always)]
+        |row, y| {
+            let (g, u) = (&gate[row * d..][..d], &up[row * d..][..d]);
+            for i in 0..d {
+                y[i] = g[i] * sigmoid(g[i]) * u[i];
+            }
+        },
+    );
     Matrix::new(y, n, d)
 }
 
@@ -53,24 +58,34 @@ pub(crate) fn gradients(
     let (gate, up, dys) = (gate.values(), up.values(), dy.values());
     let d_gate = needed[0].then(|| {
         let mut out = kernel::buffer(n * d);
-        kernel::fill_rows(&mut out, d, |row, out| {
-            let (g, u) = (&gate[row * d..][..d], &up[row * d..][..d]);
-            let dy = &dys[row * d..][..d];
-            for i in 0..d {
-                let s = sigmoid(g[i]);
-                out[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-            }
-        });
+        kernel::fill_rows(
+            &mut out,
+            d,
+            #[inline(always)]
+            |row, out| {
+                let (g, u) = (&gate[row * d..][..d], &up[row * d..][..d]);
+                let dy = &dys[row * d..][..d];
+                for i in 0..d {
+                    let s = sigmoid(g[i]);
+                    out[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
+                }
+            },
+        );
         Matrix::new(out, n, d)
     });
     let d_up = needed[1].then(|| {
         let mut out = kernel::buffer(n * d);
-        kernel::fill_rows(&mut out, d, |row, out| {
-            let (g, dy) = (&gate[row * d..][..d], &dys[row * d..][..d]);
-            for i in 0..d {
-                out[i] = dy[i] * g[i] * sigmoid(g[i]);
-            }
-        });
+        kernel::fill_rows(
+            &mut out,
+            d,
+            #[inline(always)]
+            |row, out| {
+                let (g, dy) = (&gate[row * d..][..d], &dys[row * d..][..d]);
+                for i in 0..d {
+                    out[i] = dy[i] * g[i] * sigmoid(g[i]);
+                }
+            },
+        );
         Matrix::new(out, n, d)
     });
     [d_gate, d_up]

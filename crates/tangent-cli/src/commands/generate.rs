@@ -97,10 +97,7 @@ pub struct Args {
 }
 
 /// Token ids of messages up to the assistant's next answer.
-pub fn prompt_ids(
-    opened: &LanguageModel,
-    messages: &[Value],
-) -> Result<Vec<u32>, Failure> {
+pub fn prompt_ids(opened: &LanguageModel, messages: &[Value]) -> Result<Vec<u32>, Failure> {
     let Some(template) = &opened.tokenizer.chat_template else {
         return Err(Failure::Request(format!(
             "{} has no chat template; use --raw with a plain prompt",

@@ -171,7 +171,10 @@ fn generate_prints_text_and_tokens() {
     assert!((1..=5).contains(&tokens.len()), "{answer}");
     assert_eq!(answer["completion_tokens"], tokens.len());
     let again = place.run(line).json();
-    assert_eq!((&again["text"], &again["tokens"]), (&answer["text"], &answer["tokens"]));
+    assert_eq!(
+        (&again["text"], &again["tokens"]),
+        (&answer["text"], &answer["tokens"])
+    );
     let whole = place.run(&format!("{line} --ignore-eos")).json();
     assert_eq!(whole["completion_tokens"], 5);
     let raw = place.run(&format!("{line} --raw")).json();
