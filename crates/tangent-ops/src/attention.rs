@@ -163,7 +163,7 @@ pub fn attend(
 }
 
 /// Query rows, all heads of a group together, whose scores exist at one time.
-const BLOCK_ROWS: usize = 192;
+const BLOCK_ROWS: usize = 96;
 
 impl AttentionShape {
     /// Query heads that share a key head.
