@@ -63,7 +63,7 @@ pub trait WeightAdapter: Send + Sync {
 
 /// The frozen weight as a dense constant.
 pub fn dense(base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
-    tangent_ops::tensor(base.to_values(), base.rows(), base.cols(), &pass.device)
+    base.dense(&pass.device)
 }
 
 /// One place in the model: a frozen weight, perhaps a bias, and at most one adapter.

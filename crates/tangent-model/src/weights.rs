@@ -1,6 +1,7 @@
 //! Where a model's weights come from: a Hugging Face folder of safetensors, or a GGUF file.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Display};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,16 @@ pub enum BaseDtype {
     /// Exactly as in the file; `auto` means the same.
     #[default]
     AsStored,
+}
+
+impl Display for BaseDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::AsStored => "as-stored",
+        })
+    }
 }
 
 impl FromStr for BaseDtype {

@@ -189,7 +189,8 @@ impl Prepared {
         let method = json!({
             "method": a.method,
             "model": args.model.model.to_string_lossy(),
-            "base_dtype": format!("{:?}", args.model.base_dtype),
+            "base_dtype": args.model.base_dtype.to_string(),
+            "device": args.model.device.to_string(),
             "rank": a.rank,
             "alpha": decimal(a.alpha),
             "use_rslora": a.use_rslora,
