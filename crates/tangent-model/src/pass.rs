@@ -1,8 +1,6 @@
 //! What a forward pass is for: training or not, which device, which random numbers.
 
 use burn::tensor::{Device, Tensor};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
 use crate::parameter::Parameter;
 
@@ -65,11 +63,6 @@ impl Pass {
             key,
             ..self.clone()
         }
-    }
-
-    /// The random numbers of this pass.
-    pub fn rng(&self) -> ChaCha8Rng {
-        ChaCha8Rng::seed_from_u64(self.key)
     }
 }
 

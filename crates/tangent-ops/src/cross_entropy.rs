@@ -2,6 +2,10 @@
 //!
 //! `loss = factor * sum_i (logsumexp(W x_i) - (W x_i)[target_i])`. The gradient is formed in the
 //! forward pass while the logits of a chunk exist, so logits of all positions never do.
+//!
+//! With `e_ij = exp(l_ij - max_i)` and `s_i = sum_j e_ij`, the gradient of the logits `l` is
+//! `factor / s_i * (e_ij - s_i [j = target_i])`. The factor of a row is left out of the many logits
+//! and multiplied into the few features on either side of them.
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
@@ -80,11 +84,7 @@ pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
         .par_chunks(vocabulary.max(1))
         .zip(ids)
         .map(|(row, &id)| {
-            let mut scratch = row.to_vec();
-            let (max, sum) = kernel::simd(
-                #[inline(always)]
-                || kernel::exp_minus_max(&mut scratch),
-            );
+            let (max, sum) = max_and_sum(row);
             row[id as usize] - max - sum.ln()
         })
         .collect()
@@ -136,42 +136,107 @@ impl Weight<'_> {
     }
 }
 
+/// The largest logit of a row, and the sum of `exp(logit - largest)`.
+fn max_and_sum(row: &[f32]) -> (f32, f32) {
+    kernel::simd(
+        #[inline(always)]
+        || {
+            let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            // Lanes as in `exp_minus_max`, so that both give the same sum.
+            let mut lanes = [0f32; 16];
+            let chunks = row.chunks_exact(16);
+            let rest = chunks.remainder();
+            for chunk in chunks {
+                for i in 0..16 {
+                    lanes[i] += kernel::exp(chunk[i] - max);
+                }
+            }
+            let mut sum: f32 = lanes.iter().sum();
+            for v in rest {
+                sum += kernel::exp(v - max);
+            }
+            (max, sum)
+        },
+    )
+}
+
+/// `-log softmax` at the target.
+fn negative_log_likelihood(logit: f32, max: f32, sum: f32) -> f64 {
+    f64::from(sum).ln() + f64::from(max) - f64::from(logit)
+}
+
+/// The loss of a chunk without the factor.
+fn loss(logits: &[f32], targets: &[Target]) -> f64 {
+    let losses: Vec<f64> = logits
+        .par_chunks(logits.len() / targets.len())
+        .zip(targets)
+        .map(|(row, target)| {
+            let (max, sum) = max_and_sum(row);
+            negative_log_likelihood(row[target.id as usize], max, sum)
+        })
+        .collect();
+    // A fixed order, so that the sum does not depend on threads.
+    losses.iter().sum()
+}
+
+/// Turns each row of a chunk's logits into `sum * (softmax - one_hot)`, `sum` being that of its
+/// exponentials. Returns the loss of the chunk without the factor, and the sums.
+fn gradient_in_place(logits: &mut [f32], targets: &[Target]) -> (f64, Vec<f32>) {
+    let vocabulary = logits.len() / targets.len();
+    let (losses, sums): (Vec<f64>, Vec<f32>) = logits
+        .par_chunks_mut(vocabulary)
+        .zip(targets)
+        .map(|(row, target)| {
+            let id = target.id as usize;
+            let logit = row[id];
+            let (max, sum) = kernel::simd(
+                #[inline(always)]
+                || kernel::exp_minus_max(row),
+            );
+            row[id] -= sum;
+            (negative_log_likelihood(logit, max, sum), sum)
+        })
+        .unzip();
+    // A fixed order, so that the sum does not depend on threads.
+    (losses.iter().sum(), sums)
+}
+
+/// Multiplies each row by its scale.
+fn scale_rows(rows: &mut [f32], scales: &[f32]) {
+    let d = rows.len() / scales.len();
+    kernel::simd(
+        #[inline(always)]
+        || {
+            for (row, scale) in rows.chunks_exact_mut(d).zip(scales) {
+                for v in row {
+                    *v *= scale;
+                }
+            }
+        },
+    );
+}
+
+/// Adds each row, times its scale, to that of its target's token in `d_x`.
+fn scatter_scaled(d_x: &mut [f32], rows: &[f32], scales: &[f32], targets: &[Target]) {
+    let d = rows.len() / targets.len();
+    kernel::simd(
+        #[inline(always)]
+        || {
+            for ((row, scale), target) in rows.chunks_exact(d).zip(scales).zip(targets) {
+                for (out, v) in d_x[target.token * d..][..d].iter_mut().zip(row) {
+                    *out += scale * v;
+                }
+            }
+        },
+    );
+}
+
 #[derive(Debug)]
 struct LinearCrossEntropy {
     frozen: Option<FrozenMatrix>,
     targets: Vec<Target>,
     factor: f32,
     d_head: bool,
-}
-
-impl LinearCrossEntropy {
-    /// Turns the logits of a chunk into `factor * (softmax - one_hot)`; returns the chunk's loss.
-    fn gradient_in_place(&self, logits: &mut [f32], targets: &[Target]) -> f64 {
-        let vocabulary = logits.len() / targets.len();
-        let losses: Vec<f64> = logits
-            .par_chunks_mut(vocabulary)
-            .zip(targets)
-            .map(|(row, target)| {
-                let id = target.id as usize;
-                let logit = row[id];
-                let (max, sum) = kernel::simd(
-                    #[inline(always)]
-                    || {
-                        let (max, sum) = kernel::exp_minus_max(row);
-                        let scale = self.factor / sum;
-                        for v in row.iter_mut() {
-                            *v *= scale;
-                        }
-                        (max, sum)
-                    },
-                );
-                row[id] -= self.factor;
-                f64::from(sum).ln() + f64::from(max) - f64::from(logit)
-            })
-            .collect();
-        // A fixed order, so that the sum does not depend on threads.
-        losses.iter().sum()
-    }
 }
 
 impl CpuOp for LinearCrossEntropy {
@@ -189,7 +254,7 @@ impl CpuOp for LinearCrossEntropy {
         let mut d_x = vec![0f32; if tracked { n * d } else { 0 }];
         let want_head = tracked && self.d_head;
         let mut d_head = vec![0f32; if want_head { vocabulary * d } else { 0 }];
-        let mut loss = 0f64;
+        let mut total = 0f64;
         for targets in self.targets.chunks(CHUNK) {
             let m = targets.len();
             let mut rows = Vec::with_capacity(m * d);
@@ -197,17 +262,17 @@ impl CpuOp for LinearCrossEntropy {
                 rows.extend_from_slice(&x.values()[target.token * d..][..d]);
             }
             let mut logits = head.forward(&rows, m);
-            loss += self.gradient_in_place(&mut logits, targets);
             if !tracked {
+                total += loss(&logits, targets);
                 continue;
             }
+            let (loss, sums) = gradient_in_place(&mut logits, targets);
+            total += loss;
+            let scales: Vec<f32> = sums.iter().map(|sum| self.factor / sum).collect();
             let d_rows = head.backward(&logits, m);
-            for (d_row, target) in d_rows.chunks_exact(d).zip(targets) {
-                for (out, v) in d_x[target.token * d..][..d].iter_mut().zip(d_row) {
-                    *out += v;
-                }
-            }
+            scatter_scaled(&mut d_x, &d_rows, &scales, targets);
             if want_head {
+                scale_rows(&mut rows, &scales);
                 kernel::matmul(
                     ViewMut::dense(&mut d_head, vocabulary, d),
                     Into::Add,
@@ -225,7 +290,7 @@ impl CpuOp for LinearCrossEntropy {
         if want_head {
             saved.push(Matrix::new(d_head, vocabulary, d));
         }
-        let loss = (loss * f64::from(self.factor)) as f32;
+        let loss = (total * f64::from(self.factor)) as f32;
         (Matrix::new(vec![loss], 1, 1), saved)
     }
 
@@ -248,6 +313,8 @@ impl CpuOp for LinearCrossEntropy {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
     use crate::check::{self, Case};
 
@@ -294,6 +361,35 @@ mod tests {
             },
             definition: |t| definition(t[0].clone(), Head::Trained(t[1].clone()), &targets, 0.01),
         });
+    }
+
+    /// Rows of several SIMD widths and a rest, with some confident predictions.
+    #[test]
+    fn wide_rows_equal_definition() {
+        check::equal(Case {
+            shapes: &[(6, 5), (43, 5)],
+            fused: |t| {
+                let head = Head::Trained(t[1].clone());
+                linear_cross_entropy(t[0].clone() * 6.0, head, targets(), 0.3)
+            },
+            definition: |t| {
+                let head = Head::Trained(t[1].clone());
+                definition(t[0].clone() * 6.0, head, &targets(), 0.3)
+            },
+        });
+    }
+
+    #[test]
+    fn loss_is_the_same_without_a_gradient() {
+        let weight = FrozenMatrix::from_values(check::values(43 * 5, 2), 43, 5);
+        let loss = |x: Tensor<2>| {
+            let head = Head::Frozen(weight.clone());
+            crate::values(linear_cross_entropy(x, head, targets(), 0.3))
+        };
+        let device = Device::flex();
+        let x = |device: &Device| crate::tensor(check::values(6 * 5, 3), 6, 5, device);
+        let tracked = loss(x(&device.clone().autodiff()).require_grad());
+        assert_eq!(loss(x(&device)), tracked);
     }
 
     #[test]

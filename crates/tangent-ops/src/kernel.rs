@@ -156,7 +156,8 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
     values
 }
 
-/// Runs `f` compiled for the widest SIMD of this CPU. Small closures are inlined into it.
+/// Runs `f` compiled for the widest SIMD of this CPU, provided that `f` is inlined: a closure is
+/// marked `#[inline(always)]`, otherwise one of some size stays a function of the baseline.
 #[inline(always)]
 pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
     struct Run<F>(F);
@@ -173,19 +174,48 @@ pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
 
 /// Fills the rows of a `(rows, cols)` buffer in parallel, `f(row, output)`, under SIMD dispatch.
 pub(crate) fn fill_rows(out: &mut [f32], cols: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
-    let rows_per_task = (16_384 / cols.max(1)).max(1);
-    out.par_chunks_mut(rows_per_task * cols.max(1))
+    fill_rows_of(
+        [out],
+        cols,
+        #[inline(always)]
+        |row, [out]| f(row, out),
+    );
+}
+
+/// [`fill_rows`] of `N` buffers of one shape in one pass, `f(row, outputs)`.
+pub(crate) fn fill_rows_of<const N: usize>(
+    outs: [&mut [f32]; N],
+    cols: usize,
+    f: impl Fn(usize, [&mut [f32]; N]) + Sync + Send,
+) {
+    let same = |pair: &[&mut [f32]]| pair[0].len() == pair[1].len();
+    assert!(outs.windows(2).all(same), "buffers of one shape");
+    let cols = cols.max(1);
+    let rows_per_task = (16_384 / cols).max(1);
+    let tasks: Vec<[&mut [f32]; N]> = lockstep(outs, rows_per_task * cols).collect();
+    tasks
+        .into_par_iter()
         .enumerate()
-        .for_each(|(task, chunk)| {
+        .for_each(|(task, chunks)| {
             simd(
                 #[inline(always)]
                 || {
-                    for (i, row) in chunk.chunks_mut(cols.max(1)).enumerate() {
-                        f(task * rows_per_task + i, row);
+                    for (i, rows) in lockstep(chunks, cols).enumerate() {
+                        f(task * rows_per_task + i, rows);
                     }
                 },
             );
         });
+}
+
+/// Chunks of `len` elements of every buffer, side by side.
+fn lockstep<const N: usize>(
+    buffers: [&mut [f32]; N],
+    len: usize,
+) -> impl Iterator<Item = [&mut [f32]; N]> {
+    let mut chunks = buffers.map(|buffer| buffer.chunks_mut(len));
+    let count = chunks.iter().map(|c| c.len()).min().unwrap_or(0);
+    (0..count).map(move |_| chunks.each_mut().map(|c| c.next().unwrap_or_default()))
 }
 
 /// Sum in eight interleaved lanes, so that the order does not depend on the CPU's vector width
@@ -290,6 +320,21 @@ mod tests {
         }
         assert!(worst < 3e-7, "worst relative error {worst:e}");
         assert!(exp(-1e30) > 0.0 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn every_row_of_every_buffer_is_filled() {
+        // Several tasks, the last of them short.
+        let (rows, cols) = (7_003, 5);
+        let (mut a, mut b) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
+        fill_rows_of([&mut a, &mut b], cols, |row, [a, b]| {
+            a.fill(row as f32 + 1.0);
+            b.fill(-(row as f32) - 1.0);
+        });
+        for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+            let want = (i / cols) as f32 + 1.0;
+            assert_eq!((*a, *b), (want, -want));
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod kernel;
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
 pub mod frozen_linear;
 pub mod linear;
@@ -27,6 +28,7 @@ mod check;
 
 pub use attention::{AttentionShape, attend, attention};
 pub use cross_entropy::{Head, Target, linear_cross_entropy, log_softmax_at};
+pub use dropout::dropout;
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen_linear::frozen_linear;
 pub use linear::linear;

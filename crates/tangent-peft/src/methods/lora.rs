@@ -121,7 +121,7 @@ impl WeightAdapter for Lora {
     fn linear(&self, x: Tensor<2>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
         let (a, b) = (pass.value(&self.a), pass.value(&self.b));
         if pass.training && self.dropout > 0.0 {
-            let dropped = drop_features(x.clone(), self.dropout, pass);
+            let dropped = tangent_ops::dropout(x.clone(), self.dropout, pass.key);
             return tangent_ops::frozen_linear(x, base)
                 + tangent_ops::low_rank_delta(dropped, a, b, self.scaling);
         }
@@ -145,17 +145,6 @@ impl WeightAdapter for Lora {
     fn is_additive(&self) -> bool {
         true
     }
-}
-
-/// Zeroes each feature with probability `p` and scales the others by `1 / (1 - p)`.
-fn drop_features(x: Tensor<2>, p: f32, pass: &Pass) -> Tensor<2> {
-    let [n, d] = x.dims();
-    let mut rng = pass.rng();
-    let kept = (1.0 - p).recip();
-    let mask = (0..n * d)
-        .map(|_| if rng.random::<f32>() < p { 0.0 } else { kept })
-        .collect();
-    x * tangent_ops::tensor(mask, n, d, &pass.device)
 }
 
 struct EmbeddingLora {

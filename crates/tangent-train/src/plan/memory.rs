@@ -76,10 +76,8 @@ fn kept_features(
             trains = true;
             match site.form {
                 Form::Whole => keeps = true,
-                // The dropped input is a tensor of the site's own, and so is the mask.
-                Form::LowRank { rank } if dropout => {
-                    features += rank + activation.width * (1 + usize::from(tracked));
-                }
+                // The dropped input is a tensor of the site's own.
+                Form::LowRank { rank } if dropout => features += rank + activation.width,
                 Form::LowRank { rank } => {
                     features += rank;
                     // Where nothing before it is kept, there is nothing to form it from.
@@ -372,7 +370,7 @@ mod tests {
         check_kept(&["model.layers.0.*q_proj"], 0.0, [queries, passed]);
         // Nothing that the product could be formed from is kept in the lowest layer.
         check_kept(&["model.layers.1.*down_proj"], 0.0, [0, 48 + 4]);
-        // With dropout h itself is not kept, a dropped copy is; no mask in the lowest layer.
+        // With dropout h itself is not kept, a dropped copy is.
         check_kept(&["model.layers.1.*q_proj"], 0.1, [0, queries]);
     }
 
