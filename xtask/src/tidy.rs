@@ -26,6 +26,10 @@ const LISTED: [&str; 4] = [
     "crates/tangent-cli/src/commands",
 ];
 
+/// Functions that compile a closure for the widest SIMD of the CPU, which takes its being inlined.
+const KERNELS: &str = "crates/tangent-ops/src/";
+const DISPATCHERS: [&str; 3] = ["simd(", "fill_rows(", "fill_rows_of("];
+
 /// Reads every Rust file under `crates/` and `xtask/` and lists all faults at once.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     no_arguments("tidy", arguments)?;
@@ -77,6 +81,9 @@ fn faults_in(path: &str, text: &str) -> Vec<String> {
             "{path}: {length} lines, at most {MAX_LINES}; split it"
         ));
     }
+    if path.starts_with(KERNELS) {
+        faults.extend(closures_left_behind(path, text));
+    }
     let may_print = may_print(path);
     for ((index, line), in_test) in text.lines().enumerate().zip(test_lines(text)) {
         let number = index + 1;
@@ -89,6 +96,41 @@ fn faults_in(path: &str, text: &str) -> Vec<String> {
         if !may_print && !in_test && !is_comment && PRINTS.iter().any(|word| has_word(line, word)) {
             faults.push(format!(
                 "{path}:{number}: a library prints; return the value or an error"
+            ));
+        }
+    }
+    faults
+}
+
+/// Closures given to a dispatcher without `#[inline(always)]`: the compiler may leave them out of
+/// line, and then they run on the baseline CPU's instructions, several times slower.
+fn closures_left_behind(path: &str, text: &str) -> Vec<String> {
+    let mut faults = Vec::new();
+    let calls = DISPATCHERS.iter().flat_map(|name| text.match_indices(name));
+    for (start, name) in calls {
+        let is_word = text[..start].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        let line = text[..start].rsplit('\n').next().unwrap_or_default();
+        if is_word || line.trim_start().starts_with("//") || line.contains("fn ") {
+            continue;
+        }
+        let mut depth = 0i32;
+        let arguments = &text[start + name.len()..];
+        let closure = arguments.char_indices().find(|(_, character)| {
+            match character {
+                '(' | '[' | '{' => depth += 1,
+                ')' | ']' | '}' => depth -= 1,
+                _ => {}
+            }
+            depth < 0 || (depth == 0 && *character == '|')
+        });
+        let before = closure.and_then(|(at, c)| (c == '|').then(|| arguments[..at].trim_end()));
+        let before = before.map(|text| text.trim_end_matches("move").trim_end());
+        if before.is_some_and(|text| !text.ends_with("#[inline(always)]")) {
+            let number = text[..start].matches('\n').count() + 1;
+            let name = name.trim_end_matches('(');
+            faults.push(format!(
+                "{path}:{number}: put `#[inline(always)]` before the closure of `{name}`, or it \
+                 runs without the CPU's wide instructions"
             ));
         }
     }
@@ -196,6 +238,35 @@ fn unnamed<'a>(list: &str, names: &'a [String]) -> Vec<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn closures_for_wide_instructions_are_inlined() {
+        let faults =
+            |code: &str| faults_in("crates/tangent-ops/src/b.rs", &format!("//! B.\n{code}\n"));
+        let inlined = "kernel::simd(\n    #[inline(always)]\n    || work(),\n);";
+        let moved = "fill_rows(&mut [a, b], d, #[inline(always)] move |row, out| work());";
+        for fine in [
+            inlined,
+            moved,
+            "fn simd(f: impl Fn()) {}",
+            "// simd(|| x)",
+            "simd(f)",
+        ] {
+            assert!(faults(fine).is_empty(), "{fine}: {:?}", faults(fine));
+        }
+        for wrong in [
+            "kernel::simd(|| work());",
+            "fill_rows(&mut y, d, |row, y| work());",
+        ] {
+            let found = faults(wrong);
+            assert_eq!(found.len(), 1, "{wrong}");
+            assert!(
+                found[0].starts_with("crates/a/src/b.rs:2: "),
+                "{}",
+                found[0]
+            );
+        }
+    }
 
     const LIBRARY: &str = "crates/tangent-ops/src/linear.rs";
 

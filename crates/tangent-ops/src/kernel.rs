@@ -327,10 +327,15 @@ mod tests {
         // Several tasks, the last of them short.
         let (rows, cols) = (7_003, 5);
         let (mut a, mut b) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
-        fill_rows_of([&mut a, &mut b], cols, |row, [a, b]| {
-            a.fill(row as f32 + 1.0);
-            b.fill(-(row as f32) - 1.0);
-        });
+        fill_rows_of(
+            [&mut a, &mut b],
+            cols,
+            #[inline(always)]
+            |row, [a, b]| {
+                a.fill(row as f32 + 1.0);
+                b.fill(-(row as f32) - 1.0);
+            },
+        );
         for (i, (a, b)) in a.iter().zip(&b).enumerate() {
             let want = (i / cols) as f32 + 1.0;
             assert_eq!((*a, *b), (want, -want));
