@@ -8,6 +8,7 @@
 mod custom;
 mod few_tokens;
 mod kernel;
+mod thin;
 
 pub mod attention;
 pub mod cross_entropy;

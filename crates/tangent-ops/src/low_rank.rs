@@ -5,9 +5,10 @@ use burn::tensor::Tensor;
 use crate::custom::{self, CpuOp, Matrix};
 use crate::frozen_linear;
 use crate::kernel::{self, Into, Threads, View, ViewMut};
-use crate::linear::{product, view};
+use crate::linear::view;
 use crate::matrix::FrozenMatrix;
 use crate::swiglu;
+use crate::thin::{self, Layout, Thin};
 
 /// `x: (tokens, d_in)`, frozen `weight: (d_out, d_in)`, `a: (rank, d_in)`, `b: (d_out, rank)`.
 pub fn low_rank_linear(
@@ -75,9 +76,80 @@ fn input(sources: &[Matrix]) -> Matrix {
     }
 }
 
-fn add(out: &mut [f32], (rows, cols): (usize, usize), factor: f32, lhs: View<'_>, rhs: View<'_>) {
-    let dst = ViewMut::dense(out, rows, cols);
-    kernel::matmul(dst, Into::Add, factor, lhs, rhs, Threads::Pool);
+/// Up to this many tokens, laying out a matrix takes longer than multiplying by it.
+const FEW_TOKENS: usize = 8;
+
+/// Whether the kernels for thin matrices serve `n` tokens and a `(rank, d)` matrix.
+fn is_thin(n: usize, rank: usize, d: usize) -> bool {
+    n > FEW_TOKENS && d > 0 && (1..=thin::MAX_RANK).contains(&rank)
+}
+
+/// `factor * lhs @ rhs` as a new matrix.
+fn product((rows, cols): (usize, usize), factor: f32, lhs: View<'_>, rhs: View<'_>) -> Matrix {
+    let mut out = kernel::buffer(rows * cols);
+    let dst = ViewMut::dense(&mut out, rows, cols);
+    kernel::matmul(dst, Into::Overwrite, factor, lhs, rhs, Threads::Pool);
+    Matrix::new(out, rows, cols)
+}
+
+/// `a`, or `b` transposed, as `m: (rank, d)`.
+struct Factor<'a> {
+    view: View<'a>,
+    rank: usize,
+    d: usize,
+    thin: Option<Thin>,
+}
+
+impl<'a> Factor<'a> {
+    /// Prepares the matrix for products of `n` tokens.
+    fn new(m: &'a Matrix, layout: Layout, n: usize) -> Self {
+        let (view, rank, d) = match layout {
+            Layout::Rows => (view(m), m.rows(), m.cols()),
+            Layout::Columns => (view(m).t(), m.cols(), m.rows()),
+        };
+        let thin = is_thin(n, rank, d).then(|| Thin::new(m.values(), rank, d, layout));
+        Self {
+            view,
+            rank,
+            d,
+            thin,
+        }
+    }
+
+    /// `factor * x m^T` for `x: (n, d)`.
+    fn dots(&self, x: &Matrix, factor: f32) -> Matrix {
+        let shape = (x.rows(), self.rank);
+        match &self.thin {
+            Some(thin) => Matrix::new(thin::dots(x.values(), thin, factor), shape.0, shape.1),
+            None => product(shape, factor, view(x), self.view.t()),
+        }
+    }
+
+    /// `y += factor * h m` for `h: (n, rank)` and `y: (n, d)`.
+    fn spread(&self, h: &Matrix, factor: f32, y: &mut [f32]) {
+        match &self.thin {
+            Some(thin) => thin::spread(h.values(), thin, factor, y),
+            None => {
+                let dst = ViewMut::dense(y, h.rows(), self.d);
+                kernel::matmul(dst, Into::Add, factor, view(h), self.view, Threads::Pool);
+            }
+        }
+    }
+}
+
+/// `factor * h^T x`, a gradient of `a`; transposed, as the gradient of `b` is, when in columns.
+fn outer(h: &Matrix, x: &Matrix, factor: f32, layout: Layout) -> Matrix {
+    let (rank, d) = (h.cols(), x.cols());
+    let (shape, lhs, rhs) = match layout {
+        Layout::Rows => ((rank, d), h, x),
+        Layout::Columns => ((d, rank), x, h),
+    };
+    if is_thin(x.rows(), rank, d) {
+        let values = thin::outer((h.values(), rank), (x.values(), d), factor, layout);
+        Matrix::new(values, shape.0, shape.1)
+    } else {
+        product(shape, factor, view(lhs).t(), view(rhs))
+    }
 }
 
 impl CpuOp for LowRank {
@@ -91,12 +163,12 @@ impl CpuOp for LowRank {
         };
         let x = input(sources);
         let (n, d_out) = (x.rows(), b.rows());
-        let h = product(view(&x), view(a).t(), n, a.rows()); // (tokens, rank)
+        let h = Factor::new(a, Layout::Rows, n).dots(&x, 1.0); // (tokens, rank)
         let mut y = match &self.weight {
             Some(weight) => frozen_linear::forward(x.values(), n, weight),
             None => vec![0.0; n * d_out],
         };
-        add(&mut y, (n, d_out), self.scaling, view(&h), view(b).t());
+        Factor::new(b, Layout::Columns, n).spread(&h, self.scaling, &mut y);
         let mut saved = vec![];
         if tracked {
             saved.extend_from_slice(inputs);
@@ -112,26 +184,19 @@ impl CpuOp for LowRank {
         let [needed @ .., a_needed, b_needed] = needed else {
             unreachable!("as many as inputs")
         };
-        let (n, d_in, rank) = (sources[0].rows(), sources[0].cols(), a.rows());
+        let (n, d_in) = (sources[0].rows(), sources[0].cols());
         let x_needed = needed.contains(&true);
-        let mut d_h = vec![0.0; n * rank];
-        if x_needed || *a_needed {
-            add(&mut d_h, (n, rank), self.scaling, view(&dy), view(b));
-        }
-        let d_h = Matrix::new(d_h, n, rank);
-        let d_b = b_needed.then(|| {
-            let mut d_b = vec![0.0; b.rows() * rank];
-            let shape = (b.rows(), rank);
-            add(&mut d_b, shape, self.scaling, view(&dy).t(), view(h));
-            Matrix::new(d_b, b.rows(), rank)
-        });
-        let d_a = a_needed.then(|| product(view(&d_h).t(), view(&input(sources)), rank, d_in));
-        let d_x = x_needed.then(|| {
+        let d_h = (x_needed || *a_needed)
+            .then(|| Factor::new(b, Layout::Columns, n).dots(&dy, self.scaling));
+        let d_b = b_needed.then(|| outer(h, &dy, self.scaling, Layout::Columns));
+        let d_a = d_h.as_ref().filter(|_| *a_needed);
+        let d_a = d_a.map(|d_h| outer(d_h, &input(sources), 1.0, Layout::Rows));
+        let d_x = d_h.filter(|_| x_needed).map(|d_h| {
             let mut d_x = match &self.weight {
                 Some(weight) => frozen_linear::backward(dy.values(), n, weight),
                 None => vec![0.0; n * d_in],
             };
-            add(&mut d_x, (n, d_in), 1.0, view(&d_h), view(a));
+            Factor::new(a, Layout::Rows, n).spread(&d_h, 1.0, &mut d_x);
             Matrix::new(d_x, n, d_in)
         });
         let mut gradients = match (sources, d_x) {
@@ -178,5 +243,16 @@ mod tests {
             fused: |t| low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 0.3),
             definition: |t| definition(t[0].clone(), t[1].clone(), t[2].clone(), 0.3),
         });
+    }
+
+    #[test]
+    fn few_tokens_and_high_ranks_equal_definitions() {
+        for (n, rank) in [(3, 3), (FEW_TOKENS + 1, 64), (11, thin::MAX_RANK + 1)] {
+            check::equal(Case {
+                shapes: &[(n, 7), (rank, 7), (9, rank)],
+                fused: |t| low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 0.3),
+                definition: |t| definition(t[0].clone(), t[1].clone(), t[2].clone(), 0.3),
+            });
+        }
     }
 }
