@@ -189,21 +189,27 @@ impl CpuOp for LowRank {
         let d_h = (x_needed || *a_needed)
             .then(|| Factor::new(b, Layout::Columns, n).dots(&dy, self.scaling));
         let d_b = b_needed.then(|| outer(h, &dy, self.scaling, Layout::Columns));
-        let d_a = d_h.as_ref().filter(|_| *a_needed);
-        let d_a = d_a.map(|d_h| outer(d_h, &input(sources), 1.0, Layout::Rows));
-        let d_x = d_h.filter(|_| x_needed).map(|d_h| {
+        let d_x = d_h.as_ref().filter(|_| x_needed).map(|d_h| {
             let mut d_x = match &self.weight {
                 Some(weight) => frozen_linear::backward(dy.values(), n, weight),
                 None => vec![0.0; n * d_in],
             };
-            Factor::new(a, Layout::Rows, n).spread(&d_h, 1.0, &mut d_x);
+            Factor::new(a, Layout::Rows, n).spread(d_h, 1.0, &mut d_x);
             Matrix::new(d_x, n, d_in)
         });
-        let mut gradients = match (sources, d_x) {
-            ([gate, up], Some(d_x)) => swiglu::gradients(gate, up, &d_x, needed).into(),
-            ([_], d_x) => vec![d_x],
-            (_, _) => vec![None; sources.len()],
+        let (mut gradients, formed) = match (sources, d_x) {
+            ([gate, up], Some(d_x)) => {
+                let [x, d_gate, d_up] = swiglu::product_and_gradients(gate, up, &d_x);
+                let gradients = vec![needed[0].then_some(d_gate), needed[1].then_some(d_up)];
+                (gradients, Some(x))
+            }
+            ([_], d_x) => (vec![d_x], None),
+            (_, _) => (vec![None; sources.len()], None),
         };
+        let d_a = d_h.filter(|_| *a_needed).map(|d_h| {
+            let x = formed.unwrap_or_else(|| input(sources));
+            outer(&d_h, &x, 1.0, Layout::Rows)
+        });
         gradients.extend([d_a, d_b]);
         gradients
     }
