@@ -261,7 +261,7 @@ mod tests {
             let found = faults(wrong);
             assert_eq!(found.len(), 1, "{wrong}");
             assert!(
-                found[0].starts_with("crates/a/src/b.rs:2: "),
+                found[0].starts_with("crates/tangent-ops/src/b.rs:2: "),
                 "{}",
                 found[0]
             );

@@ -33,7 +33,7 @@ pub enum TrainError {
     },
     /// A run that does not fit into the memory that it may take.
     #[error(
-        "--max-memory allows {}M, and the smallest predicted peak is {}, of {how} ({parts}). What \
+        "--max-memory allows {}M, and the least that would do is {}, of {how} ({parts}). What \
          takes less: {remedies}",
         .limit / 1_000_000,
         megabytes(.smallest)
@@ -41,7 +41,7 @@ pub enum TrainError {
     Memory {
         /// Bytes that it may take.
         limit: u64,
-        /// Bytes of the smallest predicted peak.
+        /// Bytes of the smallest limit that some settings keep to.
         smallest: u64,
         /// The micro-batches that this is the peak of.
         how: String,

@@ -26,6 +26,9 @@ pub struct Args {
     /// Accepted as --output is.
     #[arg(long, alias = "resume-from-checkpoint", hide = true)]
     resume: bool,
+    /// Accepted as --output is.
+    #[arg(long, hide = true)]
+    profile: bool,
 }
 
 /// Plans.

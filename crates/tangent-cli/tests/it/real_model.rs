@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use tangent_model::generate::{Sampling, argmax, generate};
 use tangent_model::{BaseDtype, Batch, LanguageModel, Pass, forward};
 
-/// The model that the values belong to, or a loud note that these tests did not run.
-fn open() -> Option<LanguageModel> {
+/// The file that the values belong to, or a loud note that these tests did not run.
+pub fn path() -> Option<PathBuf> {
     let path = std::env::var_os("TANGENT_MODEL").map(PathBuf::from);
     let fits = |p: &PathBuf| p.to_string_lossy().ends_with("Q4_1.gguf");
     let Some(path) = path.filter(fits) else {
@@ -17,7 +17,12 @@ fn open() -> Option<LanguageModel> {
         );
         return None;
     };
-    Some(tangent_model::open(&path, BaseDtype::AsStored, &Device::flex()).unwrap())
+    Some(path)
+}
+
+fn open() -> Option<LanguageModel> {
+    let device = Device::flex();
+    path().map(|path| tangent_model::open(&path, BaseDtype::AsStored, &device).unwrap())
 }
 
 const TEXTS: [(&str, &[u32], f64, u32, f32); 2] = [

@@ -15,7 +15,7 @@ impl Draft<'_> {
     pub fn fit(&self, config: &TrainConfig, limit: u64) -> Result<Plan, TrainError> {
         let predictor = Predictor::new(self, config)?;
         let typed = predictor.plan(config, &Survey::new(self.train, config));
-        if typed.memory.peak() <= limit {
+        if typed.memory.limit() <= limit {
             return Ok(typed);
         }
         let mut plans = vec![];
@@ -33,7 +33,7 @@ impl Draft<'_> {
             };
             plans.push(predictor.plan(&checkpointed, &survey));
         }
-        let fitting = plans.iter().filter(|plan| plan.memory.peak() <= limit);
+        let fitting = plans.iter().filter(|plan| plan.memory.limit() <= limit);
         let fastest = fitting.min_by(|a, b| a.flops_per_step.total_cmp(&b.flops_per_step));
         if let Some(plan) = fastest {
             return Ok(plan.clone());
@@ -66,7 +66,7 @@ impl Draft<'_> {
         let part = |name: &str, bytes: u64| format!("{name} {}", megabytes(&bytes));
         TrainError::Memory {
             limit,
-            smallest: memory.peak(),
+            smallest: memory.limit(),
             how: smallest.micro_batching(),
             parts: [
                 part("base weights", memory.base_weights),
@@ -143,17 +143,17 @@ mod tests {
         let draft = fixture::draft(&*model, &trained, &long);
         let typed = config(Batching::Rows(8), 1);
         let whole = draft.plan(&typed).unwrap();
-        let peak = whole.memory.peak();
-        assert_eq!(draft.fit(&typed, peak).unwrap(), whole);
+        let least = whole.memory.limit();
+        assert_eq!(draft.fit(&typed, least).unwrap(), whole);
         // Rows of 60 tokens: half the micro-batch costs less than a second forward pass.
-        let halved = draft.fit(&typed, peak - 1).unwrap();
+        let halved = draft.fit(&typed, least - 1).unwrap();
         assert_eq!(halved.config, config(Batching::Rows(4), 2));
-        assert!(halved.memory.peak() < peak);
+        assert!(halved.memory.limit() < least);
         assert_eq!(halved.steps, whole.steps);
         // Tokens cannot be divided; only checkpointing is left.
         let tokens = config(Batching::Tokens(480), 1);
-        let peak = draft.plan(&tokens).unwrap().memory.peak();
-        let checkpointed = draft.fit(&tokens, peak - 1).unwrap().config;
+        let least = draft.plan(&tokens).unwrap().memory.limit();
+        let checkpointed = draft.fit(&tokens, least - 1).unwrap().config;
         let want = TrainConfig {
             activation_checkpointing: true,
             ..tokens

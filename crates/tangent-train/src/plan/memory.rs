@@ -46,6 +46,11 @@ impl Memory {
         self.base_weights + self.trained + self.activations + self.loss + self.fixed
     }
 
+    /// The smallest limit that the run is sure to stay below, with the prediction's margin.
+    pub fn limit(&self) -> u64 {
+        (self.peak() as f64 * (1.0 + measured::MARGIN)).ceil() as u64
+    }
+
     pub(super) fn to_json(self) -> Value {
         json!({
             "base_weights_bytes": self.base_weights,
@@ -110,8 +115,6 @@ pub(super) struct MemoryModel {
     /// State vectors of the optimizer for every trained tensor.
     state_vectors: u64,
     base_bytes: u64,
-    /// Bytes of weights, in the file and as they are held, while the model is opened.
-    loading_bytes: u64,
     fixed_bytes: u64,
     /// Tokens of the largest evaluated batch.
     evaluated: usize,
@@ -134,7 +137,6 @@ impl MemoryModel {
             kept_features(&activations, &own, tracked, draft.dropout > 0.0)
         });
         let head_site = trained.iter().find(|site| site.path == head.path);
-        let (base_bytes, loading_bytes) = weight_bytes(draft);
         let parameters: usize = trained.iter().map(|site| site.parameters).sum();
         Ok(Self {
             layers,
@@ -147,8 +149,7 @@ impl MemoryModel {
             shared_head: head_site.is_some_and(|site| site.parameters == 0),
             parameters: parameters as u64,
             state_vectors: optim::find(&config.optimizer)?.slots.len() as u64,
-            base_bytes,
-            loading_bytes,
+            base_bytes: weight_bytes(draft),
             fixed_bytes: fixed_bytes(draft),
             evaluated: evaluated_at_once(draft.eval),
         })
@@ -156,26 +157,16 @@ impl MemoryModel {
 
     /// The memory at the worst moment of the run.
     pub fn predict(&self, survey: &Survey, checkpointing: bool) -> Memory {
-        let mut worst = self.loading();
+        let mut worst = self.evaluation();
         for moment in [
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey),
-            self.evaluation(),
         ] {
             if moment.peak() > worst.peak() {
                 worst = moment;
             }
         }
         worst
-    }
-
-    /// While weights are converted, the file's pages are resident beside the result.
-    fn loading(&self) -> Memory {
-        Memory {
-            base_weights: self.loading_bytes,
-            fixed: self.fixed_bytes,
-            ..Memory::default()
-        }
     }
 
     /// All that the forward pass keeps is there; gradients of this micro-batch are not yet.
@@ -186,7 +177,9 @@ impl MemoryModel {
         let loss = self.loss_bytes(survey.largest);
         Memory {
             base_weights: self.base_bytes,
-            trained: VALUE * self.parameters * (1 + self.state_vectors + self.earlier(survey)),
+            trained: trained_bytes(
+                self.parameters * (1 + self.state_vectors + self.earlier(survey)),
+            ),
             // The chunk of the loss is free again when the first layer's turn comes.
             activations: activation_bytes(at_loss)
                 .max(activation_bytes(at_layer).saturating_sub(loss)),
@@ -205,7 +198,7 @@ impl MemoryModel {
         };
         Memory {
             base_weights: self.base_bytes,
-            trained: VALUE * (self.parameters * vectors + second),
+            trained: trained_bytes(self.parameters * vectors + second),
             activations: activation_bytes(survey.largest.tokens * self.working()),
             loss: 0,
             fixed: self.fixed_bytes,
@@ -217,7 +210,7 @@ impl MemoryModel {
         let positions = self.evaluated.min(CHUNK);
         Memory {
             base_weights: self.base_bytes,
-            trained: VALUE * self.parameters * (2 + self.state_vectors),
+            trained: trained_bytes(self.parameters * (2 + self.state_vectors)),
             activations: activation_bytes(self.evaluated * self.working()),
             loss: VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64,
             fixed: self.fixed_bytes,
@@ -274,6 +267,11 @@ fn activation_bytes(values: usize) -> u64 {
     (values as f64 * VALUE as f64 * measured::ALLOCATOR_SHARE) as u64
 }
 
+/// Bytes of this many values of trained tensors, gradients or moments.
+fn trained_bytes(values: u64) -> u64 {
+    ((values * VALUE) as f64 * measured::TRAINED_SHARE) as u64
+}
+
 fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
     let row = matrix.stored().row_bytes(matrix.cols()).unwrap_or(0);
     (row * matrix.rows()) as u64
@@ -287,19 +285,17 @@ fn held_bytes(model: &dyn Model) -> u64 {
         .sum()
 }
 
-/// Resident bytes of the weights in the run, and while the model is opened.
-fn weight_bytes(draft: &Draft<'_>) -> (u64, u64) {
+/// Resident bytes of the weights.
+fn weight_bytes(draft: &Draft<'_>) -> u64 {
     let held = held_bytes(draft.model);
     let files = file_bytes(draft.path);
     // Files of the wanted type are mapped as they are.
     let converted = draft.base_dtype != BaseDtype::AsStored && held.abs_diff(files) > files / 20;
     match (converted, draft.path.is_file()) {
-        (true, _) => (held, held + files),
-        (false, true) => {
-            let copied = (held as f64 * measured::GGUF_COPIED_SHARE) as u64;
-            (held + copied, held + copied)
-        }
-        (false, false) => (held, held),
+        // The pages of a tensor that was converted are given back.
+        (true, _) => (held as f64 * measured::CONVERTED_SHARE) as u64,
+        (false, true) => held + (held as f64 * measured::GGUF_COPIED_SHARE) as u64,
+        (false, false) => held,
     }
 }
 
@@ -386,7 +382,7 @@ mod tests {
         // Values, gradients and two moments.
         let end = memory.end_of_backward(&Survey::default());
         let count: usize = trained.iter().map(|site| site.parameters).sum();
-        assert_eq!(end.trained, 4 * (4 * count + 96 * 32) as u64);
+        assert_eq!(end.trained, trained_bytes((4 * count + 96 * 32) as u64));
     }
 
     fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
@@ -418,7 +414,7 @@ mod tests {
         let model = fixture::model("llama/tied_gqa");
         let held = held_bytes(&*model);
         let draft = fixture::draft(&*model, &[], &[]);
-        assert_eq!(weight_bytes(&draft), (held, held));
+        assert_eq!(weight_bytes(&draft), held);
         // All of the stored model is f32.
         assert_eq!(held, 4 * super::super::values(&*model) as u64);
     }
