@@ -15,10 +15,13 @@ use std::path::Path;
 use crate::failure::{Failure, file_failure};
 use crate::process::Process;
 use environment::Environment;
+pub use peer::VARIABLE as INTERPRETER;
 use results::{Measured, Results, Samples};
 use work::{Side, Work};
 
+/// The page with the tables.
 const PAGE: &str = "BENCHMARKS.md";
+/// All measurements.
 const RESULTS: &str = "bench/results.json";
 const RUNS: usize = 5;
 const THREADS: usize = 2;
@@ -187,6 +190,8 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let page = root.join(PAGE);
     // Before the hours of work, not after.
     with_tables(&page, "")?;
+    // What is built now is what all rows measure.
+    let commit = environment::commit(root, &[PAGE, RESULTS]);
     Process::cargo(root)
         .args(["build", "--release", "--workspace"])
         .run()?;
@@ -198,7 +203,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let path = root.join(RESULTS);
     let mut results = Results::read(&path, environment)?;
     for row in &options.rows {
-        let measured = measure(&work, row, &options)?;
+        let measured = measure(&work, row, &options, commit.clone())?;
         results.rows.insert(row.name.to_owned(), measured);
         results.write(&path)?;
         let text = with_tables(&page, &tables::body(&results))?;
@@ -222,7 +227,12 @@ fn with_tables(page: &Path, body: &str) -> Result<String, Failure> {
 }
 
 /// The runs of a row, in each our side, then the other, then the floor.
-fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Failure> {
+fn measure(
+    work: &Work<'_>,
+    row: &Row,
+    options: &Options,
+    commit: Option<String>,
+) -> Result<Measured, Failure> {
     work.make_inputs(row)?;
     if matches!(row.kind, Kind::Startup(_)) {
         println!(
@@ -249,6 +259,7 @@ fn measure(work: &Work<'_>, row: &Row, options: &Options) -> Result<Measured, Fa
     }
     Ok(Measured {
         date: environment::today(),
+        commit,
         reproduce: format!(
             "cargo xtask bench --only {} --runs {} --threads {}",
             row.name, options.runs, options.threads

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::failure::Failure;
 use crate::process::Process;
-use crate::{instructions, no_arguments, quickstart, test, tidy};
+use crate::{instructions, memcheck, no_arguments, quickstart, test, tidy, valgrind};
 
 type Step = (&'static str, fn(&Path) -> Result<(), Failure>);
 
@@ -14,7 +14,12 @@ const STEPS: &[Step] = &[
     ("clippy", clippy),
     ("tidy", |root| tidy::run(root, &[])),
     ("test", |root| test::run(root, &[])),
-    ("instructions", instructions::in_ci),
+    ("memcheck", |root| {
+        valgrind::in_ci(|| memcheck::run(root, &[]))
+    }),
+    ("instructions", |root| {
+        valgrind::in_ci(|| instructions::run(root, &[]))
+    }),
     ("quickstart --short", |root| {
         quickstart::run(root, &["--short".to_owned()])
     }),

@@ -1,16 +1,15 @@
 //! `cargo xtask instructions`: counts the instructions of a tiny training step, so that a slip
 //! shows without a clock.
 
-use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, file_failure};
 use crate::process::Process;
-use crate::{below, only_flag, target_folder};
+use crate::{below, only_flag, target_folder, valgrind};
 
 const STORED: &str = "bench/instructions.json";
 const KEY: &str = "tiny_step";
@@ -29,7 +28,7 @@ const TOLERANCE: f64 = 0.05;
 /// Counts, and compares with the stored figure or, with `--write`, stores the new one.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let write = only_flag("instructions", "--write", arguments)?;
-    find_valgrind()?;
+    valgrind::find()?;
     let path = root.join(STORED);
     let stored = match write {
         true => None,
@@ -54,42 +53,6 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
         },
     }
     Ok(())
-}
-
-/// The step of `cargo xtask ci`. Without valgrind it fails where the variable `CI` is set, and
-/// warns and passes elsewhere.
-pub fn in_ci(root: &Path) -> Result<(), Failure> {
-    match find_valgrind() {
-        Ok(()) => run(root, &[]),
-        Err(failure) if env::var_os("CI").is_some_and(|value| !value.is_empty()) => Err(failure),
-        Err(failure) => {
-            let line = "!".repeat(80);
-            eprintln!(
-                "{line}\nWARNING: the instructions of a training step are not counted.\n{failure}\n\
-                 On Debian the package `valgrind` has it.\n{line}"
-            );
-            Ok(())
-        }
-    }
-}
-
-fn find_valgrind() -> Result<(), Failure> {
-    let status = Command::new("valgrind")
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status();
-    let command = || "valgrind --version".to_owned();
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(Failure::Command {
-            command: command(),
-            status,
-        }),
-        Err(source) => Err(Failure::Start {
-            command: command(),
-            source,
-        }),
-    }
 }
 
 /// A number of instructions, and what compiled them.

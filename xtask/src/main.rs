@@ -8,12 +8,14 @@ mod failure;
 mod golden;
 mod hub;
 mod instructions;
+mod memcheck;
 mod model;
 mod process;
 mod python;
 mod quickstart;
 mod test;
 mod tidy;
+mod valgrind;
 mod wheel;
 
 use std::env;
@@ -28,6 +30,14 @@ struct Command {
     arguments: &'static str,
     summary: &'static str,
     run: fn(&Path, &[String]) -> Result<(), Failure>,
+}
+
+impl Command {
+    /// The command with its arguments, as typed after `cargo xtask`.
+    fn call(&self) -> String {
+        let call = format!("{} {}", self.name, self.arguments);
+        call.trim_end().to_owned()
+    }
 }
 
 const COMMANDS: &[Command] = &[
@@ -58,7 +68,7 @@ const COMMANDS: &[Command] = &[
     Command {
         name: "tidy",
         arguments: "",
-        summary: "check what the compiler does not: sizes, leftovers, lists",
+        summary: "check what the compiler does not: sizes, leftovers, lists, SIMD closures",
         run: tidy::run,
     },
     Command {
@@ -69,15 +79,21 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "[--runs N] [--only NAME] [--threads N]",
-        summary: "measure against PyTorch + PEFT and write BENCHMARKS.md",
+        arguments: "[--runs N] [--only NAME]... [--threads N]",
+        summary: "measure against PyTorch + PEFT and llama.cpp and write BENCHMARKS.md",
         run: bench::run,
     },
     Command {
         name: "instructions",
         arguments: "[--write]",
-        summary: "count a tiny training step's instructions against the stored figure",
+        summary: "count a tiny step's instructions against the stored figure (needs valgrind)",
         run: instructions::run,
+    },
+    Command {
+        name: "memcheck",
+        arguments: "",
+        summary: "run the kernels' unit tests under memcheck (needs valgrind)",
+        run: memcheck::run,
     },
     Command {
         name: "ci",
@@ -85,6 +101,27 @@ const COMMANDS: &[Command] = &[
         summary: "everything that a change must pass",
         run: ci::run,
     },
+];
+
+/// Environment variables that the commands read.
+const VARIABLES: &[(&str, &str)] = &[
+    (
+        model::VARIABLE,
+        "a GGUF file or a Hugging Face folder to use as the model",
+    ),
+    (
+        bench::INTERPRETER,
+        "a Python with the packages of bench/peers/requirements.txt",
+    ),
+    (
+        "HF_ENDPOINT",
+        "where the Hugging Face Hub is, if not at https://huggingface.co",
+    ),
+    ("HF_TOKEN", "a token for it"),
+    (
+        "PIP_INDEX_URL",
+        "where PyPI's index is, if not at https://pypi.org/simple",
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -96,11 +133,15 @@ fn main() -> ExitCode {
         eprint!("{}", help());
         return ExitCode::from(2);
     };
-    if matches!(name.as_str(), "help" | "--help" | "-h") {
+    if name == "help" || asks_for_help(name) {
         print!("{}", help());
         return ExitCode::SUCCESS;
     }
     let result = match COMMANDS.iter().find(|command| command.name == name) {
+        Some(command) if arguments.iter().any(|word| asks_for_help(word)) => {
+            println!("cargo xtask {}\n\n{}", command.call(), command.summary);
+            Ok(())
+        }
         Some(command) => (command.run)(&repository_root(), arguments),
         None => Err(Failure::Usage(format!("no command `{name}`"))),
     };
@@ -113,16 +154,23 @@ fn main() -> ExitCode {
     }
 }
 
-/// The list of commands with their arguments, aligned.
+fn asks_for_help(word: &str) -> bool {
+    matches!(word, "--help" | "-h")
+}
+
+/// The list of commands with their arguments, and of variables, aligned.
 fn help() -> String {
-    let calls: Vec<String> = COMMANDS
-        .iter()
-        .map(|command| format!("{} {}", command.name, command.arguments))
-        .collect();
-    let width = calls.iter().map(String::len).max().unwrap_or(0);
+    let calls: Vec<String> = COMMANDS.iter().map(Command::call).collect();
+    let names = VARIABLES.iter().map(|(name, _)| name.len());
+    let width = calls.iter().map(String::len).chain(names).max();
+    let width = width.unwrap_or(0);
     let mut text = String::from("cargo xtask <command>\n\n");
     for (call, command) in calls.iter().zip(COMMANDS) {
         text.push_str(&format!("  {call:width$}  {}\n", command.summary));
+    }
+    text.push_str("\nEnvironment variables:\n\n");
+    for (name, meaning) in VARIABLES {
+        text.push_str(&format!("  {name:width$}  {meaning}\n"));
     }
     text
 }
@@ -181,6 +229,19 @@ mod tests {
             assert!(text.contains(command.name), "{text}");
             assert!(text.contains(command.summary), "{text}");
         }
+        for (name, meaning) in VARIABLES {
+            assert!(text.contains(name), "{text}");
+            assert!(text.contains(meaning), "{text}");
+        }
+    }
+
+    #[test]
+    fn calls_end_with_their_arguments() {
+        let calls: Vec<String> = COMMANDS.iter().map(Command::call).collect();
+        assert!(calls.contains(&"ci".to_owned()), "{calls:?}");
+        let model = "model [--from auto|hub|wheel]".to_owned();
+        assert!(calls.contains(&model), "{calls:?}");
+        assert!(asks_for_help("--help") && !asks_for_help("--short"));
     }
 
     #[test]

@@ -65,6 +65,23 @@ impl Process {
         })
     }
 
+    /// Echoes the command line, runs it and returns its output; its errors are passed on.
+    pub fn output(self) -> Result<String, Failure> {
+        let command = self.echo();
+        let output = self
+            .command()
+            .stderr(Stdio::inherit())
+            .output()
+            .map_err(|source| start_failure(&command, source))?;
+        if !output.status.success() {
+            return Err(Failure::Command {
+                command,
+                status: output.status,
+            });
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Echoes the command line, runs it and reads its last line of output as a JSON object.
     /// With `show`, its output is also passed on line by line; its errors always are.
     pub fn report(self, show: bool) -> Result<Report, Failure> {
@@ -223,6 +240,8 @@ mod tests {
         assert_eq!(report.number("steps").unwrap(), 3.0);
         let failure = shell("exit 7").report(false).unwrap_err();
         assert_eq!(failure.exit_code(), 7);
+        assert_eq!(shell("echo a; echo b").output().unwrap(), "a\nb\n");
+        assert_eq!(shell("exit 7").output().unwrap_err().exit_code(), 7);
         let variable = shell(r#"test "$GREETING" = hello"#).env("GREETING", "hello");
         assert!(variable.run().is_ok());
     }

@@ -107,7 +107,7 @@ impl DeviceName {
         };
         let found = caught(|| self.find().map(|device| (one_plus_one(&device), device)));
         match found.map_err(unusable)? {
-            Some((sum, device)) if sum == 2.0 => Ok(device),
+            Some((2.0, device)) => Ok(device),
             Some((sum, _)) => Err(unusable(format!("1 + 1 gave {sum}"))),
             None => Err(DeviceError::NotFound { device: self }),
         }

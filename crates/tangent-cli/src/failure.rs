@@ -1,6 +1,7 @@
 //! Failures of the binary: what is printed and with which code it exits.
 
 use std::error::Error;
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use tangent_model::ModelError;
@@ -46,9 +47,16 @@ impl From<tangent_model::tokenizer::TokenizerError> for Failure {
     }
 }
 
+/// What shells report of a program that writes to a reader that is gone.
+const READER_GONE: u8 = 141;
+
 impl Failure {
-    /// Prints the failure with its causes; 2 for a bad request, 1 for a failed run.
+    /// Prints the failure with its causes; 2 for a bad request, 1 for a failed run. A reader of
+    /// standard output that has seen enough, as `head` does, is told nothing.
     pub fn report(&self) -> ExitCode {
+        if matches!(self, Self::Output(error) if error.kind() == ErrorKind::BrokenPipe) {
+            return ExitCode::from(READER_GONE);
+        }
         say(format_args!("error: {self}"));
         let mut printed = self.to_string();
         let mut cause = self.source();

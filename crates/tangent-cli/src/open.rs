@@ -73,7 +73,7 @@ impl ModelArgs {
 /// several models has started it already.
 fn start_threads(threads: usize) -> Result<(), Failure> {
     static STARTED: OnceLock<()> = OnceLock::new();
-    if STARTED.set(()).is_err() {
+    if STARTED.get().is_some() {
         return Ok(());
     }
     // This thread is one of the pool: handing thousands of small products a step over to another
@@ -81,7 +81,9 @@ fn start_threads(threads: usize) -> Result<(), Failure> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.use_current_thread()
         .build_global()
-        .map_err(|e| Failure::Run(format!("cannot start threads: {e}")))
+        .map_err(|e| Failure::Run(format!("cannot start threads: {e}")))?;
+    STARTED.get_or_init(|| ());
+    Ok(())
 }
 
 /// Where a written model goes.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::io;
 
 use serde_json::{Value, json};
 use tangent_ops::profile::{Kind, Span};
@@ -73,28 +74,33 @@ fn descending<V>(map: BTreeMap<&str, V>, seconds: impl Fn(&V) -> f64) -> Vec<(&s
     rows
 }
 
-/// The spans in Chrome's trace event format, for `chrome://tracing` and Perfetto.
-pub fn trace(spans: &[Span]) -> Value {
-    let events: Vec<Value> = spans
-        .iter()
-        .map(|span| {
-            let category = match span.kind {
-                Kind::Phase => "phase",
-                Kind::Forward => "forward",
-                Kind::Backward => "backward",
-            };
-            json!({
-                "name": span.name,
-                "cat": category,
-                "ph": "X",
-                "ts": span.start.as_secs_f64() * 1e6,
-                "dur": span.duration.as_secs_f64() * 1e6,
-                "pid": 1,
-                "tid": 1,
-            })
-        })
-        .collect();
-    json!({"traceEvents": events, "displayTimeUnit": "ms"})
+/// Writes the spans in Chrome's trace event format, for `chrome://tracing` and Perfetto; one after
+/// another, since as JSON they take many times their memory.
+pub fn write_trace(spans: &[Span], out: &mut impl io::Write) -> io::Result<()> {
+    out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
+    for (index, span) in spans.iter().enumerate() {
+        let separator: &[u8] = if index > 0 { b",\n" } else { b"\n" };
+        out.write_all(separator)?;
+        serde_json::to_writer(&mut *out, &event(span))?;
+    }
+    out.write_all(b"\n]}\n")
+}
+
+fn event(span: &Span) -> Value {
+    let category = match span.kind {
+        Kind::Phase => "phase",
+        Kind::Forward => "forward",
+        Kind::Backward => "backward",
+    };
+    json!({
+        "name": span.name,
+        "cat": category,
+        "ph": "X",
+        "ts": span.start.as_secs_f64() * 1e6,
+        "dur": span.duration.as_secs_f64() * 1e6,
+        "pid": 1,
+        "tid": 1,
+    })
 }
 
 #[cfg(test)]
@@ -136,7 +142,10 @@ mod tests {
 
     #[test]
     fn traces_are_in_microseconds() {
-        let trace = trace(&spans());
+        let mut bytes: Vec<u8> = vec![];
+        write_trace(&spans(), &mut bytes).unwrap();
+        let trace: Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(trace["traceEvents"].as_array().unwrap().len(), 5);
         let event = &trace["traceEvents"][2];
         assert_eq!(event["name"], "linear");
         assert_eq!(event["cat"], "backward");

@@ -34,6 +34,9 @@ pub struct Row {
 impl Batch {
     /// A batch of rows of `(tokens, supervised)`, where `supervised[t]` says that token `t` is to
     /// be predicted from the tokens before it; the first token of a row never is.
+    ///
+    /// # Panics
+    /// If a row has not one `supervised` for every token.
     pub fn new<'a>(rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
         let rows: Vec<_> = rows.into_iter().collect();
         let mut order: Vec<usize> = (0..rows.len()).collect();
@@ -44,7 +47,7 @@ impl Batch {
             segments: vec![],
             places: vec![vec![]; rows.len()],
         };
-        tree.grow(&order, 0, &[]);
+        tree.grow(&order);
         let mut targets = vec![];
         let mut placed = Vec::with_capacity(rows.len());
         for ((tokens, supervised), places) in rows.iter().zip(tree.places) {
@@ -102,9 +105,13 @@ impl<'a> DistinctTokens<'a> {
 
     /// Adds a row.
     pub fn add(&mut self, row: &'a [u32]) {
-        self.count += self.added_by(row);
-        let at = self.sorted.partition_point(|other| *other < row);
-        self.sorted.insert(at, row);
+        let added = self.added_by(row);
+        // A row that adds nothing is the beginning of another one, which stands for both.
+        if added > 0 {
+            self.count += added;
+            let at = self.sorted.partition_point(|other| *other < row);
+            self.sorted.insert(at, row);
+        }
     }
 }
 
@@ -115,34 +122,61 @@ struct PrefixTree<'a> {
     places: Vec<Vec<usize>>,
 }
 
+/// Rows, a range of the sorted ones, that are equal up to `depth`, and the segment that ends there.
+struct Branch {
+    rows: Range<usize>,
+    depth: usize,
+    parent: Option<usize>,
+}
+
 impl PrefixTree<'_> {
-    /// Appends what the rows of `sorted`, equal up to `depth`, have after it; `ancestors` are the
-    /// segments up to there.
-    fn grow(&mut self, sorted: &[usize], depth: usize, ancestors: &[usize]) {
-        // Rows that end here come first in the order.
-        let ended = sorted.partition_point(|&row| self.rows[row].len() == depth);
-        let mut rest = &sorted[ended..];
-        while let Some(&first) = rest.first() {
+    /// Appends the segments of all rows; `sorted` are their indices in the order of their tokens.
+    fn grow(&mut self, sorted: &[usize]) {
+        let mut branches = vec![Branch {
+            rows: 0..sorted.len(),
+            depth: 0,
+            parent: None,
+        }];
+        while let Some(Branch {
+            rows,
+            depth,
+            parent,
+        }) = branches.pop()
+        {
+            let mut rest = &sorted[rows.clone()];
+            // Rows that end here come first in the order.
+            let ended = rest.partition_point(|&row| self.rows[row].len() == depth);
+            rest = &rest[ended..];
+            let Some(&first) = rest.first() else {
+                continue;
+            };
             let token = self.rows[first][depth];
-            let (branch, others) =
-                rest.split_at(rest.partition_point(|&row| self.rows[row][depth] == token));
-            let last = branch[branch.len() - 1];
+            let same = rest.partition_point(|&row| self.rows[row][depth] == token);
+            let from = rows.start + ended;
+            // The other rows wait until this branch is done, so that a tree stays together.
+            branches.push(Branch {
+                rows: from + same..rows.end,
+                depth,
+                parent,
+            });
+            let last = rest[same - 1];
             // In sorted order the first and the last row have the least in common.
             let end = depth + common_prefix(&self.rows[first][depth..], &self.rows[last][depth..]);
             let start = self.ids.len();
             self.ids.extend_from_slice(&self.rows[first][depth..end]);
-            for &row in branch {
+            for &row in &rest[..same] {
                 self.places[row].extend(start..self.ids.len());
             }
-            let mut path = ancestors.to_vec();
             self.segments.push(Segment {
                 start,
                 len: end - depth,
-                ancestors: path.clone(),
+                parent,
             });
-            path.push(self.segments.len() - 1);
-            self.grow(branch, end, &path);
-            rest = others;
+            branches.push(Branch {
+                rows: from..from + same,
+                depth: end,
+                parent: Some(self.segments.len() - 1),
+            });
         }
     }
 }
@@ -152,7 +186,7 @@ mod tests {
     use super::*;
 
     fn batch(rows: &[&[u32]]) -> Batch {
-        let none = vec![false; 9];
+        let none = [false; 9];
         Batch::new(rows.iter().map(|row| (*row, &none[..row.len()])))
     }
 
@@ -182,9 +216,8 @@ mod tests {
         let segments: Vec<_> = batch.segments.list().iter().collect();
         let shape: Vec<_> = segments.iter().map(|s| (s.start, s.len)).collect();
         assert_eq!(shape, [(0, 2), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1)]);
-        assert_eq!(segments[3].ancestors, [0, 1]);
-        assert_eq!(segments[4].ancestors, [0]);
-        assert!(segments[5].ancestors.is_empty());
+        let parents: Vec<_> = segments.iter().map(|s| s.parent).collect();
+        assert_eq!(parents, [None, Some(0), Some(1), Some(1), Some(0), None]);
         let places: Vec<_> = batch.rows.iter().map(|row| &row.places[..]).collect();
         let want: [&[usize]; 6] = [
             &[0, 1, 5],
@@ -197,6 +230,16 @@ mod tests {
         assert_eq!(places, want);
         assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 3, 2, 0]);
         assert_eq!(batch.row_tokens(), 16);
+    }
+
+    #[test]
+    fn thousands_of_nested_rows_are_a_chain() {
+        let longest: Vec<u32> = (0..3_000).collect();
+        let rows: Vec<&[u32]> = (1..=longest.len()).map(|end| &longest[..end]).collect();
+        let none = vec![false; longest.len()];
+        let batch = Batch::new(rows.iter().map(|row| (*row, &none[..row.len()])));
+        assert_eq!(&*batch.ids, longest);
+        assert_eq!(batch.segments.list().len(), longest.len());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::{SafeTensorError, View};
@@ -277,11 +277,24 @@ impl NewFolder {
 /// # Errors
 /// If the system refuses; an earlier file is then untouched.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    write_file_with(path, |file| file.write_all(bytes))
+}
+
+/// Writes one file whole or not at all, piece by piece, so that memory need not hold all of it.
+///
+/// # Errors
+/// If the system refuses or `write` fails; an earlier file is then untouched.
+pub fn write_file_with(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<(), FolderError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = path.with_file_name(format!(".{name}.tmp-{}", std::process::id()));
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
+    let written = File::create(&temporary).and_then(|file| {
+        let mut file = BufWriter::new(file);
+        write(&mut file)?;
+        file.flush()?;
+        file.get_ref().sync_all()
     });
     let result = written
         .map_err(io("write", path))
@@ -387,6 +400,23 @@ mod tests {
         assert_eq!(names(root.path()), ["home"]);
         fs::write(place.join("trainer_state.json"), "{}").unwrap();
         NewFolder::begin(&place, true).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_written_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("trace.json");
+        write_file(&place, b"earlier").unwrap();
+        let error = write_file_with(&place, |file| {
+            file.write_all(b"half")?;
+            Err(io::Error::other("no more"))
+        });
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("trace.json: no more"), "{text}");
+        assert_eq!(fs::read(&place).unwrap(), b"earlier");
+        write_file_with(&place, |file| (0..3).try_for_each(|n| write!(file, "{n}"))).unwrap();
+        assert_eq!(fs::read(&place).unwrap(), b"012");
+        assert_eq!(names(root.path()), ["trace.json"]);
     }
 
     #[test]

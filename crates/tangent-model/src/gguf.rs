@@ -6,12 +6,10 @@ mod header;
 mod llama;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
-use tangent_ops::StoredType;
+use tangent_ops::{MappedFile, StoredType};
 
 pub use llama::{gguf_name, hf_config, unpermute_rows};
 
@@ -210,7 +208,7 @@ pub struct GgufFile {
     /// The file's path, for messages.
     pub path: PathBuf,
     /// All bytes of the file.
-    pub map: Arc<Mmap>,
+    pub map: Arc<MappedFile>,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, TensorInfo>,
 }
@@ -219,13 +217,10 @@ impl GgufFile {
     /// Maps the file and reads its header; tensor data is not touched.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
         let path = path.as_ref().to_path_buf();
-        let io = |source| GgufError::Io {
+        let map = MappedFile::open(&path).map_err(|source| GgufError::Io {
             path: path.clone(),
             source,
-        };
-        let file = File::open(&path).map_err(io)?;
-        // SAFETY: the map is read only; as for every mapped model file, nobody may shorten the file meanwhile.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        })?;
         let (metadata, tensors) = header::parse(&path, &map)?;
         Ok(Self {
             path,

@@ -2,15 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
-use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
-use tangent_ops::{FrozenMatrix, StoredType, WeightBytes};
+use tangent_ops::{FrozenMatrix, MappedFile, StoredType, WeightBytes};
 
 use crate::error::ModelError;
 use crate::gguf::{GgufFile, gguf_name, unpermute_rows};
@@ -71,26 +69,11 @@ enum Source {
 
 /// A tensor's place in a mapped file.
 struct Stored {
-    map: Arc<Mmap>,
+    map: Arc<MappedFile>,
     file: Arc<PathBuf>,
     dtype: Dtype,
     shape: Vec<usize>,
     range: Range<usize>,
-}
-
-/// Maps a file for reading.
-///
-/// # Errors
-/// If the file cannot be opened.
-pub fn map_file(path: &Path) -> Result<Mmap, ModelError> {
-    let io = |source| ModelError::Io {
-        path: path.to_owned(),
-        source,
-    };
-    let file = File::open(path).map_err(io)?;
-    // SAFETY: the map is read-only; model files are not changed while a run uses them, which the
-    // documentation of `--model` asks for.
-    unsafe { Mmap::map(&file) }.map_err(io)
 }
 
 impl Weights {
@@ -271,7 +254,8 @@ impl Weights {
         let bytes = match permuted {
             Some((_, heads)) if tensor.shape == shape && shape[0] > 0 => {
                 let row_bytes = tensor.len / shape[0];
-                let rows = unpermute_rows(&file.map[range], shape[0], row_bytes, heads);
+                let rows = unpermute_rows(&file.map[range.clone()], shape[0], row_bytes, heads);
+                file.map.leave(&range);
                 WeightBytes::Owned(rows.into())
             }
             _ => WeightBytes::Mapped(file.map.clone(), range),
@@ -310,7 +294,11 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
 }
 
 fn read_safetensors(path: &Path, tensors: &mut BTreeMap<String, Stored>) -> Result<(), ModelError> {
-    let map = Arc::new(map_file(path)?);
+    let map = MappedFile::open(path).map_err(|source| ModelError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let map = Arc::new(map);
     let file = Arc::new(path.to_owned());
     let parsed = SafeTensors::deserialize(&map).map_err(|e| ModelError::Safetensors {
         path: path.to_owned(),

@@ -6,6 +6,7 @@
 
 mod block;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, activation};
@@ -138,29 +139,31 @@ pub fn attend(
     let n = q.len() / q_width;
     assert_eq!(q.len(), n * q_width, "whole rows of queries");
     assert!(n <= total && keys.len() == total * kv_width && values.len() == keys.len());
+    assert!(
+        shape.heads.is_multiple_of(shape.kv_heads),
+        "whole groups of heads"
+    );
     let mut out = kernel::buffer(q.len());
     let shared = SharedMut::new(&mut out);
-    let head = |g: usize| {
+    let firsts = (0..n).step_by(shape.block_tokens());
+    let tasks: Vec<_> = firsts
+        .flat_map(|first| (0..shape.kv_heads).map(move |g| (first, g)))
+        .collect();
+    let task = |&(first, g): &(usize, usize)| {
         let mut block = Block::new(shape);
-        for first in (0..n).step_by(shape.block_tokens()) {
-            let tokens = shape.block_tokens().min(n - first);
-            let position = total - n + first;
-            // Under a window, earlier keys than the first query's are not looked at.
-            let low = shape.first_key(position);
-            let k = View::new(&keys[low * kv_width + g * d..], total - low, d, kv_width);
-            let v = View::new(&values[low * kv_width + g * d..], total - low, d, kv_width);
-            block.gather(q, first, tokens, g, None);
-            block.probabilities(k, tokens, position, low);
-            block.weigh(v);
-            // SAFETY: every group of heads writes its own columns of every row.
-            unsafe { block.scatter(shared, first, g) };
-        }
+        let tokens = shape.block_tokens().min(n - first);
+        block.gather(q, first, tokens, g, None);
+        let k = View::new(&keys[g * d..], total, d, kv_width);
+        block.probabilities(k, tokens, total - n + first);
+        block.weigh(View::new(&values[g * d..], total, d, kv_width));
+        // SAFETY: every task writes its own columns of its own rows.
+        unsafe { block.scatter(shared, first, g) };
     };
     // Waking threads costs more than a short cache's products.
     if n * total * q_width < 1 << 16 {
-        (0..shape.kv_heads).for_each(head);
+        tasks.iter().for_each(task);
     } else {
-        (0..shape.kv_heads).into_par_iter().for_each(head);
+        tasks.par_iter().with_max_len(1).for_each(task);
     }
     out
 }
@@ -172,145 +175,170 @@ struct Attention {
     shape: AttentionShape,
 }
 
-/// What one segment sees of one key head, in the order of positions.
-struct Visible {
-    /// Token of each key.
-    tokens: Vec<usize>,
-    /// `(tokens, head_dim)` rotated keys.
-    keys: Vec<f32>,
-    /// `(tokens, head_dim)` values.
-    values: Vec<f32>,
+/// Tokens of one segment that are computed at one time.
+#[derive(Clone, Copy)]
+struct Queries {
+    first: usize,
+    tokens: usize,
+    /// Position of the first.
+    position: usize,
 }
 
+/// Gradients of the keys and values that one segment sees of one key head, `(visible, head_dim)`.
+type Part = (Vec<f32>, Vec<f32>);
+
+/// Visible tokens, per token of the batch, whose parts may exist at one time.
+const VISIBLE_AT_ONCE: usize = 4;
+
 impl Attention {
-    /// Every (segment, key head) pair.
-    fn tasks(&self) -> Vec<(usize, usize)> {
-        let heads = 0..self.shape.kv_heads;
-        let segments = 0..self.segments.list().len();
-        segments
-            .flat_map(|s| heads.clone().map(move |g| (s, g)))
-            .collect()
+    fn queries(&self, segment: usize) -> impl Iterator<Item = Queries> {
+        let own = self.segments.list()[segment];
+        let step = self.shape.block_tokens();
+        let depth = match own.len {
+            0 => 0,
+            _ => self.segments.positions()[own.start] as usize,
+        };
+        (0..own.len).step_by(step).map(move |at| Queries {
+            first: own.start + at,
+            tokens: step.min(own.len - at),
+            position: depth + at,
+        })
     }
 
-    fn visible(&self, segment: usize, g: usize, k: &[f32], v: &[f32]) -> Visible {
+    /// The rows of key head `g` that lie in `ranges`, gathered where these are several.
+    fn rows<'a>(
+        &self,
+        x: &'a [f32],
+        ranges: &[Range<usize>],
+        g: usize,
+        gathered: &'a mut Vec<f32>,
+    ) -> View<'a> {
         let d = self.shape.head_dim;
         let width = self.shape.kv_heads * d;
-        let ranges = self.segments.visible(segment).into_iter();
-        let tokens: Vec<usize> = ranges.flatten().collect();
-        let mut keys = kernel::buffer(tokens.len() * d);
-        let mut values = kernel::buffer(tokens.len() * d);
-        let rows = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
-        for ((position, &token), (key, value)) in tokens.iter().enumerate().zip(rows) {
-            key.copy_from_slice(&k[token * width + g * d..][..d]);
-            value.copy_from_slice(&v[token * width + g * d..][..d]);
-            self.rotary.rotate_in_place(key, position as u32, false);
+        if let [only] = ranges {
+            return View::new(&x[only.start * width + g * d..], only.len(), d, width);
         }
-        Visible {
-            tokens,
-            keys,
-            values,
+        for token in ranges.iter().flat_map(Clone::clone) {
+            gathered.extend_from_slice(&x[token * width + g * d..][..d]);
         }
+        View::dense(gathered, gathered.len() / d, d)
     }
 
-    /// Calls `f(first_token, tokens, position_of_the_first)` for the blocks of a segment.
-    fn for_each_block(
+    /// Every head of `x: (tokens, heads of keys)` turned by its token's position, or back.
+    fn rotate_keys(&self, x: &mut [f32], inverse: bool) {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        let positions = self.segments.positions();
+        x.par_chunks_mut(width.max(1))
+            .zip(positions)
+            .with_min_len(64)
+            .for_each(|(row, &position)| self.rotary.rotate_in_place(row, position, inverse));
+    }
+
+    fn forward_task(
         &self,
-        segment: usize,
-        seen: &Visible,
-        mut f: impl FnMut(usize, usize, usize),
+        (segment, queries, g): (usize, Queries, usize),
+        [q, k, v]: [&[f32]; 3],
+        out: SharedMut,
     ) {
-        let own = &self.segments.list()[segment];
-        let depth = seen.tokens.len() - own.len;
-        for at in (0..own.len).step_by(self.shape.block_tokens()) {
-            let tokens = self.shape.block_tokens().min(own.len - at);
-            f(own.start + at, tokens, depth + at);
-        }
-    }
-
-    fn forward_task(&self, segment: usize, g: usize, [q, k, v]: [&[f32]; 3], out: SharedMut) {
-        let d = self.shape.head_dim;
-        let seen = self.visible(segment, g, k, v);
-        let total = seen.tokens.len();
-        let rotation = Some((&*self.rotary, self.segments.positions()));
+        let ranges = self.segments.visible(segment);
+        let (mut k_rows, mut v_rows) = (vec![], vec![]);
         let mut block = Block::new(self.shape);
-        self.for_each_block(segment, &seen, |first, tokens, position| {
-            block.gather(q, first, tokens, g, rotation);
-            block.probabilities(View::dense(&seen.keys, total, d), tokens, position, 0);
-            block.weigh(View::dense(&seen.values, total, d));
-            // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
-            unsafe { block.scatter(out, first, g) };
-        });
+        let rotation = Some((&*self.rotary, self.segments.positions()));
+        block.gather(q, queries.first, queries.tokens, g, rotation);
+        let keys = self.rows(k, &ranges, g, &mut k_rows);
+        block.probabilities(keys, queries.tokens, queries.position);
+        block.weigh(self.rows(v, &ranges, g, &mut v_rows));
+        // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
+        unsafe { block.scatter(out, queries.first, g) };
     }
 
-    /// Writes the gradient of the segment's queries; returns its part of the gradients of the
-    /// keys and values it sees, `(visible, head_dim)` each.
+    /// Writes the gradient of the segment's queries and returns its part of those of the keys,
+    /// still rotated, and values.
     fn backward_task(
         &self,
-        segment: usize,
-        g: usize,
+        (segment, g): (usize, usize),
         [q, k, v, d_out]: [&[f32]; 4],
         d_q: SharedMut,
-    ) -> (Vec<f32>, Vec<f32>) {
+    ) -> Part {
         let d = self.shape.head_dim;
-        let seen = self.visible(segment, g, k, v);
-        let total = seen.tokens.len();
-        let (keys, values) = (
-            View::dense(&seen.keys, total, d),
-            View::dense(&seen.values, total, d),
-        );
+        let ranges = self.segments.visible(segment);
+        let total: usize = ranges.iter().map(ExactSizeIterator::len).sum();
+        let (mut k_rows, mut v_rows) = (vec![], vec![]);
+        let keys = self.rows(k, &ranges, g, &mut k_rows);
+        let values = self.rows(v, &ranges, g, &mut v_rows);
         let positions = self.segments.positions();
         let (mut d_k, mut d_v) = (vec![0f32; total * d], vec![0f32; total * d]);
         let (mut block, mut d_p, mut d_o) = (Block::new(self.shape), vec![], vec![]);
-        self.for_each_block(segment, &seen, |first, tokens, position| {
+        for queries in self.queries(segment) {
+            let Queries { first, tokens, .. } = queries;
             block.gather(q, first, tokens, g, Some((&self.rotary, positions)));
-            block.probabilities(keys, tokens, position, 0);
+            block.probabilities(keys, tokens, queries.position);
             let (rows, n) = (block.rows, block.keys);
+            let seen = block.low * d..(block.low + n) * d;
             let d_o = room(&mut d_o, rows * d);
             copy_group(d_o, d_out, first, g, &self.shape);
             let d_o = View::dense(d_o, rows, d);
-            let d_v = ViewMut::dense(&mut d_v[..n * d], n, d);
+            let d_v = ViewMut::dense(&mut d_v[seen.clone()], n, d);
             let p = View::dense(&block.p[..rows * n], rows, n);
             product(d_v, Into::Add, p.t(), d_o);
             let d_p = room(&mut d_p, rows * n);
             let dst = ViewMut::dense(d_p, rows, n);
-            product(dst, Into::Overwrite, d_o, values.first_rows(n).t());
+            product(dst, Into::Overwrite, d_o, block.seen(values).t());
             softmax_backward(&mut block.p[..rows * n], d_p, n, self.shape.scale());
-            let d_k = ViewMut::dense(&mut d_k[..n * d], n, d);
+            let d_k = ViewMut::dense(&mut d_k[seen], n, d);
             let d_scores = View::dense(&block.p[..rows * n], rows, n);
             product(d_k, Into::Add, d_scores.t(), block.queries());
             // The block's output is now the gradient of its queries.
             block.weigh(keys);
             let group = self.shape.group() * d;
-            for (t, rows) in block.output[..rows * d].chunks_exact_mut(group).enumerate() {
-                self.rotary
-                    .rotate_in_place(rows, positions[first + t], true);
+            let d_queries = block.output[..rows * d].chunks_exact_mut(group);
+            for (rows, &position) in d_queries.zip(&positions[first..]) {
+                self.rotary.rotate_in_place(rows, position, true);
             }
             // SAFETY: tasks own disjoint (tokens of a segment) x (columns of a group).
             unsafe { block.scatter(d_q, first, g) };
-        });
-        for (position, d_key) in d_k.chunks_exact_mut(d).enumerate() {
-            self.rotary.rotate_in_place(d_key, position as u32, true);
         }
         (d_k, d_v)
     }
 
-    /// Adds up what the segments of every tree found for the keys and values they share, in the
-    /// order of segments, so that the sum does not depend on threads.
-    fn gather_parts(&self, parts: &[(Vec<f32>, Vec<f32>)]) -> [Vec<f32>; 2] {
-        let (d, heads) = (self.shape.head_dim, self.shape.kv_heads);
-        let width = heads * d;
-        let n = self.segments.tokens();
-        let (mut d_k, mut d_v) = (vec![0f32; n * width], vec![0f32; n * width]);
-        let (k_shared, v_shared) = (SharedMut::new(&mut d_k), SharedMut::new(&mut d_v));
-        let trees = self.segments.trees().par_iter();
-        trees.for_each(|tree| {
-            for (&segment, g) in tree.iter().flat_map(|s| (0..heads).map(move |g| (s, g))) {
-                let (part_k, part_v) = &parts[segment * heads + g];
+    /// Runs of segments whose parts may exist at one time.
+    fn chunks(&self) -> Vec<Range<usize>> {
+        let limit = VISIBLE_AT_ONCE * self.segments.tokens();
+        let (mut chunks, mut start, mut visible) = (vec![], 0, 0);
+        for (index, segment) in self.segments.list().iter().enumerate() {
+            let end = segment.start + segment.len;
+            let seen = match segment.len {
+                0 => 0,
+                _ => self.segments.positions()[end - 1] as usize + 1,
+            };
+            if index > start && visible + seen > limit {
+                chunks.push(start..index);
+                (start, visible) = (index, 0);
+            }
+            visible += seen;
+        }
+        chunks.push(start..self.segments.list().len());
+        chunks
+    }
+
+    /// Adds the parts of the segments `chunk` to the gradients of the keys and values they share,
+    /// in the order of segments, so that the sums do not depend on threads.
+    fn add_parts(&self, chunk: &Range<usize>, parts: &[Part], [d_k, d_v]: [SharedMut; 2]) {
+        let (d, kv_heads) = (self.shape.head_dim, self.shape.kv_heads);
+        let width = kv_heads * d;
+        let trees = self.segments.trees().iter();
+        let tasks: Vec<_> = trees
+            .flat_map(|tree| (0..kv_heads).map(move |g| (tree, g)))
+            .collect();
+        tasks.into_par_iter().for_each(|(tree, g)| {
+            for &segment in tree.iter().filter(|s| chunk.contains(s)) {
+                let (part_k, part_v) = &parts[(segment - chunk.start) * kv_heads + g];
                 let tokens = self.segments.visible(segment).into_iter().flatten();
                 let rows = part_k.chunks_exact(d).zip(part_v.chunks_exact(d));
                 for (token, (part_k, part_v)) in tokens.zip(rows) {
-                    for (shared, part) in [(k_shared, part_k), (v_shared, part_v)] {
-                        // SAFETY: trees own disjoint tokens.
+                    for (shared, part) in [(d_k, part_k), (d_v, part_v)] {
+                        // SAFETY: a segment sees tokens of its own tree only, so tasks own
+                        // disjoint (tokens of a tree) x (columns of a head).
                         let sum = unsafe { shared.slice(token * width + g * d, d) };
                         for (sum, v) in sum.iter_mut().zip(part) {
                             *sum += v;
@@ -319,7 +347,6 @@ impl Attention {
                 }
             }
         });
-        [d_k, d_v]
     }
 }
 
@@ -349,30 +376,54 @@ impl CpuOp for Attention {
         assert_eq!((q.rows(), q.cols()), (n, self.shape.heads * d), "queries");
         assert_eq!((k.rows(), k.cols()), (n, self.shape.kv_heads * d), "keys");
         assert_eq!((v.rows(), v.cols()), (n, k.cols()), "values");
+        assert_eq!(self.rotary.head_dim(), d, "features that are rotated");
+        assert!(
+            self.shape.heads.is_multiple_of(self.shape.kv_heads),
+            "whole groups of heads"
+        );
+        let mut rotated = k.values().to_vec();
+        self.rotate_keys(&mut rotated, false);
         let mut out = kernel::buffer(q.rows() * q.cols());
         let shared = SharedMut::new(&mut out);
-        let values = [q, k, v].map(Matrix::values);
-        self.tasks()
+        let values = [q.values(), &rotated, v.values()];
+        let segments = 0..self.segments.list().len();
+        let tasks: Vec<_> = segments
+            .flat_map(|s| self.queries(s).map(move |queries| (s, queries)))
+            .flat_map(|(s, queries)| (0..self.shape.kv_heads).map(move |g| (s, queries, g)))
+            .collect();
+        tasks
             .into_par_iter()
             .with_max_len(1)
-            .for_each(|(segment, g)| self.forward_task(segment, g, values, shared));
-        let saved = if tracked { inputs.to_vec() } else { vec![] };
-        (Matrix::new(out, q.rows(), q.cols()), saved)
+            .for_each(|task| self.forward_task(task, values, shared));
+        let out = Matrix::new(out, q.rows(), q.cols());
+        if !tracked {
+            return (out, vec![]);
+        }
+        let rotated = Matrix::new(rotated, k.rows(), k.cols());
+        (out, vec![q.clone(), rotated, v.clone()])
     }
 
     fn backward(&self, saved: Vec<Matrix>, dy: Matrix, _needed: &[bool]) -> Vec<Option<Matrix>> {
         let (q, k, v) = (&saved[0], &saved[1], &saved[2]);
         let n = q.rows();
         let mut d_q = kernel::buffer(n * q.cols());
-        let shared = SharedMut::new(&mut d_q);
+        let (mut d_k, mut d_v) = (vec![0f32; n * k.cols()], vec![0f32; n * v.cols()]);
+        let [q_shared, k_shared, v_shared] =
+            [&mut d_q, &mut d_k, &mut d_v].map(|d| SharedMut::new(d));
         let values = [q, k, v, &dy].map(Matrix::values);
-        let parts: Vec<(Vec<f32>, Vec<f32>)> = self
-            .tasks()
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|(segment, g)| self.backward_task(segment, g, values, shared))
-            .collect();
-        let [d_k, d_v] = self.gather_parts(&parts);
+        for chunk in self.chunks() {
+            let tasks: Vec<_> = chunk
+                .clone()
+                .flat_map(|s| (0..self.shape.kv_heads).map(move |g| (s, g)))
+                .collect();
+            let parts: Vec<Part> = tasks
+                .into_par_iter()
+                .with_max_len(1)
+                .map(|task| self.backward_task(task, values, q_shared))
+                .collect();
+            self.add_parts(&chunk, &parts, [k_shared, v_shared]);
+        }
+        self.rotate_keys(&mut d_k, true);
         vec![
             Some(Matrix::new(d_q, n, q.cols())),
             Some(Matrix::new(d_k, n, k.cols())),
@@ -402,17 +453,13 @@ mod tests {
     }
 
     fn forest() -> Segments {
-        let segment = |start, len, ancestors: &[usize]| Segment {
-            start,
-            len,
-            ancestors: ancestors.to_vec(),
-        };
+        let segment = |start, len, parent| Segment { start, len, parent };
         Segments::new(vec![
-            segment(0, 3, &[]),
-            segment(3, 2, &[0]),
-            segment(5, 1, &[0]),
-            segment(6, 2, &[0, 2]),
-            segment(8, 4, &[]),
+            segment(0, 3, None),
+            segment(3, 2, Some(0)),
+            segment(5, 1, Some(0)),
+            segment(6, 2, Some(2)),
+            segment(8, 4, None),
         ])
     }
 
@@ -441,17 +488,66 @@ mod tests {
 
     #[test]
     fn long_rows_equal_definition_across_blocks() {
-        let n = BLOCK_ROWS + 7;
-        let (segments, rotary) = (Arc::new(Segments::rows(&[n, 3])), rotary());
+        let long = 2 * BLOCK_ROWS + 7;
+        let child = |start, len, parent| Segment { start, len, parent };
+        // A long row beside a short one, and a long continuation of a long beginning.
+        let rows = Segments::rows(&[long, 3]);
+        let tree = vec![
+            child(0, long, None),
+            child(long, 5, Some(0)),
+            child(long + 5, long, Some(0)),
+        ];
+        for (segments, window) in [
+            (rows.clone(), None),
+            (rows, Some(BLOCK_ROWS / 2)),
+            (Segments::new(tree.clone()), None),
+            (Segments::new(tree), Some(BLOCK_ROWS / 2)),
+        ] {
+            let (n, rotary) = (segments.tokens(), rotary());
+            let segments = Arc::new(segments);
+            check::equal(Case {
+                shapes: &[(n, 16), (n, 8), (n, 8)],
+                fused: |t| {
+                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
+                    attention(q, k, v, &segments, &rotary, shape(window))
+                },
+                definition: |t| {
+                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
+                    definition(q, k, v, &segments, &rotary, shape(window))
+                },
+            });
+        }
+    }
+
+    #[test]
+    fn parts_of_many_branches_are_added_in_chunks() {
+        // Many short branches of a long beginning see far more tokens than there are.
+        let mut list = vec![Segment {
+            start: 0,
+            len: 40,
+            parent: None,
+        }];
+        list.extend((0..30).map(|i| Segment {
+            start: 40 + i,
+            len: 1,
+            parent: Some(0),
+        }));
+        let (segments, rotary) = (Arc::new(Segments::new(list)), rotary());
+        let op = Attention {
+            segments: segments.clone(),
+            rotary: rotary.clone(),
+            shape: shape(None),
+        };
+        assert!(op.chunks().len() > 3, "{:?}", op.chunks());
         check::equal(Case {
-            shapes: &[(n + 3, 16), (n + 3, 8), (n + 3, 8)],
+            shapes: &[(70, 16), (70, 8), (70, 8)],
             fused: |t| {
                 let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                attention(q, k, v, &segments, &rotary, shape(Some(150)))
+                attention(q, k, v, &segments, &rotary, shape(None))
             },
             definition: |t| {
                 let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                definition(q, k, v, &segments, &rotary, shape(Some(150)))
+                definition(q, k, v, &segments, &rotary, shape(None))
             },
         });
     }

@@ -46,6 +46,17 @@ impl<'a> View<'a> {
         Self { rows, ..self }
     }
 
+    /// The view without its first `rows` rows.
+    pub(crate) fn skip_rows(self, rows: usize) -> Self {
+        assert!(rows <= self.rows, "rows of the view");
+        let start = (rows * self.row_stride).min(self.data.len());
+        Self {
+            data: &self.data[start..],
+            rows: self.rows - rows,
+            ..self
+        }
+    }
+
     fn last(&self) -> usize {
         (self.rows.max(1) - 1) * self.row_stride + (self.cols.max(1) - 1) * self.col_stride
     }
@@ -147,9 +158,14 @@ pub(crate) fn matmul(
     reason = "clearing the buffers first costs several percent of a step"
 )]
 pub(crate) fn buffer(len: usize) -> Vec<f32> {
+    // Tests see what a kernel left out.
+    if cfg!(test) {
+        return vec![f32::NAN; len];
+    }
     let mut values = Vec::with_capacity(len);
-    // SAFETY: the capacity was just reserved, every bit pattern is an f32, and kernels write each
-    // element before reading it.
+    // SAFETY: the capacity was just reserved. Nothing reads an element before it is written: a
+    // buffer goes to a product or a row-wise fill that covers all of it (matrix products
+    // overwrite their destination, `fill_rows` and the attention's scatter write every row).
     unsafe {
         values.set_len(len);
     }
@@ -218,7 +234,7 @@ fn lockstep<const N: usize>(
     (0..count).map(move |_| chunks.each_mut().map(|c| c.next().unwrap_or_default()))
 }
 
-/// Sum in eight interleaved lanes, so that the order does not depend on the CPU's vector width
+/// Sum in sixteen interleaved lanes, so that the order does not depend on the CPU's vector width
 /// and the loop still vectorizes.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {

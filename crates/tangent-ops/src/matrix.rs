@@ -10,6 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::kernel;
+use crate::mapped::MappedFile;
 
 /// How the values of a [`FrozenMatrix`] are stored. The quantized types are ggml's blocks along
 /// the columns of one row.
@@ -62,7 +63,7 @@ impl StoredType {
 #[derive(Clone, Debug)]
 pub enum WeightBytes {
     /// A range of a mapped file.
-    Mapped(Arc<memmap2::Mmap>, Range<usize>),
+    Mapped(Arc<MappedFile>, Range<usize>),
     /// A buffer in memory.
     Owned(Arc<[u8]>),
     /// Values in memory, aligned for direct use.
@@ -75,20 +76,6 @@ impl WeightBytes {
             Self::Mapped(map, range) => &map[range.clone()],
             Self::Owned(bytes) => bytes,
             Self::Values(values) => bytemuck::cast_slice(&values[..]),
-        }
-    }
-
-    /// Tells the system that a mapped file's pages need not stay in memory; they are read again
-    /// when they are used again.
-    fn leave_pages(&self) {
-        #[cfg(unix)]
-        if let Self::Mapped(map, range) = self {
-            let advice = memmap2::UncheckedAdvice::DontNeed;
-            // SAFETY: the map is read-only and of a file, so a page that was dropped has the same
-            // bytes when it comes back.
-            let advised = unsafe { map.unchecked_advise_range(advice, range.start, range.len()) };
-            // Memory is all that a refusal costs.
-            drop(advised);
         }
     }
 }
@@ -219,7 +206,9 @@ impl FrozenMatrix {
             StoredType::F16 => self.narrowed(|v| half::f16::from_f32(v).to_le_bytes()),
             quantized => unreachable!("no conversion to {quantized:?}"),
         };
-        self.bytes.leave_pages();
+        if let WeightBytes::Mapped(file, range) = &self.bytes {
+            file.leave(range);
+        }
         Self {
             rows: self.rows,
             cols: self.cols,
@@ -234,8 +223,8 @@ impl FrozenMatrix {
     fn narrowed(&self, narrow: impl Fn(f32) -> [u8; 2] + Sync) -> WeightBytes {
         let mut bytes: Arc<[u8]> = repeat_n(0, 2 * self.rows * self.cols).collect();
         let rows_per_task = (65_536 / self.cols.max(1)).max(1);
-        let out = Arc::get_mut(&mut bytes).unwrap_or_default();
-        out.par_chunks_mut(2 * rows_per_task * self.cols.max(1))
+        Arc::make_mut(&mut bytes)
+            .par_chunks_mut(2 * rows_per_task * self.cols.max(1))
             .enumerate()
             .for_each(|(task, out)| {
                 let mut wide = kernel::buffer(out.len() / 2);
@@ -255,6 +244,11 @@ impl FrozenMatrix {
     /// Input features.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Whether the bytes are those of a mapped file.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.bytes, WeightBytes::Mapped(..))
     }
 
     /// Stored type.
@@ -396,6 +390,10 @@ mod tests {
         for stored in [StoredType::BF16, StoredType::F16] {
             assert_eq!(wide.convert(stored).to_values(), values, "{stored:?}");
         }
+        // Several tasks convert the rows of a larger one.
+        let values: Vec<f32> = (0..300 * 512).map(|i| (i % 251) as f32).collect();
+        let wide = FrozenMatrix::from_values(values.clone(), 300, 512);
+        assert!(wide.convert(StoredType::BF16).to_values() == values);
     }
 
     #[test]

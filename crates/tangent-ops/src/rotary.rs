@@ -29,6 +29,11 @@ impl Rotary {
         }
     }
 
+    /// Features of a head.
+    pub(crate) fn head_dim(&self) -> usize {
+        2 * self.half
+    }
+
     /// Number of positions in the table.
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half.max(1)

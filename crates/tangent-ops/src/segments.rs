@@ -3,15 +3,14 @@
 use std::ops::Range;
 
 /// A run of consecutive tokens that continue their ancestors' tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// First token of the run.
     pub start: usize,
     /// Number of tokens.
     pub len: usize,
-    /// Indices of the segments whose tokens come before this run, the root first; empty for a
-    /// row of its own.
-    pub ancestors: Vec<usize>,
+    /// Index of the segment whose last token comes before this run; none for a row of its own.
+    pub parent: Option<usize>,
 }
 
 /// The layout of a flat batch: a token attends to its ancestors' tokens and to the tokens up to
@@ -27,45 +26,43 @@ impl Segments {
     /// Independent rows of the given lengths, one after another.
     pub fn rows(lengths: &[usize]) -> Self {
         let mut start = 0;
-        let list = lengths
-            .iter()
-            .map(|&len| {
-                let segment = Segment {
-                    start,
-                    len,
-                    ancestors: vec![],
-                };
-                start += len;
-                segment
-            })
-            .collect();
-        Self::new(list)
+        let list = lengths.iter().map(|&len| {
+            let segment = Segment {
+                start,
+                len,
+                parent: None,
+            };
+            start += len;
+            segment
+        });
+        Self::new(list.collect())
     }
 
     /// A forest of segments.
     ///
     /// # Panics
-    /// If segments do not cover the tokens one after another, or if an ancestor is not an earlier
+    /// If segments do not cover the tokens one after another, or if a parent is not an earlier
     /// segment.
     pub fn new(list: Vec<Segment>) -> Self {
         let mut positions = Vec::new();
         let mut trees: Vec<Vec<usize>> = Vec::new();
-        let mut tree_of = Vec::with_capacity(list.len());
+        // Depth of the first token after each segment, and its tree.
+        let mut ends: Vec<(usize, usize)> = Vec::with_capacity(list.len());
         for (index, segment) in list.iter().enumerate() {
             assert_eq!(segment.start, positions.len(), "segments are consecutive");
-            let earlier = segment.ancestors.iter().all(|&a| a < index);
-            assert!(earlier, "ancestors come first");
-            let depth: usize = segment.ancestors.iter().map(|&a| list[a].len).sum();
-            positions.extend((depth..depth + segment.len).map(|p| p as u32));
-            let tree = match segment.ancestors.first() {
-                Some(&root) => tree_of[root],
+            let (depth, tree) = match segment.parent {
+                Some(parent) => {
+                    assert!(parent < index, "parents come first");
+                    ends[parent]
+                }
                 None => {
                     trees.push(vec![]);
-                    trees.len() - 1
+                    (0, trees.len() - 1)
                 }
             };
+            positions.extend((depth..depth + segment.len).map(|p| p as u32));
             trees[tree].push(index);
-            tree_of.push(tree);
+            ends.push((depth + segment.len, tree));
         }
         Self {
             list,
@@ -89,20 +86,20 @@ impl Segments {
         &self.list
     }
 
-    /// Segments grouped by their root.
+    /// Segments grouped by their root; no two groups have a token in common.
     pub(crate) fn trees(&self) -> &[Vec<usize>] {
         &self.trees
     }
 
     /// The token ranges that `segment` sees, ancestors first, itself last.
-    pub(crate) fn visible(&self, segment: usize) -> Vec<Range<usize>> {
-        let own = &self.list[segment];
-        own.ancestors
-            .iter()
-            .map(|&a| &self.list[a])
-            .chain([own])
-            .map(|s| s.start..s.start + s.len)
-            .collect()
+    pub fn visible(&self, segment: usize) -> Vec<Range<usize>> {
+        let parent = |&index: &usize| self.list[index].parent;
+        let path = std::iter::successors(Some(segment), parent);
+        let mut ranges: Vec<_> = path
+            .map(|index| self.list[index].start..self.list[index].start + self.list[index].len)
+            .collect();
+        ranges.reverse();
+        ranges
     }
 }
 
@@ -119,16 +116,12 @@ mod tests {
 
     #[test]
     fn descendants_continue_positions() {
-        let child = |start, len, ancestors| Segment {
-            start,
-            len,
-            ancestors,
-        };
+        let child = |start, len, parent| Segment { start, len, parent };
         let forest = Segments::new(vec![
-            child(0, 3, vec![]),
-            child(3, 2, vec![0]),
-            child(5, 1, vec![0]),
-            child(6, 2, vec![0, 2]),
+            child(0, 3, None),
+            child(3, 2, Some(0)),
+            child(5, 1, Some(0)),
+            child(6, 2, Some(2)),
         ]);
         assert_eq!(forest.positions(), [0, 1, 2, 3, 4, 3, 4, 5]);
         assert_eq!(forest.trees(), [vec![0, 1, 2, 3]]);

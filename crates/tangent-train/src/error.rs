@@ -7,7 +7,7 @@ use tangent_model::folder::FolderError;
 use tangent_peft::PeftError;
 
 use crate::data::DataError;
-use crate::plan::megabytes;
+use crate::plan::{megabytes, memory_size};
 
 /// A run that cannot begin or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -33,22 +33,21 @@ pub enum TrainError {
     },
     /// A run that does not fit into the memory that it may take.
     #[error(
-        "--max-memory allows {}M, and the least that would do is {}, of {how} ({parts}). What \
-         takes less: {remedies}",
-        .limit / 1_000_000,
-        megabytes(.smallest)
+        "--max-memory {} is too little; the least is {}: {how}. Predicted: {parts}. {remedy}",
+        memory_size(*.limit),
+        megabytes(*.smallest)
     )]
     Memory {
         /// Bytes that it may take.
         limit: u64,
         /// Bytes of the smallest limit that some settings keep to.
         smallest: u64,
-        /// The micro-batches that this is the peak of.
+        /// The micro-batches of these settings.
         how: String,
-        /// The parts of the peak.
+        /// The parts of their peak, and the share that a limit leaves free.
         parts: String,
-        /// What would make it smaller.
-        remedies: String,
+        /// What would make it smaller, or that nothing would.
+        remedy: String,
     },
     /// A loss or a gradient that is not a finite number.
     #[error(
@@ -83,8 +82,8 @@ pub enum TrainError {
     },
     /// A run resumed with other settings.
     #[error(
-        "{path} was begun with other settings: {changes}; resume with the same settings or begin \
-         a new run",
+        "{path} was begun with other settings: {changes}; resume with the same settings (and the \
+         same --max-memory, if one was given) or begin a new run",
         path = path.display()
     )]
     Changed {

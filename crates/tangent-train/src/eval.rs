@@ -15,6 +15,9 @@ const MOST_LABELS: usize = 20;
 /// Tokens that are evaluated together.
 pub(crate) const TOKENS: usize = 2048;
 
+/// Most rows that are evaluated together, however many tokens they share.
+const ROWS: usize = 256;
+
 /// How a model does on examples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalReport {
@@ -67,7 +70,8 @@ pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
     let (mut groups, mut start) = (vec![], 0);
     let mut tokens = DistinctTokens::default();
     for (i, example) in examples.iter().enumerate() {
-        if i > start && tokens.count() + tokens.added_by(&example.tokens) > TOKENS {
+        let more = tokens.count() + tokens.added_by(&example.tokens);
+        if i > start && (more > TOKENS || i - start == ROWS) {
             groups.push(&examples[start..i]);
             (start, tokens) = (i, DistinctTokens::default());
         }

@@ -71,7 +71,7 @@ pub struct TrainReport {
     pub tokens: usize,
     /// Seconds of this part of the run, evaluation and checkpoints included.
     pub seconds: f64,
-    /// Tokens a second of training steps alone.
+    /// Tokens a second of this part's training steps alone; 0 where there was none.
     pub tokens_per_second: f64,
     /// Largest memory.
     pub peak_memory_bytes: u64,
@@ -102,11 +102,11 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     });
     let mut last_eval = None;
     if progress.log_history.is_empty() && !run.eval.is_empty() {
-        let entry = entry(&progress, 0.0).with_eval(evaluation(run)?);
+        let entry = entry(&progress, Speed::default()).with_eval(evaluation(run)?);
         metrics.log(&mut progress, entry, on_event)?;
     }
-    let mut stepping = 0f64;
-    let (mut window_seconds, mut tokens_here) = (0f64, 0usize);
+    // Of this process's steps only: the time of an earlier part is not known.
+    let (mut window, mut overall) = (Speed::default(), Speed::default());
     let mut steps = epoch_steps(run.train, config, progress.epoch_index);
     let mut saved = None;
     while progress.global_step < total && !run.stop.load(Ordering::Relaxed) {
@@ -134,15 +134,15 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             progress.epoch_index as f64 + progress.step_in_epoch as f64 / steps.len() as f64;
         progress.window.add(loss, counts.supervised, counts.tokens);
         progress.total.add(loss, counts.supervised, counts.tokens);
-        tokens_here += counts.tokens;
-        stepping += clock.elapsed().as_secs_f64();
-        window_seconds += clock.elapsed().as_secs_f64();
+        let seconds = clock.elapsed().as_secs_f64();
+        window.add(counts.tokens, seconds);
+        overall.add(counts.tokens, seconds);
 
         let last = step == total;
         let every = |n: usize| n > 0 && step.is_multiple_of(n);
         let evaluates = !run.eval.is_empty() && (every(config.eval_steps) || last);
         if every(config.logging_steps) || evaluates || last {
-            let mut entry = entry(&progress, window_seconds).with_step(rate, norm);
+            let mut entry = entry(&progress, window).with_step(rate, norm);
             if evaluates {
                 let report = evaluation(run)?;
                 if progress.best_metric.is_none_or(|best| report.loss < best) {
@@ -153,7 +153,7 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
                 entry = entry.with_eval(report);
             }
             progress.window = checkpoint::Sums::default();
-            window_seconds = 0.0;
+            window = Speed::default();
             metrics.log(&mut progress, entry, on_event)?;
         }
         if every(config.save_steps) || (last && config.save_steps > 0) {
@@ -177,9 +177,28 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         eval: last_eval,
         tokens: progress.total.tokens,
         seconds: begun.elapsed().as_secs_f64(),
-        tokens_per_second: tokens_here as f64 / stepping.max(1e-9),
+        tokens_per_second: overall.tokens_per_second().unwrap_or(0.0),
         peak_memory_bytes: memory::peak_bytes(),
     })
+}
+
+/// Tokens of training steps, and how long they took.
+#[derive(Clone, Copy, Debug, Default)]
+struct Speed {
+    tokens: usize,
+    seconds: f64,
+}
+
+impl Speed {
+    fn add(&mut self, tokens: usize, seconds: f64) {
+        self.tokens += tokens;
+        self.seconds += seconds;
+    }
+
+    fn tokens_per_second(self) -> Option<f64> {
+        let known = self.tokens > 0 && self.seconds > 0.0;
+        known.then(|| self.tokens as f64 / self.seconds)
+    }
 }
 
 fn evaluation(run: &Run<'_>) -> Result<EvalReport, TrainError> {
@@ -279,10 +298,16 @@ fn publish(run: &Run<'_>) -> Result<(), TrainError> {
     let stale = RESULTS
         .iter()
         .filter(|name| !result.path().join(name).exists());
-    let stale: Vec<PathBuf> = stale.map(|name| run.output.join(name)).collect();
+    let stale: Vec<&str> = stale.copied().collect();
     result.finish_into(&run.output)?;
-    for path in stale.iter().filter(|path| path.is_file()) {
-        fs::remove_file(path).map_err(io("remove", path))?;
+    remove_files(&run.output, &stale)
+}
+
+/// Removes those of the named files that are there.
+fn remove_files(folder: &Path, names: &[&str]) -> Result<(), TrainError> {
+    let paths = names.iter().map(|name| folder.join(name));
+    for path in paths.filter(|path| path.is_file()) {
+        fs::remove_file(&path).map_err(io("remove", &path))?;
     }
     Ok(())
 }
@@ -301,6 +326,12 @@ const RESULTS: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
 ];
+
+/// Name of a run's profile in its output folder, which whoever asked for it writes.
+pub const TRACE: &str = "trace.json";
+
+/// Files of an earlier run that a new one removes, since it may not write them itself.
+const OF_EARLIER_RUN: &[&str] = &[TRACE];
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
     let path = path.to_owned();
@@ -342,6 +373,7 @@ fn begin(
         for (_, path) in checkpoint::list(&run.output) {
             fs::remove_dir_all(&path).map_err(io("remove", &path))?;
         }
+        remove_files(&run.output, OF_EARLIER_RUN)?;
         let text = format!("{:#}\n", run.settings);
         folder::write_file(&record, text.as_bytes())?;
         return Ok((lock, new));
@@ -374,13 +406,13 @@ fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainErr
     let mut keys: Vec<&String> = then.keys().chain(now.keys()).collect();
     keys.sort_unstable();
     keys.dedup();
+    let show = |v: Option<&Value>| v.map_or("not set".to_owned(), Value::to_string);
+    // Compared as text: the order of patterns counts, to which equality of objects is blind.
     let changes: Vec<String> = keys
         .into_iter()
-        .filter(|k| then.get(*k) != now.get(*k))
-        .map(|k| {
-            let show = |v: Option<&Value>| v.map_or("not set".to_owned(), Value::to_string);
-            format!("{k} was {}, is {}", show(then.get(k)), show(now.get(k)))
-        })
+        .map(|k| (k, show(then.get(k)), show(now.get(k))))
+        .filter(|(_, then, now)| then != now)
+        .map(|(k, then, now)| format!("{k} was {then}, is {now}"))
         .collect();
     if changes.is_empty() {
         return Ok(());
@@ -414,17 +446,15 @@ fn save(
     Ok(())
 }
 
-fn entry(progress: &Progress, seconds: f64) -> LogEntry {
+fn entry(progress: &Progress, speed: Speed) -> LogEntry {
     let window = progress.window;
-    let some = window.tokens > 0;
     LogEntry {
         step: progress.global_step,
         epoch: progress.epoch,
-        loss: some.then(|| window.mean_loss()),
+        loss: (window.tokens > 0).then(|| window.mean_loss()),
         learning_rate: None,
         grad_norm: None,
-        // A resumed window's time is not known; the rate is then left out.
-        tokens_per_second: (some && seconds > 0.0).then(|| window.tokens as f64 / seconds),
+        tokens_per_second: speed.tokens_per_second(),
         peak_memory_bytes: memory::peak_bytes(),
         eval: None,
     }
@@ -492,4 +522,44 @@ pub fn fingerprint(examples: &[Example]) -> Value {
         hash = pass::mix(hash, &text);
     }
     json!({"rows": examples.len(), "hash": format!("{hash:016x}")})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_has_the_speed_of_the_steps_that_were_timed() {
+        let mut progress = Progress::default();
+        assert_eq!(entry(&progress, Speed::default()).loss, None);
+        // Two steps came with the checkpoint, one was taken by this process.
+        progress.window.add(6.0, 3, 2000);
+        let mut timed = Speed::default();
+        timed.add(100, 0.5);
+        let entry = entry(&progress, timed);
+        assert_eq!(
+            (entry.loss, entry.tokens_per_second),
+            (Some(2.0), Some(200.0))
+        );
+    }
+
+    #[test]
+    fn other_settings_and_another_order_of_patterns_are_changes() {
+        let path = Path::new("run.json");
+        let begun = json!({"rank": 8, "rank_pattern": {"q_proj": 4, "proj": 2}, "seed": 1});
+        let same = json!({"seed": 1, "rank_pattern": {"q_proj": 4, "proj": 2}, "rank": 8});
+        refuse_changes(path, &begun, &same).unwrap();
+        let other = json!({"rank": 8, "rank_pattern": {"proj": 2, "q_proj": 4}});
+        let text = refuse_changes(path, &begun, &other)
+            .unwrap_err()
+            .to_string();
+        for part in [
+            r#"rank_pattern was {"q_proj":4,"proj":2}, is {"proj":2,"q_proj":4}"#,
+            "seed was 1, is not set",
+            "the same --max-memory",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!text.contains("rank was"), "{text}");
+    }
 }

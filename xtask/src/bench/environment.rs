@@ -66,6 +66,33 @@ fn version(root: &Path, program: &Path) -> Result<String, Failure> {
     Ok(text.lines().next().unwrap_or_default().trim().to_owned())
 }
 
+/// The commit of the repository, with `-dirty` where files that git follows differ from it, those
+/// in `written` apart; `None` where `root` is no work tree of git.
+pub fn commit(root: &Path, written: &[&str]) -> Option<String> {
+    let commit = git(root, &["rev-parse", "--short", "HEAD"])?;
+    let apart: Vec<String> = written
+        .iter()
+        .map(|path| format!(":(exclude){path}"))
+        .collect();
+    let mut words = vec!["status", "--porcelain", "--untracked-files=no", "--", "."];
+    words.extend(apart.iter().map(String::as_str));
+    let changes = git(root, &words)?;
+    let mark = if changes.is_empty() { "" } else { "-dirty" };
+    Some(format!("{commit}{mark}"))
+}
+
+/// What git prints, `None` if it fails or is not there.
+fn git(root: &Path, arguments: &[&str]) -> Option<String> {
+    let mut command = Command::new("git");
+    // Set where a hook of git runs this; they would name another work tree than the one at `root`.
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"] {
+        command.env_remove(variable);
+    }
+    let output = command.args(arguments).current_dir(root).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    output.status.success().then(|| text.trim().to_owned())
+}
+
 /// The machine in one line, from the text of `/proc/cpuinfo` and `/proc/meminfo`.
 fn machine(cpuinfo: &str, meminfo: &str) -> String {
     let mut parts = vec![
@@ -140,6 +167,29 @@ mod tests {
         ] {
             assert_eq!(date(days), expected);
         }
+    }
+
+    #[test]
+    fn commits_are_marked_where_files_differ() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        if git(root, &["init", "--quiet"]).is_none() {
+            return; // no git here
+        }
+        assert_eq!(commit(root, &[]), None);
+        let write = |name: &str, text: &str| fs::write(root.join(name), text).unwrap();
+        write("page", "a");
+        write("code", "a");
+        git(root, &["add", "."]).unwrap();
+        let identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"];
+        let words = ["commit", "--quiet", "--no-gpg-sign", "-m", "a"];
+        git(root, &[&identity[..], &words[..]].concat()).unwrap();
+        let clean = commit(root, &["page"]).unwrap();
+        write("page", "bb");
+        write("notes", "b");
+        assert_eq!(commit(root, &["page"]).unwrap(), clean);
+        write("code", "bb");
+        assert_eq!(commit(root, &["page"]).unwrap(), format!("{clean}-dirty"));
     }
 
     #[test]

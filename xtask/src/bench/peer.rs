@@ -11,7 +11,7 @@ use crate::{below, python};
 /// The scripts.
 pub const FOLDER: &str = "bench/peers";
 /// Names an interpreter with the packages of `requirements.txt` in [`FOLDER`] installed.
-const VARIABLE: &str = "TANGENT_BENCH_PYTHON";
+pub const VARIABLE: &str = "TANGENT_BENCH_PYTHON";
 
 /// The interpreter that `TANGENT_BENCH_PYTHON` names, otherwise one with the pinned packages.
 pub fn interpreter(root: &Path) -> Result<CommandLine, Failure> {

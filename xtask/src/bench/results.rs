@@ -21,6 +21,8 @@ pub struct Results {
 #[derive(Debug, PartialEq)]
 pub struct Measured {
     pub date: String,
+    /// The commit that was measured, where it is known.
+    pub commit: Option<String>,
     /// The command that measures the row again.
     pub reproduce: String,
     pub ours: Samples,
@@ -143,8 +145,11 @@ impl Measured {
             "ours": self.ours.to_json(),
             "other": self.other.to_json(),
         });
-        if let (Some(floor), Some(fields)) = (&self.floor, json.as_object_mut()) {
-            fields.insert("floor".into(), floor.to_json());
+        if let Some(fields) = json.as_object_mut() {
+            let commit = self.commit.iter().map(|commit| ("commit", json!(commit)));
+            let floor = self.floor.iter().map(|floor| ("floor", floor.to_json()));
+            let known = commit.chain(floor);
+            fields.extend(known.map(|(key, value)| (key.to_owned(), value)));
         }
         json
     }
@@ -152,6 +157,7 @@ impl Measured {
     fn from_json(json: &Value) -> Option<Self> {
         Some(Self {
             date: text(json, "date")?,
+            commit: text(json, "commit"),
             reproduce: text(json, "reproduce")?,
             ours: Samples::from_json(json.get("ours")?)?,
             other: Samples::from_json(json.get("other")?)?,
@@ -191,6 +197,7 @@ mod tests {
         let measured = Measured {
             date: "2026-01-31".into(),
             reproduce: "cargo xtask bench".into(),
+            commit: None,
             ours,
             other: Samples::default(),
             floor: None,
@@ -201,6 +208,7 @@ mod tests {
         let measured = Measured {
             date: "2026-01-31".into(),
             reproduce: "cargo xtask bench".into(),
+            commit: Some("abc1234-dirty".into()),
             ours: Samples::default(),
             other: Samples {
                 software: Some("llama.cpp".into()),
@@ -218,14 +226,17 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_floor_are_read() {
+    fn rows_without_a_floor_or_a_commit_are_read() {
         let side = r#"{"command": "a", "values": {"seconds": [1.5]}}"#;
         let row = format!(r#"{{"date": "d", "reproduce": "r", "ours": {side}, "other": {side}}}"#);
         let parsed = Measured::from_json(&serde_json::from_str(&row).unwrap()).unwrap();
         assert_eq!(parsed.floor, None);
+        assert_eq!(parsed.commit, None);
         assert_eq!(parsed.other.software, None);
         assert_eq!(parsed.ours.get("seconds"), [1.5]);
-        assert!(parsed.to_json().get("floor").is_none());
+        for key in ["floor", "commit"] {
+            assert!(parsed.to_json().get(key).is_none(), "{key}");
+        }
     }
 
     #[test]

@@ -207,8 +207,10 @@ fn memory(measured: &Measured) -> [String; 3] {
 }
 
 fn commands(row: &Row, measured: &Measured) -> String {
+    let commit = measured.commit.as_deref();
+    let commit = commit.map_or_else(String::new, |commit| format!(" at commit {commit}"));
     let mut text = format!(
-        "\n`{}`, measured on {} with `{}`. The first run of each side:\n\n```sh\n{}\n{}\n",
+        "\n`{}`, measured on {}{commit} with `{}`. The first run of each side:\n\n```sh\n{}\n{}\n",
         row.name, measured.date, measured.reproduce, measured.ours.command, measured.other.command
     );
     if let Some(floor) = &measured.floor {
@@ -308,6 +310,7 @@ mod tests {
         let row = |(name, ours, other): (&str, Samples, Samples)| {
             let measured = Measured {
                 date: "2026-01-31".into(),
+                commit: None,
                 reproduce: format!("cargo xtask bench --only {name}"),
                 ours,
                 other,
@@ -391,12 +394,16 @@ mod tests {
         let floor = [1.0, 1.8, 1.5].map(|seconds| vec![(SECONDS, seconds)]);
         let row = results.rows.get_mut("step-4x256").unwrap();
         row.floor = Some(samples("cargo bench", &floor));
+        row.commit = Some("abc1234".into());
         let text = body(&results);
         assert!(text.contains("| floor | share of the floor reached | Tangent, peak GB |"));
         let expected = "| 1.00 | 1.50 (1.00–1.80) | 75.0 % | – | – | – |\n";
         assert!(text.contains(expected), "{text}");
         assert!(text.contains("| 1.00 | – | – | – | – | – |\n"), "{text}");
         assert!(text.contains("a\nb\ncargo bench\n```\n"), "{text}");
+        let measured = "`step-4x256`, measured on 2026-01-31 at commit abc1234 with ";
+        assert!(text.contains(measured), "{text}");
+        assert_eq!(text.matches("at commit").count(), 1, "{text}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use tangent_model::generate::{Generated, Sampling, generate};
+use tangent_model::generate::{Finish, Generated, Sampling, generate};
 use tangent_model::{LanguageModel, ModelError};
 use tangent_train::memory;
 
@@ -88,7 +88,7 @@ pub struct Args {
     raw: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Go on after the end token, up to --max-new-tokens.
+    /// Go on after the end token, up to --max-new-tokens or the model's longest row.
     #[arg(long)]
     ignore_eos: bool,
     /// Print one line of JSON, with speed and memory, instead of streaming.
@@ -162,14 +162,20 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The continuation with its speed, the first token counted as the prompt's, and the largest
-/// memory of the process. A rate is null where nothing was timed.
+/// The continuation with why it ended, its speed, the first token counted as the prompt's, and the
+/// largest memory of the process. A rate is null where nothing was timed.
 fn in_json(generated: &Generated, prompt_tokens: usize) -> Value {
     let rate = |tokens: usize, seconds: f64| (seconds > 0.0).then(|| tokens as f64 / seconds);
     let (prompt_seconds, seconds) = (generated.prompt_seconds, generated.decode_seconds);
+    let finish = match generated.finish {
+        Finish::EndToken => "end_token",
+        Finish::StopString => "stop_string",
+        Finish::Length => "length",
+    };
     json!({
         "text": generated.text,
         "tokens": generated.tokens,
+        "finish": finish,
         "prompt_tokens": prompt_tokens,
         "prompt_seconds": prompt_seconds,
         "prompt_tokens_per_second": rate(prompt_tokens, prompt_seconds),
@@ -178,4 +184,31 @@ fn in_json(generated: &Generated, prompt_tokens: usize) -> Value {
         "tokens_per_second": rate(generated.decoded, seconds),
         "peak_memory_bytes": memory::peak_bytes(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_say_why_they_ended() {
+        for (finish, name) in [
+            (Finish::EndToken, "end_token"),
+            (Finish::StopString, "stop_string"),
+            (Finish::Length, "length"),
+        ] {
+            let generated = Generated {
+                text: String::new(),
+                tokens: vec![],
+                finish,
+                prompt_seconds: 0.5,
+                decode_seconds: 0.0,
+                decoded: 0,
+            };
+            let line = in_json(&generated, 3);
+            assert_eq!(line["finish"], name);
+            assert_eq!(line["prompt_tokens_per_second"], 6.0);
+            assert_eq!(line["tokens_per_second"], Value::Null);
+        }
+    }
 }

@@ -38,7 +38,7 @@ macro_rules! commands {
 commands! {
     /// Fine-tune a model on rows of text or conversations.
     train => Train,
-    /// What a run would train, and the memory and time that it would take; nothing runs.
+    /// Predict what a run trains, and its memory and time; nothing runs.
     plan => Plan,
     /// Loss, perplexity and, where answers are labels, accuracy of a model on rows.
     eval => Eval,

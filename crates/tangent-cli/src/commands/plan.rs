@@ -1,4 +1,4 @@
-//! `tangent plan`: the run that `tangent train` would begin with the same flags, told and not run.
+//! `tangent plan`: the run that `tangent train` begins with the same flags, predicted and not run.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tangent_train::plan::{Form, Plan, SiteGroup, measured_rate};
+use tangent_train::plan::{Form, Plan, SiteGroup, grouped, measured_rate, megabytes};
 
 use super::train::{Prepared, RunArgs, max_length};
 use crate::failure::Failure;
@@ -125,7 +125,7 @@ fn form(group: &SiteGroup) -> String {
         Form::Whole => "whole".to_owned(),
         Form::LowRank { rank } => format!("rank {rank}"),
         Form::Rows(1) => "1 row".to_owned(),
-        Form::Rows(rows) => format!("{rows} rows"),
+        Form::Rows(rows) => format!("{} rows", grouped(rows)),
         Form::Bias => "bias".to_owned(),
     }
 }
@@ -140,9 +140,13 @@ fn places(group: &SiteGroup) -> String {
 
 fn data(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
     let held_out = grouped(plan.held_out_rows);
+    let truncated = match plan.truncated_rows {
+        0 => String::new(),
+        rows => format!(", {} truncated", grouped(rows)),
+    };
     writeln!(
         out,
-        "\nrows          {} ({held_out} held out)",
+        "\nrows          {}{truncated} ({held_out} held out)",
         grouped(plan.rows)
     )?;
     writeln!(
@@ -153,15 +157,15 @@ fn data(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "steps         {}, of {}",
+        "steps         {}, each of {}",
         grouped(plan.steps),
         plan.micro_batching()
     )?;
     writeln!(
         out,
-        "micro-batch   {} tokens at most, {:.0} in the mean",
+        "micro-batch   {} tokens at most, {} in the mean",
         grouped(plan.largest_micro_batch),
-        plan.mean_micro_batch,
+        grouped(plan.mean_micro_batch.round() as usize),
     )
 }
 
@@ -182,7 +186,11 @@ fn memory(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
     ] {
         writeln!(out, "  {name:<27}{}", gigabytes(bytes))?;
     }
-    Ok(())
+    writeln!(
+        out,
+        "smallest --max-memory for these settings   {}",
+        megabytes(memory.limit())
+    )
 }
 
 fn time(out: &mut impl Write, plan: &Plan, rate: f64) -> io::Result<()> {
@@ -196,36 +204,9 @@ fn time(out: &mut impl Write, plan: &Plan, rate: f64) -> io::Result<()> {
     )
 }
 
-/// A number with its digits in threes.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(' ');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn digits_stand_in_threes() {
-        let cases = [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1 000"),
-            (276_480, "276 480"),
-        ];
-        for (number, text) in cases {
-            assert_eq!(grouped(number), text);
-        }
-        assert_eq!(grouped(12_345_678), "12 345 678");
-    }
 
     #[test]
     fn groups_are_told_in_words() {

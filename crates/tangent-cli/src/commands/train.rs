@@ -16,7 +16,7 @@ use tangent_peft::{Adapter, AdapterConfig, attach, check_patterns, methods};
 use tangent_train::TrainReport;
 use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
-use tangent_train::plan::{Draft, Plan, TrainedSite};
+use tangent_train::plan::{Draft, Plan, TrainedSite, megabytes, memory_size};
 use tangent_train::trainer::{self, Outcome, Run};
 
 use crate::device::DeviceName;
@@ -158,8 +158,6 @@ impl Prepared {
         }
         let draft = Draft {
             model: &*self.opened.model,
-            path: &self.opened.path,
-            base_dtype: args.model.base_dtype,
             trained: &self.trained,
             dropout: self.adapter_config.dropout,
             train: &self.train,
@@ -170,14 +168,14 @@ impl Prepared {
         };
         let plan = draft.fit(typed, limit.bytes)?;
         let chosen = match plan.config == *typed {
-            true => "as typed, ",
+            true => "settings as typed, ",
             false => "",
         };
         say(format_args!(
-            "for {:.2} GB of memory: {chosen}{}; predicted peak {:.2} GB",
-            limit.bytes as f64 / 1e9,
+            "--max-memory {}: {chosen}steps of {}; predicted peak {}",
+            memory_size(limit.bytes),
             plan.micro_batching(),
-            plan.memory.peak() as f64 / 1e9,
+            megabytes(plan.memory.peak()),
         ));
         Ok(plan)
     }
@@ -196,8 +194,8 @@ impl Prepared {
             "use_rslora": a.use_rslora,
             "dropout": decimal(a.dropout),
             "target_modules": self.sites(),
-            "rank_pattern": format!("{:?}", a.rank_pattern),
-            "alpha_pattern": format!("{:?}", a.alpha_pattern),
+            "rank_pattern": pattern(&a.rank_pattern, |rank| json!(rank)),
+            "alpha_pattern": pattern(&a.alpha_pattern, decimal),
             "bias": a.bias.name(),
             "modules_to_save": a.modules_to_save,
             "trainable_token_indices": a.trainable_tokens,
@@ -221,6 +219,12 @@ impl Prepared {
             }
         }
     }
+}
+
+/// Numbers by pattern, in the order in which they were written: the first match counts.
+fn pattern<T: Copy>(pairs: &[(String, T)], number: impl Fn(T) -> Value) -> Value {
+    let pairs = pairs.iter();
+    pairs.map(|(name, n)| (name.clone(), number(*n))).collect()
 }
 
 /// Whether a method that trains every weight reads all settings that are not at their defaults;
@@ -303,12 +307,16 @@ fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
     Ok(stop)
 }
 
-/// Prints the profile and writes its trace beside the result.
+/// Prints the profile and writes its trace beside the result, if there was anything to profile.
 fn show_profile(args: &Args) -> Result<(), Failure> {
     let spans = tangent_ops::profile::finish();
+    if spans.is_empty() {
+        say("no step was left to profile");
+        return Ok(());
+    }
     say(format_args!("\n{}", profile::table(&spans)));
-    let path = args.output.join("trace.json");
-    folder::write_file(&path, profile::trace(&spans).to_string().as_bytes())?;
+    let path = args.output.join(trainer::TRACE);
+    folder::write_file_with(&path, |file| profile::write_trace(&spans, file))?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use crate::{Place, ROWS, golden};
+use crate::{Place, ROWS, Ran, golden};
 
 /// Two rows of plain text.
 const TEXTS: &str = "{\"text\":\"The fox and the dog\"}\n{\"text\":\"there is another one\"}\n";
@@ -156,6 +156,7 @@ fn generate_prints_text_and_tokens() {
     let answer = place.run(line).json();
     let want = [
         "completion_tokens",
+        "finish",
         "peak_memory_bytes",
         "prompt_seconds",
         "prompt_tokens",
@@ -170,6 +171,7 @@ fn generate_prints_text_and_tokens() {
     let tokens = answer["tokens"].as_array().unwrap();
     assert!((1..=5).contains(&tokens.len()), "{answer}");
     assert_eq!(answer["completion_tokens"], tokens.len());
+    assert_eq!(answer["finish"] == "length", tokens.len() == 5, "{answer}");
     let again = place.run(line).json();
     assert_eq!(
         (&again["text"], &again["tokens"]),
@@ -177,6 +179,7 @@ fn generate_prints_text_and_tokens() {
     );
     let whole = place.run(&format!("{line} --ignore-eos")).json();
     assert_eq!(whole["completion_tokens"], 5);
+    assert_eq!(whole["finish"], "length");
     let raw = place.run(&format!("{line} --raw")).json();
     assert_ne!(raw["tokens"], answer["tokens"]);
     let streamed = place.run(&line.replace(" --json", "")).succeeded();
@@ -248,8 +251,60 @@ fn train_prints_a_summary_and_writes_the_adapter_with_its_history() {
     let settings = place.read_json("run/run.json");
     assert_eq!(number(&settings, "max_steps") as usize, 2);
     assert_eq!(settings["method"], "lora");
+    assert_eq!(settings["rank_pattern"], json!({}));
     let card = String::from_utf8(place.read("run/README.md")).unwrap();
     assert!(card.contains("base_model: \"tiny.gguf\""), "{card}");
+}
+
+#[test]
+fn patterns_are_recorded_as_they_were_written() {
+    let place = Place::new();
+    let ranks = "--rank-pattern {\"v_proj\":2,\"q_proj\":4}";
+    let patterns = format!("{ranks} --alpha-pattern {{\"q_proj\":0.1}}");
+    place.train("run", &patterns);
+    let recorded = place.read_json("run/run.json");
+    let ranks = recorded["rank_pattern"].to_string();
+    assert_eq!(ranks, r#"{"v_proj":2,"q_proj":4}"#);
+    assert_eq!(recorded["alpha_pattern"], json!({"q_proj": 0.1}));
+    place.train("run", &format!("{patterns} --resume"));
+}
+
+#[test]
+fn a_profile_is_written_where_there_was_something_to_profile() {
+    let place = Place::new();
+    let line = "train --model tiny.gguf --data rows.jsonl --max-steps 2 --output run";
+    let ran = place.run(&format!("{line} --profile"));
+    assert!(ran.err.contains("outside operations"), "{}", ran.err);
+    ran.succeeded();
+    let written = place.read("run/trace.json");
+    let trace: Value = serde_json::from_slice(&written).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    for name in ["update", "attention"] {
+        assert!(events.iter().any(|event| event["name"] == name), "{name}");
+    }
+    // A finished run has nothing left to do, and keeps what is known of it.
+    let again = place.run(&format!("{line} --profile --resume"));
+    let told = "no step was left to profile";
+    assert!(again.err.contains(told), "{}", again.err);
+    assert!(!again.err.contains("outside operations"), "{}", again.err);
+    again.succeeded();
+    assert!(place.read("run/trace.json") == written);
+    // It is not the new run's.
+    place.run(&format!("{line} --overwrite")).succeeded();
+    assert!(!place.path("run/trace.json").exists());
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_told_nothing() {
+    let place = Place::new();
+    for line in ["methods", "plan --model tiny.gguf --data rows.jsonl"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = place.command(env!("CARGO_BIN_EXE_tangent"));
+        let command = command.args(line.split_whitespace()).stdout(writer);
+        let ran = Ran::new(line, &command.output().unwrap());
+        assert_eq!((ran.code, ran.err.as_str()), (Some(141), ""), "{line}");
+    }
 }
 
 #[test]

@@ -32,6 +32,7 @@ fn a_plan_tells_the_run_and_writes_nothing() {
     assert_eq!(number(&plan, "trainable_parameters"), trained);
     assert_eq!(number(&plan, "steps"), 3);
     assert_eq!(number(&plan, "rows"), 4);
+    assert_eq!(number(&plan, "truncated_rows"), 0);
     for (name, value) in place.read_json("run/run.json").as_object().unwrap() {
         assert_eq!(&plan["settings"][name], value, "{name}");
     }
@@ -46,10 +47,34 @@ fn a_plan_tells_the_run_and_writes_nothing() {
         "rank 8",
         "x 2 layers",
         "learning_rate",
+        "rows          4 (4 held out)",
+        "steps         3, each of 1 micro-batch of 8 rows, without activation checkpointing",
+        "smallest --max-memory for these settings   ",
         "(measured now)",
     ] {
         assert!(text.contains(words), "no {words:?} in:\n{text}");
     }
+    // As typed, the smallest limit is one that is accepted.
+    let limit = text.split("for these settings").nth(1).unwrap();
+    let limit = limit.split_whitespace().next().unwrap();
+    let fits = place.run(&format!("plan {line} --max-memory {limit}"));
+    let told = format!("--max-memory {limit}: settings as typed, steps of 1 micro-batch of 8 rows");
+    assert!(fits.err.contains(&told), "{told}: {}", fits.err);
+    assert!(fits.err.contains("; predicted peak "), "{}", fits.err);
+    fits.succeeded();
+}
+
+#[test]
+fn a_plan_counts_rows_that_were_cut() {
+    let place = Place::new();
+    let line = format!("plan {RUN} --max-length 24 --allow-unsupervised");
+    let plan = place.run(&format!("{line} --json")).json();
+    assert_eq!(number(&plan, "truncated_rows"), 4);
+    let text = place.run(&line).succeeded();
+    assert!(
+        text.contains("rows          4, 4 truncated (0 held out)"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -71,19 +96,30 @@ fn a_plan_takes_the_flags_of_a_run_and_no_others() {
     let refused = place.run(&format!("plan {RUN} --method full --dropout 0.1"));
     refused.refused(&["dropout"]);
     place
-        .run(&format!("plan {RUN} --max-memory 3T"))
-        .refused(&["3T", "3GiB"]);
+        .run(&format!("plan {RUN} --max-memory 3P"))
+        .refused(&["3P", "K, M, G, T", "TiB"]);
 }
 
 #[test]
 fn a_limit_that_is_too_small_is_refused_with_the_smallest() {
     let place = Place::new();
     let line = format!("train {RUN} --output run --max-memory");
-    let refused = place.run(&format!("{line} 1M"));
-    refused.refused(&["allows 1M", "--max-length", "--rank", "base weights"]);
+    let refused = place.run(&format!("{line} 500K"));
+    refused.refused(&["--max-memory 500K is too little", "The process alone needs"]);
+    assert!(!refused.err.contains("--rank"), "{}", refused.err);
+    // Enough for the process, and for nothing beside it.
+    let plan = place.run(&format!("plan {RUN} --json")).json();
+    let alone = number(&plan["predicted_memory"], "fixed_bytes") as f64;
+    let refused = place.run(&format!("{line} {}", (alone * 1.05).ceil()));
+    refused.refused(&[
+        "base weights",
+        ", and 5 % to spare. What takes less: ",
+        "--max-length",
+        "--rank",
+    ]);
     assert!(!place.path("run").exists());
-    let smallest = refused.err.split("would do is ").nth(1).unwrap();
-    let smallest = smallest.split(',').next().unwrap();
+    let smallest = refused.err.split("the least is ").nth(1).unwrap();
+    let smallest = smallest.split(':').next().unwrap();
     place.run(&format!("{line} {smallest}")).succeeded();
 }
 
@@ -93,7 +129,8 @@ fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
     let plan = place.run(&format!("plan {RUN} --json")).json();
     let peak = number(&plan, "predicted_peak_bytes");
     // A limit leaves room for what a prediction may miss.
-    let least = (peak as f64 * 1.05).ceil() as u64;
+    let least = number(&plan, "smallest_max_memory_bytes");
+    assert_eq!(least, (peak as f64 * 1.05).ceil() as u64);
     let fits = place.run(&format!("plan {RUN} --json --max-memory {least}"));
     assert!(fits.err.contains("as typed"), "{}", fits.err);
     assert_eq!(fits.json()["settings"], plan["settings"]);
@@ -101,7 +138,7 @@ fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
     let limit = format!("--max-memory {}", least - 1);
     let below = place.run(&format!("plan {RUN} --json {limit}"));
     assert!(!below.err.contains("as typed"), "{}", below.err);
-    assert!(below.err.contains("micro-batches of "), "{}", below.err);
+    assert!(below.err.contains(": steps of "), "{}", below.err);
     let below = below.json();
     assert!(number(&below, "predicted_peak_bytes") < peak);
     assert_ne!(below["settings"], plan["settings"]);
@@ -126,7 +163,7 @@ fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
     place.run(&again).succeeded();
     place
         .run(&format!("train {RUN} --output limited --resume"))
-        .refused(&["begun with other settings"]);
+        .refused(&["begun with other settings", "the same --max-memory"]);
 }
 
 /// Runs on the real model that differ in what takes the memory.
@@ -148,7 +185,7 @@ fn predicted_peaks_are_those_of_runs() {
         words.collect()
     };
     let rows = (0..8).map(|row| format!("{{\"text\": \"{}\"}}\n", words(row)));
-    place.write("long.jsonl", &rows.collect::<String>());
+    place.write("long.jsonl", rows.collect::<String>());
     for run in REAL_RUNS {
         let model = model.display();
         let line = format!("--model {model} --data long.jsonl --max-steps 2 {run} --json");

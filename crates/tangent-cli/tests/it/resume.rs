@@ -6,6 +6,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
+use serde_json::Value;
+
+use crate::Place;
+
 struct Scene {
     root: tempfile::TempDir,
     extra: Vec<&'static str>,
@@ -196,4 +200,19 @@ fn an_interrupt_finishes_the_step_saves_and_exits_130() {
     assert_eq!(names.filter(|n| n.starts_with("checkpoint-")).count(), 1);
     scene.finish("stopped", &["--resume"]);
     same_results(&scene, "whole", "stopped", ADAPTER);
+}
+
+#[test]
+fn a_resumed_run_logs_the_speed_of_its_own_steps() {
+    let place = Place::new();
+    let line = "train --model tiny.gguf --data rows.jsonl --max-steps 4 --save-steps 3 \
+                --logging-steps 10 --output run --json";
+    place.run(line).succeeded();
+    // As if it had been killed in its last step; the log's window began before the checkpoint.
+    fs::remove_dir_all(place.path("run/checkpoint-4")).unwrap();
+    let report = place.run(&format!("{line} --resume")).json();
+    let metrics = String::from_utf8(place.read("run/metrics.jsonl")).unwrap();
+    let entry: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+    assert_eq!(entry["step"], 4);
+    assert_eq!(entry["tokens_per_second"], report["tokens_per_second"]);
 }

@@ -30,6 +30,8 @@ pub(super) struct Block {
     /// `(rows, head_dim)` outputs.
     pub(super) output: Vec<f32>,
     pub(super) rows: usize,
+    /// Position of the block's first key.
+    pub(super) low: usize,
     /// Keys of the block, those after the last query left out.
     pub(super) keys: usize,
 }
@@ -50,6 +52,7 @@ impl Block {
             p: vec![],
             output: vec![],
             rows: 0,
+            low: 0,
             keys: 0,
         }
     }
@@ -81,16 +84,17 @@ impl Block {
         View::dense(&self.q[..self.rows * d], self.rows, d)
     }
 
-    /// Fills `p` for `tokens` tokens of which the first has position `first`; the first of `k`
-    /// is the key at position `low`.
-    pub(super) fn probabilities(&mut self, k: View<'_>, tokens: usize, first: usize, low: usize) {
+    /// Fills `p` for `tokens` tokens of which the first has position `first`, over the keys `k`
+    /// of all positions; those before the first query's window are left out.
+    pub(super) fn probabilities(&mut self, k: View<'_>, tokens: usize, first: usize) {
+        let low = self.shape.first_key(first);
         let keys = first + tokens - low;
-        self.keys = keys;
+        (self.low, self.keys) = (low, keys);
         let d = self.shape.head_dim;
         let q = View::dense(&self.q[..self.rows * d], self.rows, d);
         let p = room(&mut self.p, self.rows * keys);
         let dst = ViewMut::dense(p, self.rows, keys);
-        let k = k.first_rows(keys).t();
+        let k = k.skip_rows(low).first_rows(keys).t();
         kernel::matmul(dst, Into::Overwrite, self.shape.scale(), q, k, Threads::One);
         let shape = self.shape;
         kernel::simd(
@@ -111,12 +115,17 @@ impl Block {
         );
     }
 
-    /// `output = p @ v`.
+    /// The block's part of `x`, which has a row for every position.
+    pub(super) fn seen<'a>(&self, x: View<'a>) -> View<'a> {
+        x.skip_rows(self.low).first_rows(self.keys)
+    }
+
+    /// `output = p @ v` for the values `v` of all positions.
     pub(super) fn weigh(&mut self, v: View<'_>) {
         let d = self.shape.head_dim;
-        let out = room(&mut self.output, self.rows * d);
         let p = View::dense(&self.p[..self.rows * self.keys], self.rows, self.keys);
-        let v = v.first_rows(self.keys);
+        let v = self.seen(v);
+        let out = room(&mut self.output, self.rows * d);
         product(ViewMut::dense(out, self.rows, d), Into::Overwrite, p, v);
     }
 

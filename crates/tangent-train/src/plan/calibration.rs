@@ -6,7 +6,7 @@
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
-pub(super) const PROCESS_BYTES: u64 = 100_000_000;
+pub(super) const PROCESS_BYTES: u64 = 94_000_000;
 
 /// Resident bytes of the tokenizer for every token of the vocabulary.
 pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
@@ -21,12 +21,9 @@ pub(super) const ALLOCATOR_SHARE: f64 = 1.05;
 /// The same for trained tensors, their gradients and moments, which are smaller and live longer.
 pub(super) const TRAINED_SHARE: f64 = 1.07;
 
-/// The same for weights that were converted when the model was opened.
-pub(super) const CONVERTED_SHARE: f64 = 1.10;
-
-/// Share of a GGUF file's weights that is held a second time: query and key rows, which are put
-/// into another order.
-pub(super) const GGUF_COPIED_SHARE: f64 = 0.10;
+/// Bytes that the allocator takes beside each large weight that was copied or converted when the
+/// model was opened.
+pub(super) const COPY_ROUNDING: u64 = 250_000;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.
@@ -37,7 +34,7 @@ pub(super) const STEP_EFFICIENCY: f64 = 0.80;
 
 /// Tokens whose products take as long as what a micro-batch costs whatever its size, which is to
 /// read and widen all weights.
-pub(super) const MICRO_BATCH_TOKENS: f64 = 24.0;
+pub(super) const MICRO_BATCH_TOKENS: f64 = 48.0;
 
 /// Operations of a product that take as long as the optimizer's work on one trained value.
 pub(super) const OPTIMIZER_FLOPS: f64 = 100.0;

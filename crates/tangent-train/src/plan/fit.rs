@@ -1,5 +1,7 @@
 //! Settings that keep a run below a limit of memory and leave its result as it is.
 
+use super::calibration::MARGIN;
+use super::memory::with_margin;
 use super::survey::Survey;
 use super::{Draft, Form, Plan, Predictor};
 use crate::config::{Batching, TrainConfig};
@@ -43,6 +45,32 @@ impl Draft<'_> {
     }
 
     fn too_large(&self, smallest: &Plan, limit: u64) -> TrainError {
+        let memory = smallest.memory;
+        let part = |name: &str, bytes: u64| format!("{name} {}", megabytes(bytes));
+        TrainError::Memory {
+            limit,
+            smallest: memory.limit(),
+            how: format!("steps of {}", smallest.micro_batching()),
+            parts: [
+                part("base weights", memory.base_weights),
+                part("trained parameters", memory.trained),
+                part("activations", memory.activations),
+                part("loss", memory.loss),
+                part("process with tokenizer and rows", memory.fixed),
+                format!("and {:.0} % to spare", 100.0 * MARGIN),
+            ]
+            .join(", "),
+            remedy: self.remedy(smallest, limit),
+        }
+    }
+
+    /// What would take less than the smallest plan, as a sentence.
+    fn remedy(&self, smallest: &Plan, limit: u64) -> String {
+        let alone = with_margin(smallest.memory.fixed);
+        if alone > limit {
+            let alone = megabytes(alone);
+            return format!("The process alone needs {alone}, whatever the settings");
+        }
         let longest = self.train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
         let mut remedies = vec![
             format!("--max-length below {longest}"),
@@ -62,28 +90,34 @@ impl Draft<'_> {
         if matches!(smallest.config.batching, Batching::Tokens(_)) {
             remedies.push("--batch-size in the place of --tokens-per-batch".into());
         }
-        let memory = smallest.memory;
-        let part = |name: &str, bytes: u64| format!("{name} {}", megabytes(&bytes));
-        TrainError::Memory {
-            limit,
-            smallest: memory.limit(),
-            how: smallest.micro_batching(),
-            parts: [
-                part("base weights", memory.base_weights),
-                part("trained parameters", memory.trained),
-                part("activations", memory.activations),
-                part("loss", memory.loss),
-                part("fixed", memory.fixed),
-            ]
-            .join(", "),
-            remedies: remedies.join("; "),
-        }
+        format!("What takes less: {}", remedies.join("; "))
     }
 }
 
-/// Bytes in the form that a limit is typed in, rounded up.
-pub(crate) fn megabytes(bytes: &u64) -> String {
-    format!("{}M", bytes.div_ceil(1_000_000))
+/// Units of memory, the larger ones first.
+const UNITS: [(&str, u64); 8] = [
+    ("T", 1_000_000_000_000),
+    ("TiB", 1 << 40),
+    ("G", 1_000_000_000),
+    ("GiB", 1 << 30),
+    ("M", 1_000_000),
+    ("MiB", 1 << 20),
+    ("K", 1_000),
+    ("KiB", 1 << 10),
+];
+
+/// An amount of memory to the byte, in the form that a limit is typed in: `3G`, `2560MiB`.
+pub fn memory_size(bytes: u64) -> String {
+    let whole = |(_, size): &&(&str, u64)| bytes > 0 && bytes.is_multiple_of(*size);
+    match UNITS.iter().find(whole) {
+        Some((unit, size)) => format!("{}{unit}", bytes / size),
+        None => bytes.to_string(),
+    }
+}
+
+/// An amount of memory rounded up to whole megabytes, as [`memory_size`] writes it.
+pub fn megabytes(bytes: u64) -> String {
+    memory_size(bytes.div_ceil(1_000_000).saturating_mul(1_000_000))
 }
 
 /// Micro-batches of fewer rows and the number of them that makes the same step, the largest first
@@ -168,7 +202,8 @@ mod tests {
         let rows = fixture::rows(&[30, 60, 10]);
         let draft = fixture::draft(&*model, &trained, &rows);
         let typed = config(Batching::Rows(8), 1);
-        let error = draft.fit(&typed, 1_000_000).unwrap_err();
+        let alone = with_margin(draft.plan(&typed).unwrap().memory.fixed);
+        let error = draft.fit(&typed, alone).unwrap_err();
         let TrainError::Memory { smallest, .. } = &error else {
             panic!("it is about memory: {error}")
         };
@@ -176,13 +211,38 @@ mod tests {
         assert!(draft.fit(&typed, smallest - 1).is_err());
         let text = error.to_string();
         for part in [
+            ", and 5 % to spare. What takes less: ",
+            &format!("--max-memory {} is too little", memory_size(alone)),
+            &format!("the least is {}: steps of ", megabytes(*smallest)),
             "--max-length below 60",
             "--method lora",
-            "1M",
-            megabytes(smallest).as_str(),
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(!text.contains("--rank"), "{text}");
+        // Shorter rows do not help where the process is too large already.
+        let text = draft.fit(&typed, 500_000).unwrap_err().to_string();
+        let needs = format!("The process alone needs {}", megabytes(alone));
+        for part in ["--max-memory 500K is too little", &needs] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!text.contains("--max-length"), "{text}");
+    }
+
+    #[test]
+    fn amounts_of_memory_are_written_as_they_are_typed() {
+        for (bytes, text) in [
+            (0, "0"),
+            (123_456_789, "123456789"),
+            (500_000, "500K"),
+            (107_000_000, "107M"),
+            (3_000_000_000, "3G"),
+            (5 << 29, "2560MiB"),
+            (1 << 40, "1TiB"),
+        ] {
+            assert_eq!(memory_size(bytes), text);
+        }
+        assert_eq!(megabytes(179_000_001), "180M");
+        assert_eq!(megabytes(0), "0");
     }
 }

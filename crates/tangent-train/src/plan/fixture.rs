@@ -1,9 +1,7 @@
 //! Tiny models, adapters and rows of the planner's tests.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use tangent_model::BaseDtype;
 use tangent_model::family::Model;
 use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
 
@@ -66,8 +64,6 @@ pub(super) fn draft<'a>(
 ) -> Draft<'a> {
     Draft {
         model,
-        path: Path::new("model"),
-        base_dtype: BaseDtype::AsStored,
         trained,
         dropout: 0.0,
         train,

@@ -1,10 +1,6 @@
 //! The memory model: what is resident at the moments of a run when most is.
 
-use std::fs;
-use std::path::Path;
-
 use serde_json::{Value, json};
-use tangent_model::BaseDtype;
 use tangent_model::family::{Activation, Model};
 use tangent_ops::FrozenMatrix;
 use tangent_ops::cross_entropy::CHUNK;
@@ -46,9 +42,10 @@ impl Memory {
         self.base_weights + self.trained + self.activations + self.loss + self.fixed
     }
 
-    /// The smallest limit that the run is sure to stay below, with the prediction's margin.
+    /// The smallest limit at which these settings are accepted: the peak and the prediction's
+    /// margin.
     pub fn limit(&self) -> u64 {
-        (self.peak() as f64 * (1.0 + measured::MARGIN)).ceil() as u64
+        with_margin(self.peak())
     }
 
     pub(super) fn to_json(self) -> Value {
@@ -60,6 +57,11 @@ impl Memory {
             "fixed_bytes": self.fixed,
         })
     }
+}
+
+/// Predicted bytes, and what a limit leaves free beside them.
+pub(super) fn with_margin(bytes: u64) -> u64 {
+    (bytes as f64 * (1.0 + measured::MARGIN)).ceil() as u64
 }
 
 /// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
@@ -112,6 +114,8 @@ pub(super) struct MemoryModel {
     head: Option<Form>,
     shared_head: bool,
     parameters: u64,
+    /// Those of low-rank products.
+    thin_parameters: u64,
     /// State vectors of the optimizer for every trained tensor.
     state_vectors: u64,
     base_bytes: u64,
@@ -138,6 +142,8 @@ impl MemoryModel {
         });
         let head_site = trained.iter().find(|site| site.path == head.path);
         let parameters: usize = trained.iter().map(|site| site.parameters).sum();
+        let low_rank = |site: &&TrainedSite| matches!(site.form, Form::LowRank { .. });
+        let thin = trained.iter().filter(low_rank).map(|site| site.parameters);
         Ok(Self {
             layers,
             lowest,
@@ -148,8 +154,9 @@ impl MemoryModel {
             head: head_site.map(|site| site.form),
             shared_head: head_site.is_some_and(|site| site.parameters == 0),
             parameters: parameters as u64,
+            thin_parameters: thin.sum::<usize>() as u64,
             state_vectors: optim::find(&config.optimizer)?.slots.len() as u64,
-            base_bytes: weight_bytes(draft),
+            base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
             evaluated: evaluated_at_once(draft.eval),
         })
@@ -169,17 +176,17 @@ impl MemoryModel {
         worst
     }
 
-    /// All that the forward pass keeps is there; gradients of this micro-batch are not yet.
+    /// All that the forward pass keeps is there. Gradients of this micro-batch are not yet: large
+    /// ones will take the place of activations, small ones find none of their size.
     fn start_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
         let tokens = survey.largest.tokens;
         let at_loss = tokens * self.held_at_loss(checkpointing);
         let at_layer = tokens * self.held_at_layer(checkpointing);
         let loss = self.loss_bytes(survey.largest);
+        let vectors = 1 + self.state_vectors + self.earlier(survey);
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(
-                self.parameters * (1 + self.state_vectors + self.earlier(survey)),
-            ),
+            trained: trained_bytes(self.parameters * vectors + self.thin_parameters),
             // The chunk of the loss is free again when the first layer's turn comes.
             activations: activation_bytes(at_loss)
                 .max(activation_bytes(at_layer).saturating_sub(loss)),
@@ -277,44 +284,20 @@ fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
     (row * matrix.rows()) as u64
 }
 
-/// Bytes of the weights as they are held, shared ones counted once.
-fn held_bytes(model: &dyn Model) -> u64 {
+/// Resident bytes of the weights as they are held, shared ones counted once.
+fn weight_bytes(model: &dyn Model) -> u64 {
     let sites = model.sites();
     let own = sites.iter().filter(|site| site.tied_to.is_none());
-    own.map(|site| matrix_bytes(&site.weight) + site.bias.as_ref().map_or(0, matrix_bytes))
-        .sum()
-}
-
-/// Resident bytes of the weights.
-fn weight_bytes(draft: &Draft<'_>) -> u64 {
-    let held = held_bytes(draft.model);
-    let files = file_bytes(draft.path);
-    // Files of the wanted type are mapped as they are.
-    let converted = draft.base_dtype != BaseDtype::AsStored && held.abs_diff(files) > files / 20;
-    match (converted, draft.path.is_file()) {
-        // The pages of a tensor that was converted are given back.
-        (true, _) => (held as f64 * measured::CONVERTED_SHARE) as u64,
-        (false, true) => held + (held as f64 * measured::GGUF_COPIED_SHARE) as u64,
-        (false, false) => held,
-    }
-}
-
-/// Bytes of a model's weight files; 0 where they cannot be told.
-fn file_bytes(path: &Path) -> u64 {
-    let size = |path: &Path| fs::metadata(path).map_or(0, |m| m.len());
-    let single = path.join("model.safetensors");
-    if path.is_file() {
-        return size(path);
-    }
-    if single.is_file() {
-        return size(&single);
-    }
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    let files = entries.map(|entry| entry.path());
-    files
-        .filter(|file| file.extension().is_some_and(|e| e == "safetensors"))
-        .map(|file| size(&file))
-        .sum()
+    let matrices = own.flat_map(|site| std::iter::once(&site.weight).chain(&site.bias));
+    let resident = matrices.map(|matrix| match matrix.is_mapped() {
+        true => matrix_bytes(matrix),
+        // The pages that it was made of are given back.
+        false => {
+            let bytes = matrix_bytes(matrix);
+            bytes + (bytes / 4).min(measured::COPY_ROUNDING)
+        }
+    });
+    resident.sum()
 }
 
 fn fixed_bytes(draft: &Draft<'_>) -> u64 {
@@ -410,12 +393,18 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_a_missing_file_are_those_held() {
+    fn mapped_weights_count_as_stored_and_copies_with_their_rounding() {
         let model = fixture::model("llama/tied_gqa");
-        let held = held_bytes(&*model);
-        let draft = fixture::draft(&*model, &[], &[]);
-        assert_eq!(weight_bytes(&draft), held);
         // All of the stored model is f32.
-        assert_eq!(held, 4 * super::super::values(&*model) as u64);
+        let stored = 4 * super::super::values(&*model) as u64;
+        let scales: u64 = norms(&*model);
+        assert!(weight_bytes(&*model) >= stored && weight_bytes(&*model) <= stored + scales);
+    }
+
+    /// Bytes of the scales, which may be copies.
+    fn norms(model: &dyn Model) -> u64 {
+        let sites = model.sites().into_iter();
+        let vectors = sites.filter(|site| site.weight.rows() == 1);
+        vectors.map(|site| matrix_bytes(&site.weight)).sum()
     }
 }

@@ -14,17 +14,15 @@ mod survey;
 mod time;
 mod trained;
 
-use std::path::Path;
-
 use serde_json::{Value, json};
+use tangent_model::DistinctTokens;
 use tangent_model::family::Model;
-use tangent_model::{BaseDtype, DistinctTokens};
 
 use crate::config::{Batching, TrainConfig};
 use crate::data::Example;
 use crate::error::TrainError;
 
-pub(crate) use fit::megabytes;
+pub use fit::{megabytes, memory_size};
 pub use memory::Memory;
 pub use time::measured_rate;
 pub use trained::{Form, SiteGroup, TrainedSite};
@@ -46,10 +44,6 @@ pub fn batch_tokens(rows: &[&Example]) -> usize {
 pub struct Draft<'a> {
     /// The model; the adapter need not be attached.
     pub model: &'a dyn Model,
-    /// Where the model was opened from.
-    pub path: &'a Path,
-    /// How its weights are held.
-    pub base_dtype: BaseDtype,
     /// What trains.
     pub trained: &'a [TrainedSite],
     /// Probability of dropping a feature of the adapter's input.
@@ -84,6 +78,8 @@ pub struct Plan {
     pub frozen_parameters: usize,
     /// Rows to train on.
     pub rows: usize,
+    /// Those of them that were cut to the longest row that is taken.
+    pub truncated_rows: usize,
     /// Held-out rows.
     pub held_out_rows: usize,
     /// Tokens of a pass over the data.
@@ -116,7 +112,7 @@ impl Plan {
         self.flops / (rate * calibration::STEP_EFFICIENCY)
     }
 
-    /// How a step is cut into micro-batches, in words.
+    /// The micro-batches of a step, in words.
     pub fn micro_batching(&self) -> String {
         micro_batching(&self.config)
     }
@@ -129,6 +125,7 @@ impl Plan {
             "trainable_parameters": self.trainable_parameters,
             "frozen_parameters": self.frozen_parameters,
             "rows": self.rows,
+            "truncated_rows": self.truncated_rows,
             "held_out_rows": self.held_out_rows,
             "tokens_per_epoch": self.tokens_per_epoch,
             "supervised_tokens_per_epoch": self.supervised_tokens_per_epoch,
@@ -137,6 +134,7 @@ impl Plan {
             "mean_micro_batch_tokens": self.mean_micro_batch,
             "predicted_peak_bytes": self.memory.peak(),
             "predicted_memory": self.memory.to_json(),
+            "smallest_max_memory_bytes": self.memory.limit(),
             "flops_per_step": self.flops_per_step,
             "measured_flops_per_second": rate,
             "predicted_seconds_per_step": self.seconds_per_step(rate),
@@ -171,19 +169,37 @@ impl SiteGroup {
     }
 }
 
-/// How a step is cut into micro-batches, in words.
+/// The micro-batches of a step, in words.
 fn micro_batching(config: &TrainConfig) -> String {
-    let micro = match config.batching {
-        Batching::Rows(1) => "micro-batches of 1 row".to_owned(),
-        Batching::Rows(rows) => format!("micro-batches of {rows} rows"),
-        Batching::Tokens(tokens) => format!("micro-batches of up to {tokens} tokens"),
-    };
     let times = config.gradient_accumulation_steps;
+    let micro = counted(times, "micro-batch", "micro-batches");
+    let size = match config.batching {
+        Batching::Rows(rows) => counted(rows, "row", "rows"),
+        Batching::Tokens(tokens) => format!("up to {}", counted(tokens, "token", "tokens")),
+    };
     let checkpointing = match config.activation_checkpointing {
         true => "with activation checkpointing",
         false => "without activation checkpointing",
     };
-    format!("{micro}, {times} a step, {checkpointing}")
+    format!("{micro} of {size}, {checkpointing}")
+}
+
+fn counted(count: usize, one: &str, several: &str) -> String {
+    let noun = if count == 1 { one } else { several };
+    format!("{} {noun}", grouped(count))
+}
+
+/// A number with a comma between thousands.
+pub fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// What is known of a run whatever its micro-batches are.
@@ -216,6 +232,7 @@ impl<'a> Predictor<'a> {
             trainable_parameters: trainable,
             frozen_parameters: values(draft.model).saturating_sub(replaced),
             rows: draft.train.len(),
+            truncated_rows: draft.train.iter().filter(|e| e.truncated()).count(),
             held_out_rows: draft.eval.len(),
             tokens_per_epoch: draft.train.iter().map(|e| e.tokens.len()).sum(),
             supervised_tokens_per_epoch: draft.train.iter().map(survey::targets).sum(),
@@ -260,7 +277,8 @@ mod tests {
     fn a_plan_counts_what_trains_and_what_runs() {
         let mut model = fixture::model("llama/tied_gqa");
         let (trained, adapter) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
-        let train = fixture::rows(&[10; 10]);
+        let mut train = fixture::rows(&[10; 10]);
+        train[3].full_length = 12;
         let eval = fixture::rows(&[10; 3]);
         let draft = Draft {
             eval: &eval,
@@ -284,7 +302,51 @@ mod tests {
         assert!(plan.seconds(1e9) > 9.0 * plan.seconds_per_step(1e9));
         let json = plan.to_json(1e9);
         assert_eq!(json["predicted_peak_bytes"], plan.memory.peak());
+        assert_eq!(json["smallest_max_memory_bytes"], plan.memory.limit());
+        assert_eq!(json["rows"], 10);
+        assert_eq!(json["truncated_rows"], 1);
         assert_eq!(json["sites"][0]["rank"], 4);
+    }
+
+    #[test]
+    fn digits_stand_in_threes() {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1_000, "1,000"),
+            (276_480, "276,480"),
+            (12_345_678, "12,345,678"),
+        ] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+
+    #[test]
+    fn micro_batches_are_told_in_words() {
+        let told = |batching, gradient_accumulation_steps, activation_checkpointing| {
+            micro_batching(&TrainConfig {
+                batching,
+                gradient_accumulation_steps,
+                activation_checkpointing,
+                ..TrainConfig::default()
+            })
+        };
+        for (got, want) in [
+            (
+                told(Batching::Rows(300), 1, false),
+                "1 micro-batch of 300 rows, without activation checkpointing",
+            ),
+            (
+                told(Batching::Rows(1), 8, true),
+                "8 micro-batches of 1 row, with activation checkpointing",
+            ),
+            (
+                told(Batching::Tokens(16_384), 2, false),
+                "2 micro-batches of up to 16,384 tokens, without activation checkpointing",
+            ),
+        ] {
+            assert_eq!(got, want);
+        }
     }
 
     #[test]

@@ -10,8 +10,9 @@ use tangent_ops::{FrozenMatrix, frozen_linear};
 use super::calibration as measured;
 use super::survey::{Survey, pairs, targets};
 use super::trained::lowest_layer;
-use super::{Draft, Form, TrainedSite};
+use super::{Draft, Form, TrainedSite, batch_tokens};
 use crate::data::Example;
+use crate::eval;
 
 /// A model with what trains in it, in the numbers that time depends on: values of weights, each a
 /// multiplication and an addition a token.
@@ -83,10 +84,15 @@ impl Work {
 
     /// Operations of an evaluation of these rows.
     pub fn of_evaluation(&self, rows: &[Example]) -> f64 {
-        let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let given: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let groups = eval::groups(rows).into_iter();
+        let tokens = groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()));
+        let tokens = tokens.sum::<usize>() as f64;
+        let share = tokens / given.max(1) as f64;
         let supervised: usize = rows.iter().map(targets).sum();
-        let layers = tokens as f64 * (self.layers + self.low_rank);
-        2.0 * (layers + supervised as f64 * self.head) + 2.0 * self.queries * pairs(rows)
+        let layers = tokens * (self.layers + self.low_rank);
+        let attention = self.queries * pairs(rows) * share;
+        2.0 * (layers + supervised as f64 * self.head + attention)
     }
 }
 

@@ -34,11 +34,11 @@ pub struct RunArgs {
     /// Evaluate on the first N held-out rows only.
     #[arg(long, alias = "max-eval-samples", value_name = "N")]
     pub eval_rows: Option<NonZeroUsize>,
-    /// Memory that the run may take, such as 3G, 800M or 2.5GiB: micro-batches and activation
-    /// checkpointing are chosen so that the predicted peak is below it.
+    /// Limit for the predicted peak memory, with 5 % to spare: 3G or 800M (powers of 1000), 2.5GiB
+    /// (powers of 1024). Micro-batches and activation checkpointing are chosen to fit; CPU only.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<MemorySize>,
-    /// End with one line of JSON on standard output.
+    /// Print one line of JSON on standard output: after the run, or in the place of a plan's text.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -115,7 +115,7 @@ pub struct DataArgs {
     /// Tokens to train on: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     pub train_on: TrainOn,
-    /// Rows of a micro-batch.
+    /// Rows of a micro-batch; the last step of a pass may have fewer.
     #[arg(
         long,
         alias = "per-device-train-batch-size",
@@ -124,7 +124,8 @@ pub struct DataArgs {
         value_name = "ROWS"
     )]
     pub batch_size: usize,
-    /// Tokens of a micro-batch, in the place of a number of rows.
+    /// Most tokens of a micro-batch, as given, shared ones counted in every row; replaces
+    /// --batch-size. A longer row is a micro-batch of its own.
     #[arg(long, value_name = "TOKENS")]
     pub tokens_per_batch: Option<usize>,
     /// Accept rows without a supervised token.
@@ -150,7 +151,7 @@ pub struct OptimizationArgs {
     /// Passes over the data.
     #[arg(long, alias = "num-epochs", default_value_t = 3.0, value_name = "N")]
     pub num_train_epochs: f64,
-    /// Steps, in the place of passes.
+    /// Steps, in the place of passes; -1 or 0: --num-train-epochs decides.
     #[arg(long, default_value_t = -1, allow_hyphen_values = true, value_name = "N")]
     pub max_steps: i64,
     /// Micro-batches of a step.
@@ -330,7 +331,8 @@ impl FromStr for MemorySize {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let fault = || {
-            "expected an amount of memory such as 3G, 2.5G, 800M, 3GiB or a number of bytes"
+            "expected an amount of memory such as 800M or 2.5GiB: a number of bytes, or of K, M, \
+             G, T (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)"
                 .to_owned()
         };
         let end = s.find(|c: char| !c.is_ascii_digit() && c != '.');
@@ -340,9 +342,11 @@ impl FromStr for MemorySize {
             "k" | "kb" => 1e3,
             "m" | "mb" => 1e6,
             "g" | "gb" => 1e9,
+            "t" | "tb" => 1e12,
             "kib" => 1_024.0,
             "mib" => 1_048_576.0,
             "gib" => 1_073_741_824.0,
+            "tib" => 1_099_511_627_776.0,
             _ => return Err(fault()),
         };
         let bytes = number.parse::<f64>().map_err(|_| fault())? * factor;
@@ -370,6 +374,9 @@ mod tests {
             ("1.5KiB", 1_536),
             ("3 GiB", 3 << 30),
             ("4MB", 4_000_000),
+            ("1T", 1_000_000_000_000),
+            ("2tb", 2_000_000_000_000),
+            ("0.5TiB", 1 << 39),
         ] {
             assert_eq!(
                 text.parse::<MemorySize>(),
@@ -381,7 +388,7 @@ mod tests {
             "",
             "G",
             "-3G",
-            "3T",
+            "3P",
             "1e9",
             "0",
             "1.2.3G",

@@ -43,7 +43,7 @@ fn runs_that_cannot_be_resumed() {
         "run/checkpoint-1",
         "learning_rate was 0.0002, is 0.5",
         "rank was 8, is 4",
-        "resume with the same settings or begin a new run",
+        "resume with the same settings (and the same --max-memory, if one was given) or begin",
     ]);
     assert!(!ran.err.contains("adam"), "unchanged settings: {}", ran.err);
     assert!(place.files() == before);
