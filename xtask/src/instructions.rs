@@ -169,7 +169,7 @@ fn profile(folder: &Path, steps: u64) -> PathBuf {
 /// AVX-512; code for it is not what is counted.
 fn count(root: &Path, folder: &Path, steps: u64) -> Result<u64, Failure> {
     let profile = profile(folder, steps);
-    let program = format!("tangent{}", env::consts::EXE_SUFFIX);
+    let program = format!("tangent{}", std::env::consts::EXE_SUFFIX);
     let program = target_folder(root).join("release").join(program);
     Process::new(root, "valgrind", "valgrind")
         .args(["--tool=callgrind", "--quiet"])
