@@ -74,3 +74,21 @@ pub fn span<R>(name: &'static str, kind: Kind, f: impl FnOnce() -> R) -> R {
     }
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_recorded_between_start_and_finish() {
+        // Other tests may record spans of operations meanwhile.
+        let name = "a phase of this test";
+        let own = |spans: Vec<Span>| spans.into_iter().filter(|s| s.name == name).count();
+        span(name, Kind::Phase, || ());
+        start();
+        assert_eq!(span(name, Kind::Phase, || 7), 7);
+        assert_eq!(own(finish()), 1);
+        span(name, Kind::Phase, || ());
+        assert_eq!(own(finish()), 0);
+    }
+}

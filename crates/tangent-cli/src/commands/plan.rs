@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use tangent_train::plan::{Form, Plan, SiteGroup, grouped, measured_rate, megabytes};
 
-use super::train::{Prepared, RunArgs, max_length};
+use super::train::{Prepared, RunArgs, check_predictable, max_length};
 use crate::failure::Failure;
 use crate::progress::duration;
 
@@ -35,6 +35,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let args = args.run;
     let typed = args.train_config()?;
+    check_predictable(&args)?;
     let prepared = Prepared::new(&args, typed.seed)?;
     let plan = prepared.plan(&args, &typed)?;
     let rate = measured_rate(&prepared.opened.model.device());

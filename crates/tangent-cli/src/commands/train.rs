@@ -54,6 +54,9 @@ pub struct Args {
 /// Trains.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let typed = args.run.train_config()?;
+    if args.run.max_memory.is_some() {
+        check_predictable(&args.run)?;
+    }
     if !args.resume && !args.overwrite && folder::is_taken(&args.output) {
         return Err(folder::FolderError::NotEmpty {
             path: args.output.clone(),
@@ -104,6 +107,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     finish(&args, &report)
 }
 
+/// Refuses what cannot be predicted, before anything is opened.
+pub fn check_predictable(args: &RunArgs) -> Result<(), Failure> {
+    match args.model.device {
+        DeviceName::Cpu => Ok(()),
+        device => Err(Failure::Request(format!(
+            "memory and time are predicted for --device cpu and not for {device}; train there \
+             without --max-memory"
+        ))),
+    }
+}
+
 /// A run before anything trains: the model, the rows, and what is to train.
 pub struct Prepared {
     /// The model.
@@ -149,13 +163,6 @@ impl Prepared {
 
     /// The settings, as typed or chosen for `--max-memory`, and what the run takes with them.
     pub fn plan(&self, args: &RunArgs, typed: &TrainConfig) -> Result<Plan, Failure> {
-        let device = args.model.device;
-        if device != DeviceName::Cpu {
-            return Err(Failure::Request(format!(
-                "memory and time are predicted for --device cpu and not for {device}; train there \
-                 without --max-memory"
-            )));
-        }
         let draft = Draft {
             model: &*self.opened.model,
             trained: &self.trained,
@@ -265,7 +272,7 @@ fn rows(args: &RunArgs, opened: &LanguageModel) -> Result<(Vec<Example>, Vec<Exa
 fn describe(prepared: &Prepared) {
     let sites = prepared.opened.model.sites();
     let own = sites.iter().filter(|s| s.tied_to.is_none());
-    let frozen: usize = own.map(|s| s.weight.rows() * s.weight.cols()).sum();
+    let all: usize = own.map(|s| s.weight.rows() * s.weight.cols()).sum();
     let trained: usize = prepared.trained.iter().map(|s| s.parameters).sum();
     let truncated = prepared.train.iter().filter(|e| e.truncated()).count();
     let note = match truncated {
@@ -277,7 +284,7 @@ fn describe(prepared: &Prepared) {
         prepared.adapter_config.method,
         prepared.opened.path.display(),
         amount(trained),
-        amount(frozen),
+        amount(all),
         prepared.train.len(),
         prepared.eval.len(),
     ));

@@ -40,6 +40,7 @@ fn configs() -> Vec<AdapterConfig> {
     vec![
         lora(&["all-linear"]),
         lora(&["model.layers.1.*q_proj"]),
+        lora(&["model.layers.0.*down_proj"]),
         lora(&["q_proj", "embed_tokens", "lm_head"]),
         AdapterConfig {
             dropout: 0.3,

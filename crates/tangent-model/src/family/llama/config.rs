@@ -162,15 +162,14 @@ impl<'a> Keys<'a> {
 
     /// A setting that is only supported at one value.
     fn only(&mut self, key: &'a str, supported: &Value) -> Result<(), ModelError> {
+        let number = supported.as_f64();
+        // A number may be written as 1 or as 1.0.
+        let is_supported = |v: &Value| v == supported || (number.is_some() && v.as_f64() == number);
         match self.value(key) {
-            Some(v) if v != supported && v.as_f64() != supported.as_f64() => Err(self.fault(
-                key,
-                format!("only {supported} is supported, the model has {v}"),
-            )),
-            Some(v) if v != supported && supported.as_f64().is_none() => Err(self.fault(
-                key,
-                format!("only {supported} is supported, the model has {v}"),
-            )),
+            Some(v) if !is_supported(v) => {
+                let why = format!("only {supported} is supported, the model has {v}");
+                Err(self.fault(key, why))
+            }
             _ => Ok(()),
         }
     }
