@@ -279,15 +279,16 @@ impl Attention {
             copy_group(d_o, d_out, first, g, &self.shape);
             let d_o = View::dense(d_o, rows, d);
             let d_v = ViewMut::dense(&mut d_v[seen.clone()], n, d);
-            let p = View::dense(&block.p[..rows * n], rows, n);
-            product(d_v, Into::Add, p.t(), d_o);
-            let d_p = room(&mut d_p, rows * n);
-            let dst = ViewMut::dense(d_p, rows, n);
+            product(d_v, Into::Add, block.scores().t(), d_o);
+            let stride = block.stride;
+            let d_p = room(&mut d_p, rows * stride);
+            let dst = ViewMut::new(d_p, rows, n, stride);
             product(dst, Into::Overwrite, d_o, block.seen(values).t());
-            softmax_backward(&mut block.p[..rows * n], d_p, n, self.shape.scale());
+            let p = &mut block.p[..rows * stride];
+            softmax_backward(p, d_p, (n, stride), self.shape.scale());
+            // What were the probabilities are the gradients of the scores now.
             let d_k = ViewMut::dense(&mut d_k[seen], n, d);
-            let d_scores = View::dense(&block.p[..rows * n], rows, n);
-            product(d_k, Into::Add, d_scores.t(), block.queries());
+            product(d_k, Into::Add, block.scores().t(), block.queries());
             // The block's output is now the gradient of its queries.
             block.weigh(keys);
             let group = self.shape.group() * d;
@@ -350,12 +351,14 @@ impl Attention {
     }
 }
 
-/// Turns probabilities into score gradients: `p * (dp - <p, dp>) * scale`, row by row.
-fn softmax_backward(p: &mut [f32], d_p: &[f32], keys: usize, scale: f32) {
+/// Turns probabilities into score gradients: `p * (dp - <p, dp>) * scale`, row by row; rows of
+/// `keys` values lie `stride` apart.
+fn softmax_backward(p: &mut [f32], d_p: &[f32], (keys, stride): (usize, usize), scale: f32) {
     kernel::simd(
         #[inline(always)]
         || {
-            for (p, d_p) in p.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
+            for (p, d_p) in p.chunks_exact_mut(stride).zip(d_p.chunks_exact(stride)) {
+                let (p, d_p) = (&mut p[..keys], &d_p[..keys]);
                 let mean = kernel::dot(p, d_p);
                 for (p, d_p) in p.iter_mut().zip(d_p) {
                     *p *= (d_p - mean) * scale;

@@ -141,7 +141,7 @@ fn max_and_sum(row: &[f32]) -> (f32, f32) {
     kernel::simd(
         #[inline(always)]
         || {
-            let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            let max = kernel::largest(row);
             // Lanes as in `exp_minus_max`, so that both give the same sum.
             let mut lanes = [0f32; 16];
             let chunks = row.chunks_exact(16);

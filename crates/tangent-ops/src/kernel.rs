@@ -274,10 +274,34 @@ pub(crate) fn exp(x: f32) -> f32 {
     value * f32::from_bits(((exponent + 127) << 23) as u32)
 }
 
-/// Turns `row` into `exp(row - max)` and returns `(max, sum)`.
+/// The largest value, in lanes: a plain fold must keep the order of comparisons and does not
+/// vectorize. NaN is passed over.
+#[inline(always)]
+pub(crate) fn largest(row: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = row.chunks_exact(16);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = if chunk[i] > lanes[i] {
+                chunk[i]
+            } else {
+                lanes[i]
+            };
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+}
+
+/// Turns `row` into `exp(row - max)` and returns `(max, sum)`. Lengths that are multiples of 16
+/// have no slow remainder.
 #[inline(always)]
 pub(crate) fn exp_minus_max(row: &mut [f32]) -> (f32, f32) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let max = largest(row);
     let mut lanes = [0f32; 16];
     let mut chunks = row.chunks_exact_mut(16);
     for chunk in &mut chunks {
@@ -356,6 +380,19 @@ mod tests {
             let want = (i / cols) as f32 + 1.0;
             assert_eq!((*a, *b), (want, -want));
         }
+    }
+
+    #[test]
+    fn the_largest_is_found_in_every_lane_and_in_the_rest() {
+        for len in [1, 15, 16, 17, 40] {
+            for at in 0..len {
+                let mut row = vec![-3.0; len];
+                row[at] = -1.5;
+                assert_eq!(largest(&row), -1.5, "{at} of {len}");
+            }
+        }
+        assert_eq!(largest(&[]), f32::NEG_INFINITY);
+        assert_eq!(largest(&[f32::NAN, 2.0]), 2.0);
     }
 
     #[test]

@@ -4,6 +4,9 @@ use super::AttentionShape;
 use crate::kernel::{self, Into, SharedMut, Threads, View, ViewMut};
 use crate::rotary::Rotary;
 
+/// Keys that a row of scores is rounded up to, so that loops over it have no remainder.
+const LANES: usize = 16;
+
 /// Query rows, all heads of a group together, whose scores exist at one time.
 pub(super) const BLOCK_ROWS: usize = 96;
 
@@ -25,8 +28,9 @@ pub(super) struct Block {
     shape: AttentionShape,
     /// `(rows, head_dim)` queries.
     q: Vec<f32>,
-    /// `(rows, keys)` probabilities.
+    /// `(rows, keys)` probabilities, rows `stride` apart; zeros after the keys.
     pub(super) p: Vec<f32>,
+    pub(super) stride: usize,
     /// `(rows, head_dim)` outputs.
     pub(super) output: Vec<f32>,
     pub(super) rows: usize,
@@ -50,6 +54,7 @@ impl Block {
             shape,
             q: vec![],
             p: vec![],
+            stride: 0,
             output: vec![],
             rows: 0,
             low: 0,
@@ -92,27 +97,40 @@ impl Block {
         (self.low, self.keys) = (low, keys);
         let d = self.shape.head_dim;
         let q = View::dense(&self.q[..self.rows * d], self.rows, d);
-        let p = room(&mut self.p, self.rows * keys);
-        let dst = ViewMut::dense(p, self.rows, keys);
+        self.stride = keys.next_multiple_of(LANES);
+        let stride = self.stride;
+        let p = room(&mut self.p, self.rows * stride);
+        let dst = ViewMut::new(p, self.rows, keys, stride);
         let k = k.skip_rows(low).first_rows(keys).t();
         kernel::matmul(dst, Into::Overwrite, self.shape.scale(), q, k, Threads::One);
         let shape = self.shape;
         kernel::simd(
             #[inline(always)]
             || {
-                for (row, p) in p.chunks_exact_mut(keys).enumerate() {
+                for (row, p) in p.chunks_exact_mut(stride).enumerate() {
                     let position = first + row / shape.group();
                     let (from, to) = (shape.first_key(position) - low, position + 1 - low);
-                    p[..from].fill(0.0);
-                    p[to..].fill(0.0);
-                    let (_, sum) = kernel::exp_minus_max(&mut p[from..to]);
+                    // Whole lanes around the visible keys; what is added to them counts nothing.
+                    let lanes = from / LANES * LANES..to.next_multiple_of(LANES);
+                    p[lanes.start..from].fill(f32::NEG_INFINITY);
+                    p[to..lanes.end].fill(f32::NEG_INFINITY);
+                    let seen = &mut p[lanes];
+                    let (_, sum) = kernel::exp_minus_max(seen);
                     let inverse = sum.recip();
-                    for v in &mut p[from..to] {
+                    for v in seen {
                         *v *= inverse;
                     }
+                    p[..from].fill(0.0);
+                    p[to..].fill(0.0);
                 }
             },
         );
+    }
+
+    /// The probabilities, `(rows, keys)`.
+    pub(super) fn scores(&self) -> View<'_> {
+        let p = &self.p[..self.rows * self.stride];
+        View::new(p, self.rows, self.keys, self.stride)
     }
 
     /// The block's part of `x`, which has a row for every position.
@@ -123,7 +141,12 @@ impl Block {
     /// `output = p @ v` for the values `v` of all positions.
     pub(super) fn weigh(&mut self, v: View<'_>) {
         let d = self.shape.head_dim;
-        let p = View::dense(&self.p[..self.rows * self.keys], self.rows, self.keys);
+        let p = View::new(
+            &self.p[..self.rows * self.stride],
+            self.rows,
+            self.keys,
+            self.stride,
+        );
         let v = self.seen(v);
         let out = room(&mut self.output, self.rows * d);
         product(ViewMut::dense(out, self.rows, d), Into::Overwrite, p, v);

@@ -6,7 +6,7 @@
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
-pub(super) const PROCESS_BYTES: u64 = 94_000_000;
+pub(super) const PROCESS_BYTES: u64 = 89_000_000;
 
 /// Resident bytes of the tokenizer for every token of the vocabulary.
 pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
@@ -19,11 +19,11 @@ pub(super) const ROW_BYTES: u64 = 160;
 pub(super) const ALLOCATOR_SHARE: f64 = 1.05;
 
 /// The same for trained tensors, their gradients and moments, which are smaller and live longer.
-pub(super) const TRAINED_SHARE: f64 = 1.07;
+pub(super) const TRAINED_SHARE: f64 = 1.03;
 
 /// Bytes that the allocator takes beside each large weight that was copied or converted when the
 /// model was opened.
-pub(super) const COPY_ROUNDING: u64 = 250_000;
+pub(super) const COPY_ROUNDING: u64 = 100_000;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.

@@ -177,7 +177,7 @@ impl MemoryModel {
     }
 
     /// All that the forward pass keeps is there. Gradients of this micro-batch are not yet: large
-    /// ones will take the place of activations, small ones find none of their size.
+    /// ones will take the place of activations, of small ones about half find none of their size.
     fn start_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
         let tokens = survey.largest.tokens;
         let at_loss = tokens * self.held_at_loss(checkpointing);
@@ -186,7 +186,7 @@ impl MemoryModel {
         let vectors = 1 + self.state_vectors + self.earlier(survey);
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * vectors + self.thin_parameters),
+            trained: trained_bytes(self.parameters * vectors + self.thin_parameters / 2),
             // The chunk of the loss is free again when the first layer's turn comes.
             activations: activation_bytes(at_loss)
                 .max(activation_bytes(at_layer).saturating_sub(loss)),
