@@ -118,7 +118,7 @@ fn check_kills(extra: &[&'static str], files: &[&str]) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        let share = 0.1 + 0.5 * f64::from(round) / 40.0 + (state % 1000) as f64 / 4000.0;
+        let share = 0.03 + 0.57 * f64::from(round) / 40.0 + (state % 1000) as f64 / 8000.0;
         sleep(whole.mul_f64(share.min(0.9)));
         match child.try_wait().unwrap() {
             Some(status) if status.success() => break,
