@@ -455,6 +455,26 @@ mod tests {
         }
     }
 
+    fn attention_of(
+        t: &[Tensor<2>],
+        segments: &Arc<Segments>,
+        rotary: &Arc<Rotary>,
+        window: Option<usize>,
+    ) -> Tensor<2> {
+        let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
+        attention(q, k, v, segments, rotary, shape(window))
+    }
+
+    fn definition_of(
+        t: &[Tensor<2>],
+        segments: &Segments,
+        rotary: &Rotary,
+        window: Option<usize>,
+    ) -> Tensor<2> {
+        let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
+        definition(q, k, v, segments, rotary, shape(window))
+    }
+
     fn forest() -> Segments {
         let segment = |start, len, parent| Segment { start, len, parent };
         Segments::new(vec![
@@ -477,14 +497,8 @@ mod tests {
             let (n, segments, rotary) = (segments.tokens(), Arc::new(segments), rotary());
             check::operation(Case {
                 shapes: &[(n, 16), (n, 8), (n, 8)],
-                fused: |t| {
-                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                    attention(q, k, v, &segments, &rotary, shape(window))
-                },
-                definition: |t| {
-                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                    definition(q, k, v, &segments, &rotary, shape(window))
-                },
+                fused: |t| attention_of(t, &segments, &rotary, window),
+                definition: |t| definition_of(t, &segments, &rotary, window),
             });
         }
     }
@@ -510,14 +524,8 @@ mod tests {
             let segments = Arc::new(segments);
             check::equal(Case {
                 shapes: &[(n, 16), (n, 8), (n, 8)],
-                fused: |t| {
-                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                    attention(q, k, v, &segments, &rotary, shape(window))
-                },
-                definition: |t| {
-                    let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                    definition(q, k, v, &segments, &rotary, shape(window))
-                },
+                fused: |t| attention_of(t, &segments, &rotary, window),
+                definition: |t| definition_of(t, &segments, &rotary, window),
             });
         }
     }
@@ -544,14 +552,8 @@ mod tests {
         assert!(op.chunks().len() > 3, "{:?}", op.chunks());
         check::equal(Case {
             shapes: &[(70, 16), (70, 8), (70, 8)],
-            fused: |t| {
-                let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                attention(q, k, v, &segments, &rotary, shape(None))
-            },
-            definition: |t| {
-                let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-                definition(q, k, v, &segments, &rotary, shape(None))
-            },
+            fused: |t| attention_of(t, &segments, &rotary, None),
+            definition: |t| definition_of(t, &segments, &rotary, None),
         });
     }
 

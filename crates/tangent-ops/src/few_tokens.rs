@@ -10,7 +10,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use self::blocks::{Block, Columns, GROUP, Lanes};
-use crate::kernel::SharedMut;
+use crate::kernel::{self, SharedMut};
 use crate::matrix::{FrozenMatrix, StoredType};
 
 /// Tokens that share a widened weight: as many as there are registers for on every CPU.
@@ -158,7 +158,7 @@ fn row_products<S: Simd, B: Block, const N: usize>(
         bytemuck::bytes_of_mut(&mut last)[..rest.len()].copy_from_slice(rest);
         add_block(simd, &last, &x[blocks.len()..], &mut lanes);
     }
-    lanes.map(sum)
+    lanes.map(kernel::sum)
 }
 
 /// Adds a block times each token, in an order that no vector width changes.
@@ -182,17 +182,6 @@ fn add_block<S: Simd, B: Block, const N: usize>(
             }
         }
     }
-}
-
-/// Sum by halves.
-#[inline(always)]
-fn sum(mut lanes: Lanes) -> f32 {
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-    }
-    lanes[0]
 }
 
 #[cfg(test)]

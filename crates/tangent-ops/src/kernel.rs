@@ -234,6 +234,17 @@ fn lockstep<const N: usize>(
     (0..count).map(move |_| chunks.each_mut().map(|c| c.next().unwrap_or_default()))
 }
 
+/// Sum of sixteen lanes by halves.
+#[inline(always)]
+pub(crate) fn sum(mut lanes: [f32; 16]) -> f32 {
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    lanes[0]
+}
+
 /// Sum in sixteen interleaved lanes, so that the order does not depend on the CPU's vector width
 /// and the loop still vectorizes.
 #[inline(always)]

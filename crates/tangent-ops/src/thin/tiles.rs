@@ -5,6 +5,7 @@ use std::{array, slice};
 use pulp::{Simd, WithSimd};
 
 use super::{LANES, Lanes, RANKS, Thin, Tile, pad, unpad};
+use crate::kernel;
 
 /// Tokens, or tiles side by side, that share each loaded number. With eight ranks they fill 32
 /// registers; CPUs with fewer take four ranks at a time.
@@ -89,7 +90,7 @@ impl Dots<'_> {
         let rows = self.out[t * rank..].chunks_exact_mut(rank);
         for (row, sums) in rows.zip(&sums) {
             for (out, lanes) in row[k..].iter_mut().zip(&sums.0) {
-                *out = self.factor * sum(*lanes);
+                *out = self.factor * kernel::sum(*lanes);
             }
         }
     }
@@ -334,15 +335,4 @@ fn store<S: Simd, const N: usize, const R: usize>(
             *vector_mut::<S>(lanes, part) = *value;
         }
     }
-}
-
-/// Sum by halves.
-#[inline(always)]
-fn sum(mut lanes: Lanes) -> f32 {
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-    }
-    lanes[0]
 }

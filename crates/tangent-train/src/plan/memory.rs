@@ -8,11 +8,10 @@ use tangent_ops::cross_entropy::CHUNK;
 use super::calibration as measured;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{lowest_layer, trains_embedding};
-use super::{Draft, Form, TrainedSite, batch_tokens};
+use super::{Draft, Form, TrainedSite, evaluated_tokens};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
-use crate::eval;
 use crate::optim;
 
 /// Bytes of an `f32`.
@@ -158,7 +157,7 @@ impl MemoryModel {
             state_vectors: optim::find(&config.optimizer)?.slots.len() as u64,
             base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
-            evaluated: evaluated_at_once(draft.eval),
+            evaluated: evaluated_tokens(draft.eval).max().unwrap_or(0),
         })
     }
 
@@ -308,13 +307,6 @@ fn fixed_bytes(draft: &Draft<'_>) -> u64 {
     let data: u64 = draft.train.iter().chain(draft.eval).map(row).sum();
     let vocabulary = draft.model.vocabulary() as u64 * measured::VOCABULARY_ENTRY_BYTES;
     measured::PROCESS_BYTES + vocabulary + data
-}
-
-/// Tokens of the largest batch of an evaluation, 0 without one.
-fn evaluated_at_once(rows: &[Example]) -> usize {
-    let groups = eval::groups(rows).into_iter();
-    let tokens = groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()));
-    tokens.max().unwrap_or(0)
 }
 
 #[cfg(test)]

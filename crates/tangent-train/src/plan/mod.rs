@@ -21,6 +21,7 @@ use tangent_model::family::Model;
 use crate::config::{Batching, TrainConfig};
 use crate::data::Example;
 use crate::error::TrainError;
+use crate::eval;
 
 pub use fit::{megabytes, memory_size};
 pub use memory::Memory;
@@ -38,6 +39,12 @@ pub fn batch_tokens(rows: &[&Example]) -> usize {
         tokens.add(&row.tokens);
     }
     tokens.count()
+}
+
+/// Tokens that each group of rows computes in an evaluation.
+fn evaluated_tokens(rows: &[Example]) -> impl Iterator<Item = usize> {
+    let groups = eval::groups(rows).into_iter();
+    groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()))
 }
 
 /// A run whose settings are not decided yet.

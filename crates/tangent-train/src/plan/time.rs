@@ -10,9 +10,8 @@ use tangent_ops::{FrozenMatrix, frozen_linear};
 use super::calibration as measured;
 use super::survey::{Survey, pairs, targets};
 use super::trained::lowest_layer;
-use super::{Draft, Form, TrainedSite, batch_tokens};
+use super::{Draft, Form, TrainedSite, evaluated_tokens};
 use crate::data::Example;
-use crate::eval;
 
 /// A model with what trains in it, in the numbers that time depends on: values of weights, each a
 /// multiplication and an addition a token.
@@ -85,9 +84,7 @@ impl Work {
     /// Operations of an evaluation of these rows.
     pub fn of_evaluation(&self, rows: &[Example]) -> f64 {
         let given: usize = rows.iter().map(|row| row.tokens.len()).sum();
-        let groups = eval::groups(rows).into_iter();
-        let tokens = groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()));
-        let tokens = tokens.sum::<usize>() as f64;
+        let tokens = evaluated_tokens(rows).sum::<usize>() as f64;
         let share = tokens / given.max(1) as f64;
         let supervised: usize = rows.iter().map(targets).sum();
         let layers = tokens * (self.layers + self.low_rank);
