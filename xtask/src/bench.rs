@@ -4,7 +4,7 @@ mod command;
 mod environment;
 mod peer;
 mod results;
-mod reviews;
+pub mod reviews;
 mod tables;
 mod work;
 

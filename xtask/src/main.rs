@@ -9,6 +9,7 @@ mod golden;
 mod hub;
 mod instructions;
 mod memcheck;
+mod memory;
 mod model;
 mod process;
 mod python;
@@ -94,6 +95,12 @@ const COMMANDS: &[Command] = &[
         arguments: "",
         summary: "run the kernels' unit tests under memcheck (needs valgrind)",
         run: memcheck::run,
+    },
+    Command {
+        name: "memory",
+        arguments: "",
+        summary: "compare predicted with measured peak memory on the real model (10 minutes)",
+        run: memory::run,
     },
     Command {
         name: "ci",

@@ -1,8 +1,8 @@
 //! Every number of the predictions that was measured rather than derived, in one place.
 //!
-//! They hold for the release build on Linux, x86_64. To measure them again, compare
-//! `predicted_peak_bytes` of `tangent plan --json` with `peak_memory_bytes` of
-//! `tangent train --json`, and `predicted_seconds_per_step` with the seconds of its steps.
+//! They hold for the release build on Linux, x86_64. `cargo xtask memory` compares predicted with
+//! measured peaks; for times, compare `predicted_seconds_per_step` of `tangent plan --json` with
+//! the seconds of the steps of `tangent train`.
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
@@ -27,7 +27,7 @@ pub(super) const COPY_ROUNDING: u64 = 100_000;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.
-pub(super) const MARGIN: f64 = 0.05;
+pub(super) const MARGIN: f64 = 0.08;
 
 /// Share of the measured rate of matrix products that a whole training step reaches.
 pub(super) const STEP_EFFICIENCY: f64 = 0.80;
