@@ -39,19 +39,51 @@ const CASES: &[Case] = &[
     case("f32", Data::Texts(256), "--base-dtype f32 --batch-size 4"),
     case("as stored", Data::Texts(256), "--batch-size 4"),
     case("one short row", Data::Texts(64), "--batch-size 1"),
-    case("f32, many short rows", Data::Texts(128), "--base-dtype f32 --batch-size 8"),
+    case(
+        "f32, many short rows",
+        Data::Texts(128),
+        "--base-dtype f32 --batch-size 8",
+    ),
     case("bf16", Data::Texts(256), "--base-dtype bf16 --batch-size 2"),
-    case("checkpointing", Data::Texts(256), "--batch-size 4 --activation-checkpointing"),
-    case("checkpointing, larger", Data::Texts(256), "--batch-size 8 --activation-checkpointing"),
+    case(
+        "checkpointing",
+        Data::Texts(256),
+        "--batch-size 4 --activation-checkpointing",
+    ),
+    case(
+        "checkpointing, larger",
+        Data::Texts(256),
+        "--batch-size 8 --activation-checkpointing",
+    ),
     case("larger", Data::Texts(256), "--batch-size 8"),
-    case("attention only", Data::Texts(256), "--batch-size 4 --target-modules attention"),
+    case(
+        "attention only",
+        Data::Texts(256),
+        "--batch-size 4 --target-modules attention",
+    ),
     case("rank 64", Data::Texts(128), "--batch-size 4 --rank 64"),
     case("dropout", Data::Texts(128), "--batch-size 4 --dropout 0.1"),
-    case("two matrices", Data::Texts(128), "--batch-size 2 --target-modules q_proj v_proj"),
-    case("accumulation", Data::Texts(128), "--batch-size 2 --gradient-accumulation-steps 2"),
-    case("full", Data::Texts(128), "--base-dtype f32 --batch-size 2 --method full"),
+    case(
+        "two matrices",
+        Data::Texts(128),
+        "--batch-size 2 --target-modules q_proj v_proj",
+    ),
+    case(
+        "accumulation",
+        Data::Texts(128),
+        "--batch-size 2 --gradient-accumulation-steps 2",
+    ),
+    case(
+        "full",
+        Data::Texts(128),
+        "--base-dtype f32 --batch-size 2 --method full",
+    ),
     case("shared beginnings", Data::Sections, "--batch-size 8"),
-    case("real lengths", Data::Reviews, "--batch-size 8 --max-length 2048"),
+    case(
+        "real lengths",
+        Data::Reviews,
+        "--batch-size 8 --max-length 2048",
+    ),
 ];
 
 const fn case(name: &'static str, data: Data, flags: &'static str) -> Case {
@@ -87,7 +119,10 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
             far.push(format!("{}: {:+.1} %", case.name, 100.0 * difference));
         }
     }
-    println!("\n{:24} {:>12} {:>12} {:>11}", "run", "predicted MB", "measured MB", "difference");
+    println!(
+        "\n{:24} {:>12} {:>12} {:>11}",
+        "run", "predicted MB", "measured MB", "difference"
+    );
     for line in lines {
         println!("{line}");
     }
