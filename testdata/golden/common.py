@@ -1,5 +1,6 @@
-"""Shared by the generators: seeded tiny models, three unpadded rows, and files that are equal byte for byte each run."""
+"""Shared by the generators: seeded tiny models, three unpadded rows, PEFT cases, files equal byte for byte each run."""
 
+import copy
 import json
 import os
 import struct
@@ -16,15 +17,18 @@ import peft
 import torch
 import transformers
 from importlib.metadata import version
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+# The running script as `folder/gen.py`, found before any change of the current folder.
+GENERATOR = "/".join(Path(sys.argv[0]).resolve().parts[-2:])
 VERSIONS = {
     "torch": torch.__version__.split("+")[0],
     "transformers": transformers.__version__,
@@ -39,6 +43,12 @@ ROWS = [
     ([1, 9, 95, 0, 33, 12, 2], [0, 0, 1, 0, 0, 1, 1]),
     ([17, 66], [0, 1]),
 ]
+
+# Holds the base models of all PEFT cases.
+BASES = Path(__file__).resolve().parent / "lora"
+STEPS = 3
+OPTIMIZER = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+MAX_GRAD_NORM = 1.0
 
 
 def llama_config(**changes):
@@ -116,7 +126,7 @@ def row_tensors(logits, rows=ROWS):
 
 def save_tensors(path, tensors, **about):
     """Writes safetensors with the library versions, and `about`, as sorted metadata."""
-    metadata = {"generator": generator_name(), **VERSIONS, **{k: str(v) for k, v in about.items()}}
+    metadata = {"generator": GENERATOR, **VERSIONS, **{k: str(v) for k, v in about.items()}}
     # A clone gives each tensor its own storage: safetensors refuses views of one buffer.
     save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
     # The library writes metadata in random order; the same keys sorted take the same number of bytes.
@@ -135,6 +145,95 @@ def save_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def generator_name():
-    """The running script as `folder/gen.py`."""
-    return "/".join(Path(sys.argv[0]).resolve().parts[-2:])
+def load_base(base):
+    """A base model of `lora/`, by a path relative to the current folder, which PEFT records."""
+    path = os.path.relpath(BASES / base)
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def trained_parameters(model):
+    """`(name, parameter)` of all that is trained, in the model's order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def move_parameters(parameters, seed, moved):
+    """Gives every named parameter the value `moved(name, parameter, noise)` with standard normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(moved(name, parameter, noise))
+
+
+def saved_names(parameters, saved):
+    """The name in adapter_model.safetensors of each trained parameter, found by its values."""
+    names = {}
+    for name, parameter in parameters:
+        found = [k for k, v in saved.items() if v.shape == parameter.shape and torch.equal(v, parameter)]
+        if parameter.numel() == 0:
+            # Empty tensors of one shape are all equal.
+            found = [k for k in found if k == name.replace(".default", "")]
+        assert len(found) == 1, (name, found)
+        names[name] = found[0]
+    assert len(set(names.values())) == len(names)
+    return names
+
+
+def write_adapter_case(folder, base, config, merged, seed, moved, note="", extra=None):
+    """Attaches `config` to the base model, moves all that is trained, and stores the case in `folder`."""
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)  # so that PEFT records the base as a relative path
+    model = get_peft_model(load_base(base), config).eval()
+    move_parameters(trained_parameters(model), seed, moved)
+    store_adapter_case(model, base, merged, note, extra)
+
+
+def store_adapter_case(model, base, merged, note="", extra=None):
+    """Writes the adapter as PEFT saves it, and what PEFT computes with it, into the current folder.
+
+    `merged` names weights to store from the merged model; `extra(model, names)` gives more tensors and more keys
+    of case.json, where `names` maps a parameter's name to its name in the adapter's file.
+    """
+    case = Path.cwd().name
+    trained = trained_parameters(model)
+    model.save_pretrained(".")
+    Path("README.md").unlink()
+    Path("adapter_model.safetensors").chmod(0o644)
+    saved = load_file("adapter_model.safetensors")
+    names = saved_names(trained, saved)
+
+    stored = row_tensors(logits_of(model))
+    again = PeftModel.from_pretrained(load_base(base), ".").eval()
+    for n, logits in enumerate(logits_of(again)):
+        assert torch.equal(logits, stored[f"logits.{n}"]), f"{case}: reloading changes row {n}"
+    merged_model = copy.deepcopy(model).merge_and_unload()
+    merged_differ = max((a - stored[f"logits.{n}"]).abs().max().item() for n, a in enumerate(logits_of(merged_model)))
+    for weight in merged:
+        stored[f"merged.{weight}"] = merged_model.state_dict()[weight]
+    more_tensors, more_keys = extra(model, names) if extra else ({}, {})
+
+    parameters = [p for _, p in trained]
+    optimizer = torch.optim.AdamW(parameters, **OPTIMIZER)
+    losses, norms = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(logits_of(model))
+        loss.backward()
+        losses.append(loss.detach())
+        if step == 0:
+            stored |= {f"grad.{names[n]}": p.grad.clone() for n, p in trained}
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
+        optimizer.step()
+    losses.append(loss_of(logits_of(model)).detach())
+    stored |= {f"after.{names[n]}": p.detach() for n, p in trained}
+    stored |= {"loss": losses[0], "losses": torch.stack(losses), "grad_norms": torch.stack(norms)}
+    assert all(g.abs().max() > 0 for k, g in stored.items() if k.startswith("grad.") and g.numel() > 0)
+
+    save_tensors("reference.safetensors", stored | more_tensors)
+    frozen = sorted(set(saved) - set(names.values()))
+    about = {"base": base, "trained": len(names), "saved_but_frozen": frozen, "note": note}
+    save_json("case.json", about | more_keys)
+    print(
+        f"{case:20} trained {len(names):2} frozen {len(frozen)} norms {[round(n.item(), 2) for n in norms]} "
+        f"losses {[round(x.item(), 4) for x in losses]} merged differs {merged_differ:.1e}"
+    )

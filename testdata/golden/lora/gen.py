@@ -1,7 +1,5 @@
 """Writes two tiny base models and one folder a LoRA case: the adapter as PEFT saves it, and what PEFT computes with it."""
 
-import copy
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,92 +7,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import torch
-from common import llama_config, load_file, logits_of, loss_of, random_model, row_tensors
-from common import save_json, save_model, save_tensors
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from common import llama_config, random_model, save_model, write_adapter_case
+from peft import LoraConfig
 
 warnings.filterwarnings("ignore")
 
-STEPS = 3
-OPTIMIZER = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
-MAX_GRAD_NORM = 1.0
 
-
-def load_base(base):
-    return AutoModelForCausalLM.from_pretrained(f"../{base}", attn_implementation="eager").eval()
-
-
-def randomize(parameters, seed):
-    """Moves every trained tensor off its initial value: no zeros, no copies of base weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in parameters:
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "lora_" in name:
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter.add_(0.1 * noise)
-
-
-def saved_names(parameters, saved):
-    """The name in adapter_model.safetensors of each trained parameter, found by its values."""
-    names = {}
-    for name, parameter in parameters:
-        found = [k for k, v in saved.items() if v.shape == parameter.shape and torch.equal(v, parameter)]
-        assert len(found) == 1, (name, found)
-        names[name] = found[0]
-    assert len(set(names.values())) == len(names)
-    return names
+def moved(name, parameter, noise):
+    """No zeros, no copies of base weights."""
+    return 0.2 * noise if "lora_" in name else parameter + 0.1 * noise
 
 
 def write_case(name, base, merged, seed, note="", **settings):
-    folder = HERE / name
-    folder.mkdir(exist_ok=True)
-    os.chdir(folder)  # so that PEFT records the base as a relative path
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    randomize(trained, seed)
-    model.save_pretrained(".")
-    Path("README.md").unlink()
-    Path("adapter_model.safetensors").chmod(0o644)
-    saved = load_file("adapter_model.safetensors")
-    names = saved_names(trained, saved)
-
-    stored = row_tensors(logits_of(model))
-    again = PeftModel.from_pretrained(load_base(base), ".").eval()
-    for n, logits in enumerate(logits_of(again)):
-        assert torch.equal(logits, stored[f"logits.{n}"]), f"{name}: reloading changes row {n}"
-    merged_model = copy.deepcopy(model).merge_and_unload()
-    merged_differ = max((a - stored[f"logits.{n}"]).abs().max().item() for n, a in enumerate(logits_of(merged_model)))
-    for weight in merged:
-        stored[f"merged.{weight}"] = merged_model.state_dict()[weight]
-
-    parameters = [p for _, p in trained]
-    optimizer = torch.optim.AdamW(parameters, **OPTIMIZER)
-    losses, norms = [], []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = loss_of(logits_of(model))
-        loss.backward()
-        losses.append(loss.detach())
-        if step == 0:
-            stored |= {f"grad.{names[n]}": p.grad.clone() for n, p in trained}
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
-        optimizer.step()
-    losses.append(loss_of(logits_of(model)).detach())
-    stored |= {f"after.{names[n]}": p.detach() for n, p in trained}
-    stored |= {"loss": losses[0], "losses": torch.stack(losses), "grad_norms": torch.stack(norms)}
-    assert all(g.abs().max() > 0 for k, g in stored.items() if k.startswith("grad."))
-
-    save_tensors("reference.safetensors", stored)
-    frozen = sorted(set(saved) - set(names.values()))
-    save_json("case.json", {"base": base, "trained": len(names), "saved_but_frozen": frozen, "note": note})
-    print(
-        f"{name:20} trained {len(names):2} frozen {len(frozen)} norms {[round(n.item(), 2) for n in norms]} "
-        f"losses {[round(x.item(), 4) for x in losses]} merged differs {merged_differ:.1e}"
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    write_adapter_case(HERE / name, base, config, merged, seed, moved, note)
 
 
 save_model(random_model(llama_config(), seed=11), HERE / "base_tied")
