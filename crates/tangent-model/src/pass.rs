@@ -1,6 +1,9 @@
 //! What a forward pass is for: training or not, which device, which random numbers.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Tensor};
+use tangent_ops::Tap;
 
 use crate::parameter::Parameter;
 
@@ -16,6 +19,8 @@ pub struct Pass {
     /// Key of the random numbers of this pass; passes with equal keys draw equal numbers, so a
     /// layer that is run again for its backward pass drops the same features.
     pub key: u64,
+    /// Who is told of the inputs of linear maps and of the gradients of their results.
+    pub tap: Option<Arc<dyn Tap>>,
 }
 
 impl Pass {
@@ -26,6 +31,7 @@ impl Pass {
             tracked: false,
             device: device.clone(),
             key: 0,
+            tap: None,
         }
     }
 
@@ -36,6 +42,15 @@ impl Pass {
             tracked: true,
             device: device.clone(),
             key,
+            tap: None,
+        }
+    }
+
+    /// The same pass, of whose linear maps `tap` is told.
+    pub fn with_tap(self, tap: Arc<dyn Tap>) -> Self {
+        Self {
+            tap: Some(tap),
+            ..self
         }
     }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_ops::{FrozenMatrix, Head};
+use tangent_ops::{FrozenMatrix, Head, Tap};
 
 use crate::parameter::Parameter;
 use crate::pass::Pass;
@@ -174,11 +174,20 @@ impl Site {
 
     /// `x W^T + b` for linear sites and heads.
     pub fn linear(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
-        let y = match &self.adapter {
+        let tap = self.tap(pass).map(|tap| (tap, x.clone()));
+        let mut y = match &self.adapter {
             Some(adapter) => adapter.linear(x, &self.weight, &pass.at(&self.path)),
             None => tangent_ops::frozen_linear(x, &self.weight),
         };
+        if let Some((tap, x)) = tap {
+            y = tangent_ops::tap(x, y, tap, &self.path);
+        }
         self.biased(y, pass)
+    }
+
+    /// Who is told of this site in this pass.
+    fn tap(&self, pass: &Pass) -> Option<Arc<dyn Tap>> {
+        pass.tap.clone().filter(|tap| tap.wants(&self.path))
     }
 
     /// `(silu(gate) * up) W^T + b` for linear sites.
@@ -186,7 +195,12 @@ impl Site {
         let Some(adapter) = &self.adapter else {
             return self.linear(tangent_ops::swiglu(gate, up), pass);
         };
-        let y = adapter.gated_linear(gate, up, &self.weight, &pass.at(&self.path));
+        let tap = self.tap(pass);
+        let tap = tap.map(|tap| (tap, gate.clone(), up.clone()));
+        let mut y = adapter.gated_linear(gate, up, &self.weight, &pass.at(&self.path));
+        if let Some((tap, gate, up)) = tap {
+            y = tangent_ops::gated_tap(gate, up, y, tap, &self.path);
+        }
         self.biased(y, pass)
     }
 

@@ -175,7 +175,7 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 /// Runs `f` compiled for the widest SIMD of this CPU, provided that `f` is inlined: a closure is
 /// marked `#[inline(always)]`, otherwise one of some size stays a function of the baseline.
 #[inline(always)]
-pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
     struct Run<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Run<F> {
         type Output = R;

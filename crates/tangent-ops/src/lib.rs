@@ -24,6 +24,8 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod segments;
 pub mod swiglu;
+pub mod tap;
+pub mod thin_matrix;
 
 #[cfg(test)]
 mod check;
@@ -33,6 +35,7 @@ pub use cross_entropy::{Head, Target, linear_cross_entropy, log_softmax_at};
 pub use dropout::dropout;
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen_linear::frozen_linear;
+pub use kernel::simd;
 pub use linear::linear;
 pub use low_rank::{gated_low_rank_linear, low_rank_delta, low_rank_linear};
 pub use mapped::MappedFile;
@@ -41,6 +44,8 @@ pub use rms_norm::rms_norm;
 pub use rotary::Rotary;
 pub use segments::{Segment, Segments};
 pub use swiglu::swiglu;
+pub use tap::{Tap, gated_tap, tap, weight_gradient};
+pub use thin_matrix::{ThinMatrix, thin_outer};
 
 use burn::tensor::{Device, Tensor, TensorData};
 

@@ -68,7 +68,7 @@ struct LowRank {
 }
 
 /// The input of the map from what it is given as.
-fn input(sources: &[Matrix]) -> Matrix {
+pub(crate) fn input(sources: &[Matrix]) -> Matrix {
     match sources {
         [x] => x.clone(),
         [gate, up] => swiglu::product(gate, up),
