@@ -7,9 +7,11 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tangent_model::family::Model;
 use tangent_model::{Parameter, Site, SiteKind, WeightAdapter, pass};
+use tangent_ops::FrozenMatrix;
 
 use crate::config::{AdapterConfig, BiasMode, pattern_regex};
 use crate::error::PeftError;
+use crate::init::{self, Factors, Needs, Setup};
 use crate::methods::{self, Method};
 use crate::targets::{ends_with_name, near};
 use crate::trained::{TrainedRows, TrainedWeight};
@@ -24,6 +26,33 @@ pub struct Adapter {
     pub parameters: Vec<Parameter>,
     /// Paths of the sites that the method adapts.
     pub sites: Vec<String>,
+    /// Products of two trained factors, in the order of the sites.
+    pub pairs: Vec<Pair>,
+    /// Tensors that do not train and are saved along, in the order in which they were made.
+    pub fixed: Vec<Fixed>,
+}
+
+/// Two trained factors whose scaled product `scaling * B A` moves a site's weight.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// Path of the site.
+    pub site: String,
+    /// Index of `a: (rank, d_in)` in the adapter's parameters.
+    pub a: usize,
+    /// Index of `b: (d_out, rank)` in the adapter's parameters.
+    pub b: usize,
+    /// Scaling of the product.
+    pub scaling: f32,
+    /// Factors whose product is taken out of the base.
+    pub offset: Option<Factors>,
+}
+
+/// A tensor of an adapter that does not train.
+#[derive(Clone, Debug)]
+pub struct Fixed {
+    /// The tensor. Its name in files stands after the adapter's prefix alone, not after the model's
+    /// name, since it belongs to no site.
+    pub tensor: Parameter,
 }
 
 impl Adapter {
@@ -36,11 +65,142 @@ impl Adapter {
 /// Where a method creates its parameters.
 pub struct Scope<'a> {
     parameters: &'a mut Vec<Parameter>,
+    pairs: &'a mut Vec<Pair>,
+    fixed: &'a mut Vec<Fixed>,
     device: burn::tensor::Device,
+    start: &'a Start,
+    largest: (usize, usize),
+}
+
+/// What decides the start values.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// Seed of random numbers.
+    pub seed: u64,
+    /// Factors that were computed before, by path of the site: all of those that need the training
+    /// data, others where time is saved.
+    pub factors: BTreeMap<String, Factors>,
+}
+
+/// The start factors of one linear site, from `evidence` as the initialization needs it.
+///
+/// # Errors
+/// If the initialization does not exist or cannot serve this site.
+pub fn start_factors(
+    config: &AdapterConfig,
+    site: &Site,
     seed: u64,
+    evidence: &[f32],
+) -> Result<Factors, PeftError> {
+    start_factors_of(config, site, config.rank_at(&site.path)?, seed, evidence)
+}
+
+/// [`start_factors`] of another rank than the settings say.
+///
+/// # Errors
+/// As [`start_factors`].
+pub fn start_factors_of(
+    config: &AdapterConfig,
+    site: &Site,
+    rank: usize,
+    seed: u64,
+    evidence: &[f32],
+) -> Result<Factors, PeftError> {
+    let init = init::find(&config.init)?;
+    (init.check)(config, site, rank)?;
+    let mut setup = Setup {
+        config,
+        site,
+        rank,
+        scaling: config.scaling_at(&site.path)?,
+        rng: random(seed, &format!("{}.lora_A.weight", site.path)),
+        evidence,
+    };
+    (init.factors)(&mut setup)
+}
+
+/// Random numbers that depend on the seed and the name only.
+fn random(seed: u64, name: &str) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(pass::mix(seed, name))
 }
 
 impl Scope<'_> {
+    /// The device of the model.
+    pub fn device(&self) -> &burn::tensor::Device {
+        &self.device
+    }
+
+    /// The largest output and the largest input of the sites that the method adapts.
+    pub fn largest(&self) -> (usize, usize) {
+        self.largest
+    }
+
+    /// The start factors of a linear site: those that were computed before, or from the weight.
+    ///
+    /// # Errors
+    /// If they cannot be computed.
+    pub fn start_factors(&self, config: &AdapterConfig, site: &Site) -> Result<Factors, PeftError> {
+        if let Some(factors) = self.start.factors.get(&site.path) {
+            return Ok(factors.clone());
+        }
+        let init = init::find(&config.init)?;
+        if init.needs == Needs::Nothing {
+            return start_factors(config, site, self.start.seed, &[]);
+        }
+        Err(PeftError::NoEvidence {
+            site: site.path.clone(),
+            init: init.id,
+            needs: init.needs.words(),
+        })
+    }
+
+    /// Notes that two parameters that were just created in this scope are factors of a product.
+    ///
+    /// # Panics
+    /// If they are not of this scope.
+    pub fn pair(
+        &mut self,
+        site: &Site,
+        (a, b): (&Parameter, &Parameter),
+        scaling: f32,
+        offset: Option<Factors>,
+    ) {
+        let index = |wanted: &Parameter| {
+            let found = self
+                .parameters
+                .iter()
+                .rposition(|p| p.name() == wanted.name());
+            found.unwrap_or_else(|| unreachable!("{} is of this scope", wanted.name()))
+        };
+        let (a, b) = (index(a), index(b));
+        self.pairs.push(Pair {
+            site: site.path.clone(),
+            a,
+            b,
+            scaling,
+            offset,
+        });
+    }
+
+    /// A tensor that belongs to no site and does not train; the one of that name if it was made
+    /// before.
+    pub fn fixed(
+        &mut self,
+        name: &str,
+        shape: Vec<usize>,
+        start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
+    ) -> Parameter {
+        if let Some(made) = self.fixed.iter().find(|f| f.tensor.name() == name) {
+            return made.tensor.clone();
+        }
+        let values = start(&mut random(self.start.seed, name));
+        let tensor = Parameter::new(name, shape, values, &self.device);
+        self.fixed.push(Fixed {
+            tensor: tensor.clone(),
+        });
+        tensor
+    }
+
     /// A trained tensor of `site`; `suffix` is its name in files after the site's path. `start`
     /// gets random numbers that depend on the seed and the name only.
     pub fn parameter(
@@ -51,8 +211,8 @@ impl Scope<'_> {
         start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
     ) -> Parameter {
         let name = format!("{}.{suffix}", site.path);
-        let mut rng = ChaCha8Rng::seed_from_u64(pass::mix(self.seed, &name));
-        let parameter = Parameter::new(name, shape, start(&mut rng), &self.device);
+        let values = start(&mut random(self.start.seed, &name));
+        let parameter = Parameter::new(name, shape, values, &self.device);
         self.parameters.push(parameter.clone());
         parameter
     }
@@ -81,26 +241,41 @@ struct Attachment {
     bias: Option<Parameter>,
 }
 
-/// Attaches `config` to the model, whose earlier adapters are removed. `seed` decides the start
-/// values.
+/// [`attach_from`] a seed alone.
 ///
 /// # Errors
-/// If a setting does not fit the model.
+/// If a setting does not fit the model, or the initialization needs the training data.
 pub fn attach(
     model: &mut dyn Model,
     config: &AdapterConfig,
     seed: u64,
 ) -> Result<Adapter, PeftError> {
+    let start = Start {
+        seed,
+        ..Start::default()
+    };
+    attach_from(model, config, &start)
+}
+
+/// Attaches `config` to the model, whose earlier adapters are removed.
+///
+/// # Errors
+/// If a setting does not fit the model.
+pub fn attach_from(
+    model: &mut dyn Model,
+    config: &AdapterConfig,
+    start: &Start,
+) -> Result<Adapter, PeftError> {
     config.validate()?;
     let method = methods::find(&config.method)?;
-    if method.whole_model {
-        config.refuse_unread()?;
-    }
-    let mut parameters = vec![];
+    let (mut parameters, mut pairs, mut fixed) = (vec![], vec![], vec![]);
     let mut scope = Scope {
         parameters: &mut parameters,
+        pairs: &mut pairs,
+        fixed: &mut fixed,
         device: model.device(),
-        seed,
+        start,
+        largest: (0, 0),
     };
     let (attachments, adapted) = plan(model, method, config, &mut scope)?;
     for site in model.sites_mut() {
@@ -120,6 +295,8 @@ pub fn attach(
         config: config.clone(),
         parameters,
         sites: adapted,
+        pairs,
+        fixed,
     })
 }
 
@@ -136,6 +313,11 @@ fn plan(
         true => sites.clone(),
         false => chosen(config, &sites)?,
     };
+    let weights = || targets.iter().map(|site| &site.weight);
+    scope.largest = (
+        weights().map(FrozenMatrix::rows).max().unwrap_or(0),
+        weights().map(FrozenMatrix::cols).max().unwrap_or(0),
+    );
     let is_target = |site: &Site| targets.iter().any(|t| t.path == site.path);
     for name in &config.modules_to_save {
         // PEFT matches these by bare suffix, without a dot; files depend on it.
@@ -226,8 +408,11 @@ pub fn check_patterns(config: &AdapterConfig, sites: &[&Site]) -> Result<(), Pef
     Ok(())
 }
 
-/// The target sites after exclusions.
-fn chosen<'a>(config: &AdapterConfig, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
+/// The sites that `config` adapts: its targets after exclusions.
+///
+/// # Errors
+/// If there is none.
+pub fn chosen<'a>(config: &AdapterConfig, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
     let mut targets = config.targets.select(sites)?;
     if targets.is_empty() {
         let target = config.targets.text();
@@ -290,4 +475,24 @@ fn trained_rows(site: &Site, tokens: &[u32], scope: &mut Scope<'_>) -> TrainedRo
         tokens: tokens.to_vec(),
         rows,
     }
+}
+
+/// Attaches a method to one site outside of a model: the adapter and its parameters.
+#[cfg(test)]
+pub(crate) fn attach_to_site(
+    attach: methods::Attach,
+    config: &AdapterConfig,
+    site: &Site,
+) -> Result<(Arc<dyn WeightAdapter>, Vec<Parameter>), PeftError> {
+    let (mut parameters, mut pairs, mut fixed) = (vec![], vec![], vec![]);
+    let mut scope = Scope {
+        parameters: &mut parameters,
+        pairs: &mut pairs,
+        fixed: &mut fixed,
+        device: burn::tensor::Device::flex(),
+        start: &Start::default(),
+        largest: (site.weight.rows(), site.weight.cols()),
+    };
+    let adapter = attach(config, site, &mut scope)?;
+    Ok((adapter, parameters))
 }

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use crate::error::PeftError;
+use crate::init;
+use crate::methods::{self, Common, Method};
+use crate::setting::{self, SettingValue};
 use crate::targets::Targets;
 
 /// Which biases train along.
@@ -71,6 +74,13 @@ pub struct AdapterConfig {
     pub modules_to_save: Vec<String>,
     /// Rows of embeddings that train, by module suffix.
     pub trainable_tokens: BTreeMap<String, Vec<u32>>,
+    /// Id of the initialization.
+    pub init: String,
+    /// Settings of the method and of the initialization, by name; their lists have the defaults.
+    pub own: BTreeMap<String, SettingValue>,
+    /// Which of AdaLoRA's triplets are left, by path of the site, as a file says; none are gone at
+    /// other sites.
+    pub kept_triplets: BTreeMap<String, Vec<bool>>,
 }
 
 impl Default for AdapterConfig {
@@ -89,6 +99,9 @@ impl Default for AdapterConfig {
             bias: BiasMode::None,
             modules_to_save: vec![],
             trainable_tokens: BTreeMap::new(),
+            init: init::KAIMING.id.into(),
+            own: BTreeMap::new(),
+            kept_triplets: BTreeMap::new(),
         }
     }
 }
@@ -97,13 +110,14 @@ impl AdapterConfig {
     /// Checks the settings that need no model.
     ///
     /// # Errors
-    /// If one is out of its range.
+    /// If one is out of its range, or is read by neither the method nor the initialization.
     pub fn validate(&self) -> Result<(), PeftError> {
         let fault = |setting, value: String, why| PeftError::Setting {
             setting,
             value,
             why,
         };
+        let method = methods::find(&self.method)?;
         if self.rank == 0 {
             return Err(fault("rank", "0".into(), "must be at least 1"));
         }
@@ -114,74 +128,165 @@ impl AdapterConfig {
             let value = self.dropout.to_string();
             return Err(fault("dropout", value, "must be in [0, 1)"));
         }
-        Ok(())
+        init::find(&self.init)?;
+        setting::check(&self.own, self.own_settings(method)?)?;
+        self.refuse_unread(method)
     }
 
-    /// Refuses settings that a method for the whole model does not read.
+    /// What the method and the initialization read beyond the common settings.
+    fn own_settings(
+        &self,
+        method: &Method,
+    ) -> Result<impl Iterator<Item = &'static setting::Setting>, PeftError> {
+        let init = match method.reads.contains(&Common::Init) {
+            true => init::find(&self.init)?.settings,
+            false => &[],
+        };
+        Ok(method.settings.iter().chain(init))
+    }
+
+    /// A setting of the method or of the initialization: as given, or its default.
+    ///
+    /// # Panics
+    /// If neither has it in its list.
+    pub fn own(&self, name: &str) -> SettingValue {
+        let listed = |settings: &'static [setting::Setting]| {
+            let found = settings.iter().find(|s| s.name == name);
+            found.map(|s| s.default.clone())
+        };
+        let default = || {
+            let method = methods::find(&self.method).ok()?;
+            let init = || listed(init::find(&self.init).ok()?.settings);
+            listed(method.settings).or_else(init)
+        };
+        match self.own.get(name).cloned().or_else(default) {
+            Some(value) => value,
+            None => unreachable!("{name} is in no list of {} or {}", self.method, self.init),
+        }
+    }
+
+    /// A setting of the method or of the initialization that counts; `why` says that it is at least
+    /// `least`.
+    ///
+    /// # Errors
+    /// If it is something else.
+    ///
+    /// # Panics
+    /// As [`own`](Self::own).
+    pub(crate) fn whole(
+        &self,
+        setting: &'static str,
+        least: usize,
+        why: &'static str,
+    ) -> Result<usize, PeftError> {
+        let value = self.own(setting);
+        let count = value.whole().and_then(|n| usize::try_from(n).ok());
+        count
+            .filter(|n| *n >= least)
+            .ok_or_else(|| PeftError::Setting {
+                setting,
+                value: value.to_string(),
+                why,
+            })
+    }
+
+    /// Refuses settings that the method does not read.
     ///
     /// # Errors
     /// Naming the first that differs from its default.
-    pub(crate) fn refuse_unread(&self) -> Result<(), PeftError> {
+    fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
         let default = Self::default();
-        let unread: [(&'static str, bool, String); 10] = [
+        let unread = |common| !method.reads.contains(&common);
+        let whole = method.whole_model;
+        let settings: [(&'static str, bool, bool, String); 12] = [
             (
                 "use_rslora",
+                unread(Common::Rslora),
                 self.use_rslora == default.use_rslora,
                 self.use_rslora.to_string(),
             ),
             (
                 "dropout",
+                unread(Common::Dropout),
                 self.dropout == default.dropout,
                 self.dropout.to_string(),
             ),
             (
-                "target_modules",
-                self.targets == default.targets,
-                self.targets.text(),
-            ),
-            (
-                "exclude_modules",
-                self.exclude == default.exclude,
-                self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
-            ),
-            (
-                "layers_to_transform",
-                self.layers == default.layers,
-                format!("{:?}", self.layers),
+                "init",
+                unread(Common::Init),
+                self.init == default.init,
+                self.init.clone(),
             ),
             (
                 "rank_pattern",
+                unread(Common::Patterns),
                 self.rank_pattern == default.rank_pattern,
                 format!("{:?}", self.rank_pattern),
             ),
             (
                 "alpha_pattern",
+                unread(Common::Patterns),
                 self.alpha_pattern == default.alpha_pattern,
                 format!("{:?}", self.alpha_pattern),
             ),
             (
                 "bias",
+                unread(Common::Bias),
                 self.bias == default.bias,
                 self.bias.name().to_owned(),
             ),
             (
+                "trainable_token_indices",
+                unread(Common::TokenRows),
+                self.trainable_tokens == default.trainable_tokens,
+                format!("{:?}", self.trainable_tokens),
+            ),
+            (
+                "target_modules",
+                whole,
+                self.targets == default.targets,
+                self.targets.text(),
+            ),
+            (
+                "exclude_modules",
+                whole,
+                self.exclude == default.exclude,
+                self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
+            ),
+            (
+                "layers_to_transform",
+                whole,
+                self.layers == default.layers,
+                format!("{:?}", self.layers),
+            ),
+            (
                 "modules_to_save",
+                whole,
                 self.modules_to_save == default.modules_to_save,
                 self.modules_to_save.join(", "),
             ),
             (
-                "trainable_token_indices",
-                self.trainable_tokens == default.trainable_tokens,
-                format!("{:?}", self.trainable_tokens),
+                "method settings",
+                whole,
+                self.own.is_empty(),
+                format!("{:?}", self.own),
             ),
         ];
-        match unread.into_iter().find(|(_, is_default, _)| !is_default) {
+        let mut set = settings
+            .into_iter()
+            .filter(|(_, unread, is_default, _)| *unread && !is_default);
+        match set.next() {
             None => Ok(()),
-            Some((setting, _, value)) => Err(PeftError::Setting {
+            Some((setting, _, _, value)) => Err(PeftError::Setting {
                 setting,
                 value,
-                why: "every weight of the model trains, so this has no effect; leave it out, or \
-                      choose another method",
+                why: match whole {
+                    true => {
+                        "every weight of the model trains, so this has no effect; leave it \
+                             out, or choose another method"
+                    }
+                    false => "this method does not read it; leave it out, or choose another method",
+                },
             }),
         }
     }
@@ -194,13 +299,21 @@ impl AdapterConfig {
         Ok(first_match(&self.rank_pattern, path)?.unwrap_or(self.rank))
     }
 
+    /// Alpha at the site `path`.
+    ///
+    /// # Errors
+    /// If a pattern does not parse.
+    pub fn alpha_at(&self, path: &str) -> Result<f32, PeftError> {
+        Ok(first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha))
+    }
+
     /// Scaling at the site `path`: `alpha / rank`, or `alpha / sqrt(rank)`.
     ///
     /// # Errors
     /// If a pattern does not parse.
     pub fn scaling_at(&self, path: &str) -> Result<f32, PeftError> {
         let rank = self.rank_at(path)? as f64;
-        let alpha = f64::from(first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha));
+        let alpha = f64::from(self.alpha_at(path)?);
         let divisor = if self.use_rslora { rank.sqrt() } else { rank };
         Ok((alpha / divisor) as f32)
     }

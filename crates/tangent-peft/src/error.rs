@@ -71,6 +71,88 @@ pub enum PeftError {
         /// What it must be.
         why: &'static str,
     },
+    /// A number of blocks, or their size, that does not divide a site's inputs.
+    #[error(
+        "{site}: {setting} = {value} does not cut its {inputs} inputs into equal blocks of at \
+         least 2; divisors near it: {near}; or set nearest_divisor=true to take the nearest"
+    )]
+    Blocks {
+        /// Site.
+        site: String,
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: usize,
+        /// Input features.
+        inputs: usize,
+        /// Divisors of the inputs around the value.
+        near: String,
+    },
+    /// An initialization that does not exist.
+    #[error("initialization \"{name}\" does not exist; initializations: {known}")]
+    UnknownInit {
+        /// What was asked for.
+        name: String,
+        /// All initializations.
+        known: String,
+    },
+    /// A setting that neither the method nor the initialization has.
+    #[error("setting \"{name}\" does not exist here; the method and its start have: {known}")]
+    UnknownSetting {
+        /// What was asked for.
+        name: String,
+        /// All settings.
+        known: String,
+    },
+    /// A setting of another type.
+    #[error("{setting} = {value}: expected {expected}")]
+    SettingType {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// Its type.
+        expected: &'static str,
+    },
+    /// An initialization that was given nothing to look at.
+    #[error(
+        "{site}: initialization {init} needs {needs} of the training data, which are not there"
+    )]
+    NoEvidence {
+        /// Site.
+        site: String,
+        /// Initialization.
+        init: &'static str,
+        /// What it needs.
+        needs: &'static str,
+    },
+    /// Start values that cannot be computed.
+    #[error("{site}: {source}; choose another initialization or leave the site out")]
+    Linalg {
+        /// Site.
+        site: String,
+        /// What went wrong.
+        source: tangent_linalg::LinalgError,
+    },
+    /// A weight that is too small for what an initialization takes from its sides.
+    #[error(
+        "{site}: {init} at rank {rank} takes {needed} singular vectors, and {rows} x {cols} has \
+         fewer; lower the rank, at this site with rank_pattern, or choose another initialization"
+    )]
+    TooFewDirections {
+        /// Site.
+        site: String,
+        /// Initialization.
+        init: &'static str,
+        /// Rank of the factors.
+        rank: usize,
+        /// Singular vectors that it takes.
+        needed: usize,
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+    },
     /// A method that has nothing to do at a kind of site.
     #[error("{method} cannot adapt {site}: {why}")]
     Site {
@@ -124,6 +206,16 @@ pub enum PeftError {
         key: String,
         /// Value.
         value: String,
+    },
+    /// An adapter whose random projections are not in its file.
+    #[error(
+        "{path}: \"save_projection\" is false, so the projections are not in the adapter, and only \
+         PyTorch draws the same random numbers; save it in PEFT with save_projection=True",
+        path = path.display()
+    )]
+    NoProjections {
+        /// `adapter_config.json`.
+        path: PathBuf,
     },
     /// An adapter whose settings this model cannot have.
     #[error("{path}: {source}; the adapter was trained for another base model or is damaged", path = path.display())]

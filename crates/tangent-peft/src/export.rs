@@ -324,7 +324,8 @@ pub fn write_without(
         if let Some(site) = opened.model.sites().into_iter().find(|s| !s.is_additive()) {
             return Err(PeftError::NotSubtractable {
                 site: site.path.clone(),
-                why: "its trained weight replaced the original, which is not in the merged model",
+                why: "what was trained replaced or turned the original weight, which is not in the \
+                      merged model",
             });
         }
     }

@@ -6,15 +6,21 @@
 
 pub mod adapter;
 pub mod config;
+pub mod controller;
 pub mod error;
 pub mod export;
+pub mod init;
 pub mod methods;
 pub mod peft_format;
+pub mod setting;
 pub mod targets;
 pub mod trained;
 
-pub use adapter::{Adapter, Scope, attach, check_patterns};
+pub use adapter::{Adapter, Fixed, Pair, Scope, Start, attach, attach_from, check_patterns};
 pub use config::{AdapterConfig, BiasMode};
+pub use controller::Controller;
 pub use error::PeftError;
+pub use init::{Factors, INITS, Init};
 pub use methods::{METHODS, Method};
+pub use setting::{Setting, SettingValue};
 pub use targets::Targets;

@@ -8,40 +8,27 @@ use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
-use tangent_model::Site;
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
+use tangent_model::{Parameter, Site};
 use tangent_ops::FrozenMatrix;
 
 use crate::adapter::{Adapter, attach};
 use crate::error::PeftError;
 use crate::export::{LazyTensor, WriteDtype};
+use crate::methods::{Common, PeftType};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
-pub use settings::read_config;
+pub use settings::{Fields, read_config};
 
 /// Version of PEFT whose format is written.
 const PEFT_VERSION: &str = "0.21.2";
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+/// What precedes names of the model's modules.
 const PREFIX: &str = "base_model.model.";
-
-/// Keys of a LoRA configuration that are not read, with the value at which they have no effect.
-/// Written so, and refused at any other value but for the start values' `eva_config`.
-fn neutral_keys() -> Map<String, Value> {
-    let neutral = json!({
-        "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null,
-        "corda_config": null, "ensure_weight_tying": false, "eva_config": null,
-        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null,
-        "layers_pattern": null, "loftq_config": {}, "lora_bias": false, "lora_ga_config": null,
-        "megatron_config": null, "monteclora_config": null, "target_parameters": null,
-        "use_bdlora": null, "use_dora": false, "use_qalora": false, "velora_config": null
-    });
-    match neutral {
-        Value::Object(map) => map,
-        other => unreachable!("an object, not {other}"),
-    }
-}
+/// What precedes names of tensors that belong to no module.
+const SHARED: &str = "base_model.";
 
 /// A tensor of an adapter file.
 struct Stored {
@@ -108,6 +95,16 @@ fn fill(
         };
         check_shape(path, parameter.name(), parameter.shape(), &stored.shape)?;
         parameter.set(stored.values);
+    }
+    for fixed in &adapter.fixed {
+        let name = format!("{SHARED}{}", fixed.tensor.name());
+        match tensors.remove(&name) {
+            Some(stored) => {
+                check_shape(path, &name, fixed.tensor.shape(), &stored.shape)?;
+                fixed.tensor.set(stored.values);
+            }
+            None => missing.push(name),
+        }
     }
     refuse(path, "missing", missing)?;
     for site in model.sites_mut() {
@@ -190,10 +187,11 @@ fn read_tensors(path: &Path) -> Result<BTreeMap<String, Stored>, PeftError> {
     let parsed = SafeTensors::deserialize(&bytes).map_err(|e| malformed(path, e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in parsed.iter() {
-        let Some(short) = name.strip_prefix(PREFIX) else {
-            let why = format!("tensor \"{name}\" does not begin with \"{PREFIX}\"");
+        if !name.starts_with(SHARED) {
+            let why = format!("tensor \"{name}\" does not begin with \"{SHARED}\"");
             return Err(malformed(path, why));
-        };
+        }
+        let short = name.strip_prefix(PREFIX).unwrap_or(name);
         let data = view.data();
         let values = match view.dtype() {
             Dtype::F32 => data
@@ -226,51 +224,34 @@ fn pairs(data: &[u8], widen: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
 }
 
 /// `adapter_config.json` of an adapter.
+///
+/// # Panics
+/// If the method has no such file.
 pub fn config_json(adapter: &Adapter, sites: &[&Site], base: &str) -> Value {
     let config = &adapter.config;
-    let mut map = neutral_keys();
+    let kind = peft_type(adapter);
+    let mut map = (kind.write)(adapter);
     let targets = match &config.targets {
         Targets::Regex(pattern) if config.exclude.is_none() && config.layers.is_none() => {
             json!(pattern)
         }
         _ => json!(peft_names(&adapter.sites, sites)),
     };
-    let tokens = match &config.trainable_tokens {
-        t if t.is_empty() => Value::Null,
-        t if t.len() == 1 && t.contains_key("embed_tokens") => json!(t["embed_tokens"]),
-        t => json!(t),
-    };
     let saved = match &config.modules_to_save {
         names if names.is_empty() => Value::Null,
         names => json!(names),
     };
-    let pattern = |pairs: Vec<(&String, Value)>| {
-        Value::Object(pairs.into_iter().map(|(k, v)| (k.clone(), v)).collect())
-    };
-    let ranks = config.rank_pattern.iter().map(|(k, v)| (k, json!(v)));
-    let alphas = config.alpha_pattern.iter().map(|(k, v)| (k, number(*v)));
     for (key, value) in [
-        ("alpha_pattern", pattern(alphas.collect())),
+        ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(base)),
-        ("bias", json!(config.bias.name())),
-        ("exclude_modules", Value::Null),
         ("inference_mode", json!(true)),
-        ("init_lora_weights", json!(true)),
         ("layers_to_transform", Value::Null),
-        ("lora_alpha", number(config.alpha)),
-        ("lora_dropout", number(config.dropout)),
-        ("megatron_core", json!("megatron.core")),
         ("modules_to_save", saved),
-        ("peft_type", json!("LORA")),
+        ("peft_type", json!(kind.name)),
         ("peft_version", json!(PEFT_VERSION)),
-        ("qalora_group_size", json!(16)),
-        ("r", json!(config.rank)),
-        ("rank_pattern", pattern(ranks.collect())),
         ("revision", Value::Null),
         ("target_modules", targets),
         ("task_type", json!("CAUSAL_LM")),
-        ("trainable_token_indices", tokens),
-        ("use_rslora", json!(config.use_rslora)),
     ] {
         map.insert(key.to_owned(), value);
     }
@@ -278,8 +259,32 @@ pub fn config_json(adapter: &Adapter, sites: &[&Site], base: &str) -> Value {
     Value::Object(map)
 }
 
+fn peft_type(adapter: &Adapter) -> &'static PeftType {
+    match &adapter.method.peft {
+        Some(kind) => kind,
+        None => unreachable!("{} makes models, not adapters", adapter.method.id),
+    }
+}
+
+/// The keys of a JSON object.
+///
+/// # Panics
+/// If it is none.
+pub(crate) fn object(json: Value) -> Map<String, Value> {
+    match json {
+        Value::Object(map) => map,
+        other => unreachable!("an object, not {other}"),
+    }
+}
+
+/// Values by pattern, in their order.
+pub(crate) fn pattern<T: Copy>(pairs: &[(String, T)], value: impl Fn(T) -> Value) -> Value {
+    let pairs = pairs.iter();
+    pairs.map(|(k, v)| (k.clone(), value(*v))).collect()
+}
+
 /// Whole numbers without a fraction, as PEFT writes them.
-fn number(value: f32) -> Value {
+pub(crate) fn number(value: f32) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e9 && value != 0.0 {
         json!(value as i64)
     } else {
@@ -302,12 +307,13 @@ pub fn write(
     base: &str,
 ) -> Result<(), PeftError> {
     let sites = model.sites();
-    let mut outputs: BTreeMap<String, LazyTensor<'_>> = BTreeMap::new();
-    for parameter in &adapter.parameters {
-        let shape = parameter.shape().to_vec();
-        let stored = LazyTensor::new(shape, WriteDtype::F32, || parameter.values());
-        outputs.insert(format!("{PREFIX}{}", parameter.name()), stored);
-    }
+    let own = (peft_type(adapter).tensors)(adapter).into_iter();
+    let own = own.map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor));
+    let fixed = adapter.fixed.iter().map(|fixed| {
+        let name = format!("{SHARED}{}", fixed.tensor.name());
+        (name, stored(&fixed.tensor))
+    });
+    let mut outputs: BTreeMap<String, LazyTensor<'_>> = own.chain(fixed).collect();
     for site in &sites {
         let whole = matches!(
             site.kind,
@@ -328,6 +334,20 @@ pub fn write(
     Ok(())
 }
 
+/// A tensor of an adapter as it is.
+pub(crate) fn stored(parameter: &Parameter) -> LazyTensor<'_> {
+    let shape = parameter.shape().to_vec();
+    LazyTensor::new(shape, WriteDtype::F32, || parameter.values())
+}
+
+/// Every trained tensor as it is, by name.
+pub(crate) fn tensors(adapter: &Adapter) -> Vec<(String, LazyTensor<'_>)> {
+    let parameters = adapter.parameters.iter();
+    parameters
+        .map(|p| (p.name().to_owned(), stored(p)))
+        .collect()
+}
+
 /// The model card, with PEFT's front matter.
 fn card(adapter: &Adapter, base: &str) -> String {
     let config = &adapter.config;
@@ -337,22 +357,25 @@ fn card(adapter: &Adapter, base: &str) -> String {
         Some((folder, file)) => format!("{}, gguf_file={}", json!(folder), json!(file)),
         None => quoted.to_string(),
     };
+    let reads = |common| adapter.method.reads.contains(&common);
+    let rank = match reads(Common::Rank) {
+        true => format!(" of rank {}", config.rank),
+        false => String::new(),
+    };
+    let alpha = match (reads(Common::Alpha), config.use_rslora) {
+        (true, true) => format!(", alpha {} (rank-stabilized)", config.alpha),
+        (true, false) => format!(", alpha {}", config.alpha),
+        (false, _) => String::new(),
+    };
     format!(
         "---\nbase_model: {quoted}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
-         - lora\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
-         {method} adapter of rank {rank}, alpha {alpha}{rs}, {count} trained parameters, for \
+         - {method}\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
+         {method} adapter{rank}{alpha}, {count} trained parameters, for \
          `{base}`.\n\n\
          ```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
          model = AutoModelForCausalLM.from_pretrained({source})\n\
          model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n",
         method = adapter.method.id,
-        rank = config.rank,
-        alpha = config.alpha,
-        rs = if config.use_rslora {
-            " (rank-stabilized)"
-        } else {
-            ""
-        },
         count = adapter.count(),
     )
 }

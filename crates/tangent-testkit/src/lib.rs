@@ -61,6 +61,10 @@ impl Reference {
                         let chunks = data.as_chunks::<4>().0.iter();
                         chunks.map(|b| f64::from(i32::from_le_bytes(*b))).collect()
                     }
+                    Dtype::I64 => {
+                        let chunks = data.as_chunks::<8>().0.iter();
+                        chunks.map(|b| i64::from_le_bytes(*b) as f64).collect()
+                    }
                     Dtype::U8 => data.iter().map(|b| f64::from(*b)).collect(),
                     other => panic!("unexpected {other:?}"),
                 };
@@ -174,7 +178,7 @@ pub fn quantized(weight: &FrozenMatrix) -> FrozenMatrix {
     .unwrap()
 }
 
-/// A stored LoRA case.
+/// A stored adapter of PEFT, LoRA's or another method's.
 pub struct LoraCase {
     /// The adapter's folder.
     pub dir: PathBuf,
@@ -187,9 +191,14 @@ pub struct LoraCase {
 }
 
 impl LoraCase {
-    /// Opens the case called `name`.
+    /// Opens LoRA's case called `name`.
     pub fn open(name: &str) -> Self {
-        let dir = folder("lora").join(name);
+        Self::of("lora", name)
+    }
+
+    /// Opens the case called `name` of a method.
+    pub fn of(method: &str, name: &str) -> Self {
+        let dir = folder(method).join(name);
         let description = read_json(&dir.join("case.json")).unwrap();
         let base = folder("lora").join(description["base"].as_str().unwrap());
         Self {

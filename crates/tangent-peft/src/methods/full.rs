@@ -24,7 +24,12 @@ pub const METHOD: Method = Method {
     paper: "-",
     identity_at_start: true,
     whole_model: true,
+    rank: 1,
+    reads: &[],
+    settings: &[],
     attach,
+    control: None,
+    peft: None,
 };
 
 fn attach(

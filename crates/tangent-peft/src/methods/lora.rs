@@ -9,24 +9,27 @@
 //! embedding:  W' = W + s (B A)^T     A: (rank, vocabulary)   B: (d, rank)
 //! ```
 //!
-//! Trained: A and B. At the start A is uniform in +-1/sqrt(d_in) and B is 0 (embedding: A is 0 and
-//! B normal), so the model is unchanged. Cost: `rank (d_in + d_out)` parameters a site and as many
-//! multiply-adds a token. Paper: 2106.09685; rank-stabilized scaling: 2312.03732.
+//! Trained: A and B. At the start they are what the initialization says; unless it says otherwise A
+//! is uniform in +-1/sqrt(d_in) and B is 0 (embedding: A is 0 and B normal), so the model is
+//! unchanged. An initialization whose B is not 0 takes `s B0 A0` out of the base, which is done by
+//! a second, constant product: the base itself stays, whatever it is stored as. Cost:
+//! `rank (d_in + d_out)` parameters a site and as many multiply-adds a token, twice as many with
+//! such an initialization. Paper: 2106.09685; rank-stabilized scaling: 2312.03732.
 //!
-//! The paper draws A from a normal distribution; the authors' code and PEFT draw it uniformly, and
-//! so do we. Dropout applies to the adapter's input only, and never to embeddings, as in PEFT.
+//! Dropout applies to the adapter's input only, and never to embeddings, as in PEFT.
 
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use rand::{Rng, RngExt};
 use tangent_model::{Parameter, Pass, Site, SiteKind, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
-use super::Method;
+use super::low_rank::{self, Pairing, Product};
+use super::{Common, Method, PeftType};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
+use crate::init;
 
 /// The method's entry.
 pub const METHOD: Method = Method {
@@ -35,7 +38,28 @@ pub const METHOD: Method = Method {
     paper: "2106.09685, 2312.03732",
     identity_at_start: true,
     whole_model: false,
+    rank: 8,
+    reads: &[
+        Common::Rank,
+        Common::Alpha,
+        Common::Rslora,
+        Common::Dropout,
+        Common::Init,
+        Common::Patterns,
+        Common::Bias,
+        Common::TokenRows,
+    ],
+    settings: &[],
     attach,
+    control: None,
+    peft: Some(PeftType {
+        name: "LORA",
+        keys: low_rank::KEYS,
+        claims: |map| !low_rank::uses_dora(map),
+        read: low_rank::read,
+        write: |adapter| low_rank::write(adapter, false),
+        tensors: low_rank::tensors,
+    }),
 };
 
 fn attach(
@@ -43,41 +67,26 @@ fn attach(
     site: &Site,
     scope: &mut Scope<'_>,
 ) -> Result<Arc<dyn WeightAdapter>, PeftError> {
-    let rank = config.rank_at(&site.path)?;
-    let scaling = config.scaling_at(&site.path)?;
-    let (rows, cols) = (site.weight.rows(), site.weight.cols());
-    let limit = rows.min(cols);
-    if rank == 0 || rank > limit {
-        return Err(PeftError::Rank {
-            site: site.path.clone(),
-            rank,
-            limit,
-            rows,
-            cols,
-        });
-    }
     match site.kind {
-        SiteKind::Linear | SiteKind::Head => {
-            let bound = (cols as f32).sqrt().recip();
-            let a = scope.parameter(site, "lora_A.weight", vec![rank, cols], |rng| {
-                uniform(rng, rank * cols, bound)
-            });
-            let b = scope.parameter(site, "lora_B.weight", vec![rows, rank], |_| {
-                vec![0.0; rows * rank]
-            });
-            Ok(Arc::new(Lora {
-                a,
-                b,
-                scaling,
-                dropout: config.dropout,
-            }))
-        }
+        SiteKind::Linear | SiteKind::Head => Ok(Arc::new(Lora {
+            pair: Pairing::new(config, site, scope)?,
+            dropout: config.dropout,
+        })),
+        SiteKind::Embedding if config.init != init::KAIMING.id => Err(PeftError::Site {
+            method: METHOD.id,
+            site: site.path.clone(),
+            why: "this initialization is one of linear maps; leave embeddings out or choose the \
+                  default one",
+        }),
         SiteKind::Embedding => {
+            let rank = low_rank::checked_rank(config, site)?;
+            let scaling = config.scaling_at(&site.path)?;
+            let (rows, cols) = (site.weight.rows(), site.weight.cols());
             let a = scope.parameter(site, "lora_embedding_A", vec![rank, rows], |_| {
                 vec![0.0; rank * rows]
             });
             let b = scope.parameter(site, "lora_embedding_B", vec![cols, rank], |rng| {
-                normal(rng, cols * rank)
+                (0..cols * rank).map(|_| init::normal(rng) as f32).collect()
             });
             Ok(Arc::new(EmbeddingLora { a, b, scaling }))
         }
@@ -89,43 +98,30 @@ fn attach(
     }
 }
 
-fn uniform(rng: &mut impl Rng, len: usize, bound: f32) -> Vec<f32> {
-    (0..len)
-        .map(|_| (rng.random::<f32>() * 2.0 - 1.0) * bound)
-        .collect()
-}
-
-/// Standard normal numbers (Box-Muller).
-fn normal(rng: &mut impl Rng, len: usize) -> Vec<f32> {
-    (0..len)
-        .map(|_| {
-            let (u, v) = (1.0 - rng.random::<f64>(), rng.random::<f64>());
-            ((-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()) as f32
-        })
-        .collect()
-}
-
 struct Lora {
-    a: Parameter,
-    b: Parameter,
-    scaling: f32,
+    pair: Pairing,
     dropout: f32,
+}
+
+impl Lora {
+    fn product(&self, pass: &Pass) -> Product {
+        let (a, b) = self.pair.factors(pass);
+        Product {
+            a,
+            b,
+            scaling: self.pair.scaling,
+            dropout: self.dropout,
+        }
+    }
 }
 
 impl WeightAdapter for Lora {
     fn weight(&self, base: Tensor<2>, pass: &Pass) -> Tensor<2> {
-        let (a, b) = (pass.value(&self.a), pass.value(&self.b));
-        base + b.matmul(a) * self.scaling
+        self.pair.moved(base, pass)
     }
 
     fn linear(&self, x: Tensor<2>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
-        let (a, b) = (pass.value(&self.a), pass.value(&self.b));
-        if pass.training && self.dropout > 0.0 {
-            let dropped = tangent_ops::dropout(x.clone(), self.dropout, pass.key);
-            return tangent_ops::frozen_linear(x, base)
-                + tangent_ops::low_rank_delta(dropped, a, b, self.scaling);
-        }
-        tangent_ops::low_rank_linear(x, base, a, b, self.scaling)
+        self.product(pass).linear(x, base, pass)
     }
 
     fn gated_linear(
@@ -135,11 +131,7 @@ impl WeightAdapter for Lora {
         base: &FrozenMatrix,
         pass: &Pass,
     ) -> Tensor<2> {
-        if pass.training && self.dropout > 0.0 {
-            return self.linear(tangent_ops::swiglu(gate, up), base, pass);
-        }
-        let (a, b) = (pass.value(&self.a), pass.value(&self.b));
-        tangent_ops::gated_low_rank_linear(gate, up, base, a, b, self.scaling)
+        self.product(pass).gated_linear(gate, up, base, pass)
     }
 
     fn is_additive(&self) -> bool {

@@ -8,30 +8,20 @@ use serde_json::{Map, Value};
 use super::{malformed, read, unfit};
 use crate::config::{AdapterConfig, BiasMode};
 use crate::error::PeftError;
+use crate::methods::{METHODS, Method, PeftType};
 use crate::targets::Targets;
 
-/// Keys that are read.
+/// Keys of every type that are read.
 const READ: &[&str] = &[
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "init_lora_weights",
-    "use_rslora",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
     "modules_to_save",
-    "trainable_token_indices",
 ];
 
 /// Keys without an effect on what the adapter computes.
 const INFORMATION: &[&str] = &[
     "base_model_name_or_path",
-    // How start values were found.
-    "eva_config",
     "inference_mode",
     "megatron_core",
     "peft_type",
@@ -40,10 +30,6 @@ const INFORMATION: &[&str] = &[
     "revision",
     "task_type",
 ];
-
-/// Initializations that choose start values only. Most others change the base as well, so that
-/// the adapter means nothing without that base.
-const START_VALUES: &[&str] = &["gaussian", "orthogonal", "eva", "mica"];
 
 /// Reads `adapter_config.json`.
 ///
@@ -55,69 +41,74 @@ pub fn read_config(path: &Path) -> Result<AdapterConfig, PeftError> {
         .as_object()
         .ok_or_else(|| malformed(path, "expected an object"))?;
     let fields = Fields { map, path };
-    fields.refuse_unsupported()?;
+    let (method, kind) = fields.method()?;
+    fields.refuse_unsupported(kind.keys)?;
     let targets = fields
         .get("target_modules")
         .ok_or_else(|| fields.fault("target_modules", "missing"))?;
     let exclude = fields.get("exclude_modules");
-    let config = AdapterConfig {
-        method: AdapterConfig::default().method,
-        rank: fields.get("r").map_or(Ok(8), |v| fields.count("r", v))?,
-        alpha: fields.number("lora_alpha")?.unwrap_or(8.0),
-        use_rslora: fields.flag("use_rslora")?,
-        dropout: fields.number("lora_dropout")?.unwrap_or(0.0),
+    let mut config = AdapterConfig {
+        method: method.id.to_owned(),
+        rank: method.rank,
         targets: fields.targets("target_modules", targets)?,
         exclude: exclude
             .map(|v| fields.targets("exclude_modules", v))
             .transpose()?,
         layers: fields.layers()?,
-        rank_pattern: fields.pattern("rank_pattern", |v| fields.count("rank_pattern", v))?,
-        alpha_pattern: fields.pattern("alpha_pattern", |v| fields.decimal("alpha_pattern", v))?,
-        bias: fields.bias()?,
         modules_to_save: match fields.get("modules_to_save") {
             None => vec![],
             Some(v) => fields.strings("modules_to_save", v)?,
         },
-        trainable_tokens: fields.tokens()?,
+        ..AdapterConfig::default()
     };
+    (kind.read)(&fields, &mut config)?;
     config.validate().map_err(|source| unfit(path, source))?;
     Ok(config)
 }
 
-/// Typed access to the keys of a configuration.
-struct Fields<'a> {
+/// Typed access to the keys of a configuration; `null` counts as absent.
+pub struct Fields<'a> {
     map: &'a Map<String, Value>,
     path: &'a Path,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    /// The value of a key.
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    fn fault(&self, key: &str, why: &str) -> PeftError {
+    /// A value that cannot be.
+    pub fn fault(&self, key: &str, why: &str) -> PeftError {
         malformed(self.path, format!("\"{key}\": {why}"))
     }
 
-    fn wrong(&self, key: &str, expected: &str, got: &Value) -> PeftError {
+    /// A value of the wrong type.
+    pub fn wrong(&self, key: &str, expected: &str, got: &Value) -> PeftError {
         self.fault(key, &format!("expected {expected}, got {got}"))
     }
 
-    fn refuse_unsupported(&self) -> Result<(), PeftError> {
-        let unsupported = |key: &str, value: &Value| PeftError::Unsupported {
+    /// A value that would change what the adapter computes in a way that is not supported.
+    pub fn unsupported(&self, key: &str, value: &Value) -> PeftError {
+        PeftError::Unsupported {
             path: self.path.to_owned(),
             key: key.to_owned(),
             value: value.to_string(),
-        };
-        match self.get("peft_type") {
-            Some(Value::String(kind)) if kind == "LORA" => {}
-            other => return Err(unsupported("peft_type", other.unwrap_or(&Value::Null))),
         }
-        match self.get("init_lora_weights") {
-            None | Some(Value::Bool(_)) => {}
-            Some(Value::String(name)) if START_VALUES.contains(&name.as_str()) => {}
-            Some(other) => return Err(unsupported("init_lora_weights", other)),
-        }
+    }
+
+    /// The method whose configuration this is.
+    fn method(&self) -> Result<(&'static Method, &'static PeftType), PeftError> {
+        let name = self.get("peft_type");
+        let of_type = METHODS.iter().filter_map(|m| Some((m, m.peft.as_ref()?)));
+        let mut of_type =
+            of_type.filter(|(_, kind)| name.and_then(Value::as_str) == Some(kind.name));
+        of_type
+            .find(|(_, kind)| (kind.claims)(self.map))
+            .ok_or_else(|| self.unsupported("peft_type", name.unwrap_or(&Value::Null)))
+    }
+
+    fn refuse_unsupported(&self, keys: &[&str]) -> Result<(), PeftError> {
         let without_effect = |v: &Value| match v {
             Value::Null | Value::Bool(false) => true,
             Value::Object(m) => m.is_empty(),
@@ -125,37 +116,86 @@ impl<'a> Fields<'a> {
             _ => false,
         };
         for (key, value) in self.map {
-            let known = READ.contains(&key.as_str()) || INFORMATION.contains(&key.as_str());
+            let known = [READ, INFORMATION, keys]
+                .iter()
+                .any(|list| list.contains(&key.as_str()));
             if !known && !without_effect(value) {
-                return Err(unsupported(key, value));
+                return Err(self.unsupported(key, value));
             }
         }
         Ok(())
     }
 
-    fn number(&self, key: &str) -> Result<Option<f32>, PeftError> {
+    /// The file.
+    pub fn path(&self) -> &'a Path {
+        self.path
+    }
+
+    /// Refuses a number other than 0.
+    ///
+    /// # Errors
+    /// Naming the key.
+    pub fn refuse_nonzero(&self, key: &str) -> Result<(), PeftError> {
+        match self.get(key) {
+            Some(value) if value.as_f64() != Some(0.0) => Err(self.unsupported(key, value)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses biases that train along, for methods without them.
+    ///
+    /// # Errors
+    /// If `bias` is something else than `none`.
+    pub fn refuse_bias(&self) -> Result<(), PeftError> {
+        match self.get("bias") {
+            Some(value) if value.as_str() != Some("none") => Err(self.unsupported("bias", value)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A number, if the key is there.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn number(&self, key: &str) -> Result<Option<f32>, PeftError> {
         self.get(key).map(|v| self.decimal(key, v)).transpose()
     }
 
-    fn decimal(&self, key: &str, value: &Value) -> Result<f32, PeftError> {
+    /// A number.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn decimal(&self, key: &str, value: &Value) -> Result<f32, PeftError> {
         value
             .as_f64()
             .map(|n| n as f32)
             .ok_or_else(|| self.wrong(key, "a number", value))
     }
 
-    fn index(&self, key: &str, value: &Value) -> Result<u32, PeftError> {
+    /// A whole number.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn index(&self, key: &str, value: &Value) -> Result<u32, PeftError> {
         value
             .as_u64()
             .and_then(|n| u32::try_from(n).ok())
             .ok_or_else(|| self.wrong(key, "a whole number of at most 32 bits", value))
     }
 
-    fn count(&self, key: &str, value: &Value) -> Result<usize, PeftError> {
+    /// A whole number.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn count(&self, key: &str, value: &Value) -> Result<usize, PeftError> {
         Ok(self.index(key, value)? as usize)
     }
 
-    fn flag(&self, key: &str) -> Result<bool, PeftError> {
+    /// True or false; false if the key is not there.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn flag(&self, key: &str) -> Result<bool, PeftError> {
         match self.get(key) {
             None => Ok(false),
             Some(Value::Bool(flag)) => Ok(*flag),
@@ -163,7 +203,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn bias(&self) -> Result<BiasMode, PeftError> {
+    /// Which biases train.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn bias(&self) -> Result<BiasMode, PeftError> {
         match self.get("bias") {
             None => Ok(BiasMode::None),
             Some(Value::String(name)) => name.parse().map_err(|e: String| self.fault("bias", &e)),
@@ -171,7 +215,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn strings(&self, key: &str, value: &Value) -> Result<Vec<String>, PeftError> {
+    /// A list of names.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn strings(&self, key: &str, value: &Value) -> Result<Vec<String>, PeftError> {
         let strings = value.as_array().and_then(|a| {
             a.iter()
                 .map(|v| v.as_str().map(str::to_owned))
@@ -208,7 +256,11 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn pattern<T>(
+    /// Values by pattern, in the order of the file.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn pattern<T>(
         &self,
         key: &str,
         read: impl Fn(&Value) -> Result<T, PeftError>,
@@ -224,7 +276,11 @@ impl<'a> Fields<'a> {
             .collect()
     }
 
-    fn tokens(&self) -> Result<BTreeMap<String, Vec<u32>>, PeftError> {
+    /// Rows of embeddings that train.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn tokens(&self) -> Result<BTreeMap<String, Vec<u32>>, PeftError> {
         const KEY: &str = "trainable_token_indices";
         match self.get(KEY) {
             None => Ok(BTreeMap::new()),

@@ -2,7 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod adalora;
+mod dora;
 mod export;
+mod inits;
 mod laws;
 mod llama;
+mod loha;
+mod lokr;
 mod lora;
+mod oft;
+mod stored;
+mod vera;

@@ -1,0 +1,297 @@
+//! Initializations: the model is unchanged on every kind of base, files are those of plain LoRA,
+//! and factors are those of the stored references.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tangent_linalg::{Mat, mat, product, to_rows};
+use tangent_model::family::Model;
+use tangent_model::folder::NewFolder;
+use tangent_model::{Site, SiteKind, read_json};
+use tangent_ops::{FrozenMatrix, StoredType};
+use tangent_peft::adapter::{chosen, start_factors};
+use tangent_peft::init::{self, Needs};
+use tangent_peft::{
+    Adapter, AdapterConfig, Factors, INITS, Init, SettingValue, Start, Targets, attach,
+    attach_from, peft_format,
+};
+use tangent_testkit::{Reference, all_logits, close, folder, model, quantized};
+
+const UNTIED: &str = "llama/everything";
+const BASES: [&str; 3] = ["f32", "bf16", "q8_0"];
+
+fn base(kind: &str) -> Box<dyn Model> {
+    let mut model = model(&folder(UNTIED));
+    for site in model.sites_mut() {
+        site.weight = match (kind, site.kind) {
+            (_, SiteKind::Norm) => continue,
+            ("bf16", _) => site.weight.convert(StoredType::BF16),
+            ("q8_0", _) => quantized(&site.weight),
+            _ => continue,
+        };
+    }
+    model
+}
+
+fn reference() -> Reference {
+    Reference::open(&folder("llama/everything/reference.safetensors"))
+}
+
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random::<f32>() * 2.0 - 1.0).collect()
+}
+
+/// What an initialization could have found at a site.
+fn evidence(needs: Needs, site: &Site) -> Vec<f32> {
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    match needs {
+        Needs::Nothing => vec![],
+        Needs::Gradient => random(rows * cols, 1),
+        Needs::Inputs(_) => {
+            let x = mat(&random(2 * cols * cols, 2), 2 * cols, cols);
+            to_rows(product(x.transpose(), x.as_ref()).as_ref())
+        }
+    }
+}
+
+fn config(init: &Init) -> AdapterConfig {
+    let targets = ["all-linear", "lm_head"].map(String::from);
+    AdapterConfig {
+        rank: 4,
+        alpha: 6.0,
+        init: init.id.into(),
+        targets: Targets::parse(&targets),
+        ..AdapterConfig::default()
+    }
+}
+
+fn start(model: &dyn Model, config: &AdapterConfig) -> Start {
+    let needs = init::find(&config.init).unwrap().needs;
+    let sites = model.sites();
+    let factors = chosen(config, &sites).unwrap().into_iter().map(|site| {
+        let found = start_factors(config, site, 3, &evidence(needs, site)).unwrap();
+        (site.path.clone(), found)
+    });
+    Start {
+        seed: 3,
+        factors: factors.collect(),
+    }
+}
+
+fn attached(model: &mut dyn Model, config: &AdapterConfig) -> Adapter {
+    let start = start(model, config);
+    attach_from(model, config, &start).unwrap()
+}
+
+fn randomize(adapter: &Adapter) {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    for parameter in &adapter.parameters {
+        parameter.update(|values| {
+            for v in values {
+                *v += rng.random::<f32>() * 0.4 - 0.2;
+            }
+        });
+    }
+}
+
+#[test]
+fn the_start_leaves_the_model_unchanged_on_every_base() {
+    let batch = reference().batch();
+    for init in INITS {
+        for kind in BASES {
+            let mut model = base(kind);
+            let before = all_logits(&*model, &batch);
+            let adapter = attached(&mut *model, &config(init));
+            let offsets = adapter.pairs.iter().filter(|pair| pair.offset.is_some());
+            assert_eq!(offsets.count() > 0, init.moves_base, "{}", init.id);
+            let after = all_logits(&*model, &batch);
+            close(&format!("{} {kind}", init.id), &after, &before, 1e-5);
+            if init.moves_base {
+                let b = adapter.parameters[adapter.pairs[0].b].values();
+                assert!(
+                    b.iter().any(|v| *v != 0.0),
+                    "{}: the factors are not zero",
+                    init.id
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_plain_lora_of_twice_the_rank() {
+    let batch = reference().batch();
+    for init in INITS.iter().filter(|init| init.moves_base) {
+        for (kind, use_rslora) in BASES.into_iter().flat_map(|b| [(b, false), (b, true)]) {
+            let config = AdapterConfig {
+                use_rslora,
+                rank_pattern: vec![("q_proj".into(), 2)],
+                alpha_pattern: vec![("k_proj".into(), 3.0)],
+                ..config(init)
+            };
+            let mut model = base(kind);
+            let adapter = attached(&mut *model, &config);
+            randomize(&adapter);
+            let out = tempfile::tempdir().unwrap();
+            let place = out.path().join("adapter");
+            let new = NewFolder::begin(&place, false).unwrap();
+            peft_format::write(&new, &adapter, &*model, "base").unwrap();
+            new.finish().unwrap();
+
+            let json = read_json(&place.join("adapter_config.json")).unwrap();
+            assert_eq!(json["peft_type"], "LORA");
+            assert_eq!(json["init_lora_weights"], true);
+            assert_eq!(json["r"], 8);
+            assert_eq!(json["rank_pattern"]["q_proj"], 4);
+            let alpha = json["lora_alpha"].as_f64().unwrap();
+            let factor = if use_rslora { 2f64.sqrt() } else { 2.0 };
+            assert!((alpha - 6.0 * factor).abs() < 1e-5, "{alpha}");
+            let mut again = base(kind);
+            let loaded = peft_format::load(&mut *again, &place).unwrap();
+            assert_eq!(loaded.config.init, "kaiming");
+            assert!(loaded.pairs.iter().all(|pair| pair.offset.is_none()));
+            for (pair, before) in loaded.pairs.iter().zip(&adapter.pairs) {
+                assert!((pair.scaling - before.scaling).abs() < 1e-5);
+            }
+            let what = format!("{} {kind} rslora {use_rslora}", init.id);
+            let (got, want) = (all_logits(&*again, &batch), all_logits(&*model, &batch));
+            close(&what, &got, &want, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn without_its_data_an_initialization_says_so() {
+    for init in INITS.iter().filter(|init| init.needs != Needs::Nothing) {
+        let mut model = base("f32");
+        let text = attach(&mut *model, &config(init), 0)
+            .err()
+            .unwrap()
+            .to_string();
+        for word in [init.id, init.needs.words(), "layers.0"] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
+}
+
+#[test]
+fn seeds_decide_what_is_random() {
+    let model = base("f32");
+    let sites = model.sites();
+    let site = sites
+        .iter()
+        .find(|site| site.kind == SiteKind::Linear)
+        .unwrap();
+    for init in INITS {
+        let evidence = evidence(init.needs, site);
+        let of = |seed| start_factors(&config(init), site, seed, &evidence).unwrap();
+        assert_eq!(of(1), of(1), "{}", init.id);
+        let random = ["kaiming", "gaussian", "orthogonal"].contains(&init.id);
+        assert!(!random || of(1) != of(2), "{}", init.id);
+    }
+}
+
+/// Rank, alpha and settings of a reference of scaling 2.
+fn referenced(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> AdapterConfig {
+    AdapterConfig {
+        rank,
+        alpha: 2.0 * rank as f32,
+        init: init.into(),
+        own: own
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), v.clone()))
+            .collect(),
+        ..AdapterConfig::default()
+    }
+}
+
+fn site(weight: Vec<f32>, (rows, cols): (usize, usize)) -> Site {
+    let weight = FrozenMatrix::from_values(weight, rows, cols);
+    Site::new("w".into(), SiteKind::Linear, Some(0), weight)
+}
+
+/// Rows turned around where that brings them closer to those that are wanted.
+fn turned(got: &[f32], want: &[f32], cols: usize) -> Vec<f32> {
+    let rows = got.chunks(cols).zip(want.chunks(cols));
+    let turned = rows.flat_map(|(got, want)| {
+        let along: f32 = got.iter().zip(want).map(|(g, w)| g * w).sum();
+        got.iter().map(move |v| v * along.signum())
+    });
+    turned.collect()
+}
+
+fn transposed(m: &[f32], cols: usize) -> Vec<f32> {
+    let column = |j| m.iter().skip(j).step_by(cols).copied();
+    (0..cols).flat_map(column).collect()
+}
+
+#[test]
+fn weights_start_as_in_the_references() {
+    let stored = Reference::open(&folder("aligned/weight_starts.safetensors"));
+    let rank = 3;
+    for (n, (rows, cols)) in [(10, 8), (6, 9)].into_iter().enumerate() {
+        let w = stored.values(&format!("{n}.W"));
+        for init in ["pissa", "milora", "olora"] {
+            let own = [("niter", SettingValue::Number(0.0))];
+            let own = if init == "pissa" { &own[..] } else { &[] };
+            let site = site(w.clone(), (rows, cols));
+            let config = referenced(init, rank, own);
+            let Factors { a, b } = start_factors(&config, &site, 0, &[]).unwrap();
+            let want = |what: &str| stored.values(&format!("{n}.{init}.{what}"));
+            let (want_a, want_b) = (want("A"), want("B"));
+            close(init, &turned(&a, &want_a, cols), &want_a, 1e-5);
+            let want_b = transposed(&want_b, rank);
+            close(
+                init,
+                &turned(&transposed(&b, rank), &want_b, rows),
+                &want_b,
+                1e-5,
+            );
+            let moved = product(mat(&b, rows, rank).as_ref(), mat(&a, rank, cols).as_ref());
+            let whole = mat(&w, rows, cols);
+            let left = Mat::from_fn(rows, cols, |i, j| whole[(i, j)] - 2.0 * moved[(i, j)]);
+            close(init, &to_rows(left.as_ref()), &want("residual"), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn gradients_give_the_factors_of_the_reference() {
+    let stored = Reference::open(&folder("aligned/lora_ga.safetensors"));
+    let rank = 2;
+    for (n, (rows, cols)) in [(12, 9), (8, 11)].into_iter().enumerate() {
+        let g = stored.values(&format!("{n}.G"));
+        let site = site(vec![1.0; rows * cols], (rows, cols));
+        for direction in ["ArB2r", "A2rBr", "ArBr"] {
+            for scale in ["stable", "unit", "gd"] {
+                let word = |text: &str| SettingValue::Text(text.to_owned().into());
+                let own = [("direction", word(direction)), ("scale", word(scale))];
+                let config = referenced("lora-ga", rank, &own);
+                let Factors { a, b } = start_factors(&config, &site, 0, &g).unwrap();
+                let case = format!("{n}.{direction}.{scale}");
+                let want_a = stored.values(&format!("{case}.A"));
+                let want_b = transposed(&stored.values(&format!("{case}.B")), rank);
+                close(&case, &turned(&a, &want_a, cols), &want_a, 2e-3);
+                close(
+                    &case,
+                    &turned(&transposed(&b, rank), &want_b, rows),
+                    &want_b,
+                    2e-3,
+                );
+                // (B B^T G + G A^T A) / c^2, to which the first step of gradient descent is
+                // opposed.
+                let (a, b, g) = (
+                    mat(&a, rank, cols),
+                    mat(&b, rows, rank),
+                    mat(&g, rows, cols),
+                );
+                let by_b = product(b.as_ref(), product(b.transpose(), g.as_ref()).as_ref());
+                let by_a = product(product(g.as_ref(), a.transpose()).as_ref(), a.as_ref());
+                let length: f64 = (0..cols).map(|j| a[(0, j)] * a[(0, j)]).sum();
+                let step = Mat::from_fn(rows, cols, |i, j| (by_a[(i, j)] + by_b[(i, j)]) / length);
+                let best = stored.values(&format!("{n}.best_rank_2r"));
+                close(&case, &to_rows(step.as_ref()), &best, 2e-3);
+            }
+        }
+    }
+}
