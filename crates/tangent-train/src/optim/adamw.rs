@@ -14,8 +14,12 @@ use super::{Hyper, Rule, Step};
 pub const RULE: Rule = Rule {
     id: "adamw",
     aliases: &["adamw_torch", "adamw_torch_fused"],
+    summary: "adaptive moments, decoupled weight decay",
+    paper: "1711.05101",
+    settings: &["adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"],
     slots: &["exp_avg", "exp_avg_sq"],
     step,
+    pair: None,
 };
 
 fn step(hyper: &Hyper, step: Step<'_>) {

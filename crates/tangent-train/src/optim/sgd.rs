@@ -10,8 +10,12 @@ use super::{Hyper, Rule, Step};
 pub const RULE: Rule = Rule {
     id: "sgd",
     aliases: &[],
+    summary: "gradient descent with momentum",
+    paper: "-",
+    settings: &["momentum", "weight_decay"],
     slots: &["momentum_buffer"],
     step,
+    pair: None,
 };
 
 fn step(hyper: &Hyper, step: Step<'_>) {

@@ -15,7 +15,8 @@ fn check_rule(id: &str, weight_decay: f32) {
     let parameter = Parameter::new("p", vec![5, 7], start, &Device::flex());
     let hyper = Hyper::default();
     let parameters = [parameter.clone()];
-    let mut optimizer = Optimizer::new(find(id).unwrap(), hyper, weight_decay, &parameters);
+    let rule = find(id).unwrap();
+    let mut optimizer = Optimizer::new(rule, hyper, weight_decay, &parameters, &[]).unwrap();
     for step in 0..5 {
         optimizer.step(0.01, &[Some(reference.values(&format!("grad.{step}")))]);
         let want = reference.values(&format!("{id}.{step}"));
@@ -65,7 +66,8 @@ fn check_training(case: &str) {
     let batch = reference.batch();
     let adapter = peft_format::load(&mut *model, &dir).unwrap();
     let rule = find("adamw").unwrap();
-    let mut optimizer = Optimizer::new(rule, Hyper::default(), 0.01, &adapter.parameters);
+    let (parameters, pairs) = (&adapter.parameters, &adapter.pairs);
+    let mut optimizer = Optimizer::new(rule, Hyper::default(), 0.01, parameters, pairs).unwrap();
     for slot in &mut optimizer.slots {
         // The script keeps everything in one group, vectors too.
         slot.weight_decay = 0.01;

@@ -1,0 +1,79 @@
+//! LoRA+: a higher learning rate for B than for A, with any rule (Hayou, Ghosh and Yu, 2402.12354).
+//!
+//! ```text
+//! A, and other matrices             rate
+//! B, and all vectors                rate ratio         biases, the magnitudes of DoRA
+//! factors of an embedding           a rate of their own, 1e-6 unless given
+//! ```
+//!
+//! `rate` is that of the schedule at this step: warm-up and decay multiply all three. The groups
+//! are those of the authors' code. The ratio has no default: their example takes 20, their script
+//! for RoBERTa 80; with a higher ratio the rate itself should be lower.
+//!
+//! Weight decay stays as it is without LoRA+: matrices decay, vectors do not. In the authors' code
+//! vectors other than biases and scales of normalizations decay, too. No state.
+
+use tangent_model::Parameter;
+
+use super::Slot;
+use crate::error::TrainError;
+
+/// Settings of LoRA+.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraPlus {
+    /// Learning rate of B in that of A.
+    pub ratio: f64,
+    /// Peak learning rate of the factors of embeddings.
+    pub embedding_rate: f64,
+}
+
+impl LoraPlus {
+    /// The authors' learning rate of the factors of embeddings.
+    pub const EMBEDDING_RATE: f64 = 1e-6;
+
+    /// A ratio with the authors' rate of embeddings.
+    pub const fn new(ratio: f64) -> Self {
+        Self {
+            ratio,
+            embedding_rate: Self::EMBEDDING_RATE,
+        }
+    }
+
+    /// What the learning rate of a tensor is in that of A, whose peak is `learning_rate`.
+    fn factor(&self, parameter: &Parameter, learning_rate: f64) -> f64 {
+        let name = parameter.name();
+        if name.contains(EMBEDDING) {
+            self.embedding_rate / learning_rate
+        } else if name.contains(FACTOR_B) || parameter.shape().len() == 1 {
+            self.ratio
+        } else {
+            1.0
+        }
+    }
+
+    /// Sets the rates of all tensors.
+    pub(super) fn apply(&self, slots: &mut [Slot], learning_rate: f64) -> Result<(), TrainError> {
+        let is_factor = |slot: &Slot| {
+            let name = slot.parameter.name();
+            name.contains(EMBEDDING) || name.contains(FACTOR_B)
+        };
+        if !slots.iter().any(is_factor) {
+            return Err(TrainError::Setting {
+                setting: "loraplus_lr_ratio",
+                value: self.ratio.to_string(),
+                why: "nothing that trains is a factor B of LoRA; choose a method with such \
+                      factors, as --method lora, or leave it out",
+            });
+        }
+        for slot in slots {
+            slot.rate_factor = self.factor(&slot.parameter, learning_rate) as f32;
+        }
+        Ok(())
+    }
+}
+
+/// In the names of B.
+const FACTOR_B: &str = "lora_B";
+
+/// In the names of the factors of embeddings.
+const EMBEDDING: &str = "lora_embedding_";
