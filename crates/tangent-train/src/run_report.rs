@@ -1,0 +1,372 @@
+//! `report.html`: what `metrics.jsonl` holds, as curves, heat maps and a sentence.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use tangent_model::folder;
+
+use crate::error::TrainError;
+use crate::meter::ranks;
+use crate::metrics::METRICS;
+use crate::report::{Arrangement, Axis, HeatMap, HeatPanel, LineChart, Page, Series, number};
+
+/// Name of the report in a run's output folder.
+pub const REPORT: &str = "report.html";
+
+/// Most readings of the meter that are drawn.
+const PANELS: usize = 6;
+
+/// Settings that are too long for a table.
+const LONG: [&str; 3] = ["target_modules", "data", "eval_data"];
+
+/// Writes the report of the run in `output`, from its `metrics.jsonl` and `run.json`.
+///
+/// # Errors
+/// If there is no `metrics.jsonl` or the report cannot be written.
+pub fn write(output: &Path) -> Result<(), TrainError> {
+    let path = output.join(METRICS);
+    let text = fs::read_to_string(&path).map_err(|source| TrainError::Io {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let lines: Vec<Value> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    // Runs of libraries may have other settings, or none.
+    let settings = fs::read(output.join("run.json")).unwrap_or_default();
+    let settings: Value = serde_json::from_slice(&settings).unwrap_or_default();
+    let sentence = sentence(&ranks::lost_shares(&path).unwrap_or_default());
+    let html = page(&lines, &settings, sentence.as_deref());
+    folder::write_file(&output.join(REPORT), html.as_bytes())?;
+    Ok(())
+}
+
+fn page(lines: &[Value], settings: &Value, sentence: Option<&str>) -> String {
+    let word = |key: &str| settings.get(key).and_then(Value::as_str);
+    let mut page = match (word("method"), word("model")) {
+        (Some(method), Some(model)) => Page::new(format!("{method} on {model}")),
+        _ => Page::new("Training run"),
+    };
+    let losses = vec![
+        series("training", lines, "loss"),
+        series("held out", lines, "eval_loss"),
+    ];
+    let loss = chart("Loss", Axis::linear("Loss", "nats per token"), losses);
+    page.figure(
+        "Mean negative log-likelihood of supervised tokens since the entry before, and of held-out \
+         rows.",
+        &loss,
+    );
+    meter(&mut page, lines, sentence);
+    let rates = vec![series("learning rate", lines, "learning_rate")];
+    let rate = chart("Learning rate", Axis::linear("Learning rate", ""), rates);
+    page.figure("Learning rate of the last step before the entry.", &rate);
+    let speeds = vec![series("speed", lines, "tokens_per_second")];
+    let speed = chart("Speed", Axis::linear("Tokens", "1/s"), speeds);
+    page.figure("Tokens a second of training steps.", &speed);
+    if let Some(settings) = settings.as_object() {
+        let short = settings
+            .iter()
+            .filter(|(key, _)| !LONG.contains(&key.as_str()));
+        let rows: Vec<Vec<String>> = short
+            .map(|(key, value)| vec![key.clone(), plain(value)])
+            .collect();
+        page.heading("Settings").table(&["Setting", "Value"], &rows);
+    }
+    page.finish()
+}
+
+/// The part on how close the steps were to full fine-tuning, if that was measured.
+fn meter(page: &mut Page, lines: &[Value], sentence: Option<&str>) {
+    let readings: Vec<&Value> = lines.iter().filter(|l| l.get("meter").is_some()).collect();
+    if readings.is_empty() {
+        return;
+    }
+    page.heading("How close to full fine-tuning");
+    if let Some(sentence) = sentence {
+        page.paragraph(sentence);
+    }
+    let means = vec![
+        series("captured share", lines, "kappa"),
+        series("cosine", lines, "cosine"),
+    ];
+    let means = chart("Closeness of steps", Axis::linear("Closeness", ""), means);
+    page.figure(
+        "Captured share: how much of the full gradient the adapter can follow, its squared \
+         projection onto the directions in which the adapter can move the weights. Cosine: between \
+         the change that the step made and the negative full gradient. Means over the sites, \
+         weighted by the squares of their gradients' norms.",
+        &means,
+    );
+    page.figure(
+        "Captured share of every site at some steps. Dark sites lose most of their gradient.",
+        &heat_map(&readings).svg(),
+    );
+}
+
+fn chart(title: &str, y: Axis, series: Vec<Series>) -> String {
+    let series = series.into_iter().filter(|s| !s.points.is_empty());
+    let chart = LineChart {
+        title: title.to_owned(),
+        x: Axis::linear("Step", ""),
+        y,
+        series: series.collect(),
+    };
+    chart.svg()
+}
+
+/// Values of `key` by step.
+fn series(name: &str, lines: &[Value], key: &str) -> Series {
+    let point = |line: &Value| Some((line.get("step")?.as_f64()?, line.get(key)?.as_f64()?));
+    Series {
+        name: name.to_owned(),
+        points: lines.iter().filter_map(point).collect(),
+        band: vec![],
+    }
+}
+
+/// A value as it would be typed.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// The last part of a site's path, and the first number in it.
+fn kind_and_layer(site: &str) -> (&str, Option<usize>) {
+    let kind = site.rsplit('.').next().unwrap_or(site);
+    (kind, site.split('.').find_map(|part| part.parse().ok()))
+}
+
+/// Kinds of sites and layers of all readings, kinds in the order of the first one.
+fn places<'a>(sites: impl Iterator<Item = &'a String>) -> (Vec<&'a str>, Vec<Option<usize>>) {
+    let mut kinds: Vec<&str> = vec![];
+    let mut layers = BTreeSet::new();
+    for site in sites {
+        let (kind, layer) = kind_and_layer(site);
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+        // Sites of no layer come last.
+        layers.insert((layer.is_none(), layer));
+    }
+    (kinds, layers.into_iter().map(|(_, layer)| layer).collect())
+}
+
+/// The captured shares, kind by layer, at evenly chosen readings with the first and the last.
+fn heat_map(readings: &[&Value]) -> HeatMap {
+    let sites = readings.iter().filter_map(|r| r.get("meter")?.as_object());
+    let (kinds, layers) = places(sites.flat_map(|sites| sites.keys()));
+    let panel = |reading: &&Value| {
+        let mut values = vec![vec![None; layers.len()]; kinds.len()];
+        let sites = reading.get("meter").and_then(Value::as_object);
+        for (site, found) in sites.into_iter().flatten() {
+            let (kind, layer) = kind_and_layer(site);
+            let row = kinds.iter().position(|k| *k == kind);
+            let column = layers.iter().position(|l| *l == layer);
+            let cell = row.and_then(|row| values.get_mut(row)?.get_mut(column?));
+            if let Some(cell) = cell {
+                *cell = found.get("kappa").and_then(Value::as_f64);
+            }
+        }
+        let step = reading.get("step").and_then(Value::as_u64).unwrap_or(0);
+        HeatPanel {
+            title: format!("Step {step}"),
+            values,
+            titles: vec![],
+        }
+    };
+    let last = readings.len().saturating_sub(1);
+    let panels = PANELS.min(readings.len());
+    let chosen = (0..panels).map(|i| i * last / (panels - 1).max(1));
+    HeatMap {
+        title: "Captured share of the gradient".to_owned(),
+        rows: kinds.iter().map(|kind| (*kind).to_owned()).collect(),
+        columns: layers
+            .iter()
+            .map(|layer| layer.map_or("none".to_owned(), |l| l.to_string()))
+            .collect(),
+        column_title: "Layer".to_owned(),
+        value_title: "Captured share".to_owned(),
+        range: Some((0.0, 1.0)),
+        panels: chosen.filter_map(|i| readings.get(i)).map(panel).collect(),
+        arrangement: Arrangement::SideBySide,
+    }
+}
+
+/// Neighboring layers of one kind whose losses stand out most.
+#[derive(Clone, Copy)]
+struct Worst<'a> {
+    kind: &'a str,
+    first: usize,
+    last: usize,
+    excess: f64,
+    lost: f64,
+}
+
+/// What stands out in the shares that sites lose, in plain words; `None` without sites.
+fn sentence(shares: &BTreeMap<String, f64>) -> Option<String> {
+    let all: f64 = shares.values().sum();
+    if shares.is_empty() {
+        return None;
+    }
+    if all <= 0.0 {
+        return Some("The adapter can follow every gradient.".to_owned());
+    }
+    let mean = all / shares.len() as f64;
+    let mut kinds: BTreeMap<&str, BTreeMap<usize, f64>> = BTreeMap::new();
+    for (site, share) in shares {
+        let (kind, layer) = kind_and_layer(site);
+        kinds
+            .entry(kind)
+            .or_default()
+            .insert(layer.unwrap_or(0), *share);
+    }
+    let runs = kinds
+        .iter()
+        .filter_map(|(kind, layers)| worst(kind, layers, mean));
+    let worst = runs.reduce(|a, b| if b.excess > a.excess { b } else { a });
+    let percent = |share: f64| format!("{} %", number((100.0 * share).round()));
+    let told = format!("The adapter loses {} of the gradients", percent(all));
+    let Some(worst) = worst.filter(|w| w.excess > 0.05 * all) else {
+        return Some(format!("{told}, all sites about as much."));
+    };
+    let Worst {
+        kind, first, last, ..
+    } = worst;
+    let advice = match first == last {
+        true => format!("Layer {first} {kind} loses most: raise its rank"),
+        false => format!("Layers {first}-{last} {kind} lose most: raise their rank"),
+    };
+    let share = percent(worst.lost / all);
+    Some(format!(
+        "{advice}. {told}, {share} of that there. tangent plan --ranks-from {METRICS} computes \
+         ranks for as many parameters."
+    ))
+}
+
+/// The neighboring layers of a kind that lose most above the mean of all sites.
+fn worst<'a>(kind: &'a str, layers: &BTreeMap<usize, f64>, mean: f64) -> Option<Worst<'a>> {
+    let mut best: Option<Worst<'a>> = None;
+    let mut current: Option<Worst<'a>> = None;
+    for (&layer, &share) in layers {
+        // A run goes on as long as what it has exceeds the mean.
+        let before = current.filter(|run| run.excess > 0.0);
+        let run = Worst {
+            kind,
+            first: before.map_or(layer, |run| run.first),
+            last: layer,
+            excess: before.map_or(0.0, |run| run.excess) + share - mean,
+            lost: before.map_or(0.0, |run| run.lost) + share,
+        };
+        if best.is_none_or(|best| run.excess > best.excess) {
+            best = Some(run);
+        }
+        current = Some(run);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn shares(lost: impl Fn(&str, usize) -> f64) -> BTreeMap<String, f64> {
+        let sites = (0..30)
+            .flat_map(|layer| ["self_attn.q_proj", "mlp.down_proj"].map(|name| (name, layer)));
+        let named = sites.map(|(name, layer)| {
+            let (kind, _) = kind_and_layer(name);
+            (format!("model.layers.{layer}.{name}"), lost(kind, layer))
+        });
+        named.collect()
+    }
+
+    #[test]
+    fn the_sentence_names_the_layers_that_lose_most() {
+        let late = |kind: &str, layer: usize| match (kind, layer) {
+            ("down_proj", 20..=29) => 0.03,
+            _ => 0.005,
+        };
+        let text = sentence(&shares(late)).unwrap();
+        let told = "Layers 20-29 down_proj lose most: raise their rank. The adapter loses 55 %";
+        assert!(text.starts_with(told), "{text}");
+        let one = |kind: &str, layer: usize| match (kind, layer) {
+            ("q_proj", 3) => 0.4,
+            _ => 0.0,
+        };
+        let text = sentence(&shares(one)).unwrap();
+        assert!(text.starts_with("Layer 3 q_proj loses most"), "{text}");
+        assert!(text.contains("100 % of that there"), "{text}");
+        let text = sentence(&shares(|_, _| 0.01)).unwrap();
+        assert!(text.contains("all sites about as much"), "{text}");
+        let text = sentence(&shares(|_, _| 0.0)).unwrap();
+        assert!(text.contains("every gradient"), "{text}");
+        assert_eq!(sentence(&BTreeMap::new()), None);
+    }
+
+    #[test]
+    fn heat_maps_have_a_cell_for_every_site() {
+        let reading = |step: usize| {
+            json!({"step": step, "meter": {
+                "model.layers.0.self_attn.q_proj": {"kappa": 0.25},
+                "model.layers.1.self_attn.q_proj": {"kappa": 0.5},
+                "model.layers.1.mlp.down_proj": {"kappa": 0.75},
+                "lm_head": {"kappa": 1.0},
+            }})
+        };
+        let readings: Vec<Value> = (1..=20).map(reading).collect();
+        let map = heat_map(&readings.iter().collect::<Vec<_>>());
+        assert_eq!(map.rows, ["q_proj", "down_proj", "lm_head"]);
+        assert_eq!(map.columns, ["0", "1", "none"]);
+        let titles: Vec<&str> = map.panels.iter().map(|p| p.title.as_str()).collect();
+        let want = [
+            "Step 1", "Step 4", "Step 8", "Step 12", "Step 16", "Step 20",
+        ];
+        assert_eq!(titles, want);
+        assert_eq!(map.panels[0].values[0], [Some(0.25), Some(0.5), None]);
+        assert_eq!(map.panels[5].values[1], [None, Some(0.75), None]);
+        assert_eq!(map.panels[5].values[2], [None, None, Some(1.0)]);
+        let one = heat_map(&[&readings[2]]);
+        assert_eq!(one.panels.len(), 1);
+    }
+
+    #[test]
+    fn a_report_shows_what_was_logged() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(write(dir.path()).is_err(), "nothing was logged");
+        let lines = [
+            json!({"step": 0, "eval_loss": 3.0}),
+            json!({"step": 10, "loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0}),
+        ];
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        fs::write(dir.path().join(METRICS), &text).unwrap();
+        write(dir.path()).unwrap();
+        let read = || fs::read_to_string(dir.path().join(REPORT)).unwrap();
+        assert!(read().contains("Training run") && !read().contains("full fine-tuning"));
+        let settings = json!({"method": "lora", "model": "m", "rank": 8, "data": {"rows": 2}});
+        fs::write(dir.path().join("run.json"), settings.to_string()).unwrap();
+        let reading = json!({"step": 10, "kappa": 0.5, "cosine": 0.1, "meter": {
+            "model.layers.0.self_attn.q_proj": {"kappa": 0.5, "gradient_norm": 1.0},
+        }});
+        fs::write(dir.path().join(METRICS), format!("{text}{reading}\n")).unwrap();
+        write(dir.path()).unwrap();
+        let html = read();
+        for part in [
+            "lora on m",
+            "How close to full",
+            "loses 50 %",
+            "Step 10",
+            "rank",
+        ] {
+            assert!(html.contains(part), "{part}");
+        }
+        assert!(!html.contains("rows&quot;"), "long settings are left out");
+    }
+}
