@@ -1,0 +1,82 @@
+//! What can stop a comparison.
+
+use std::path::PathBuf;
+
+use tangent_model::folder::FolderError;
+use tangent_peft::PeftError;
+
+use crate::error::TrainError;
+
+/// A comparison that cannot begin or cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompareError {
+    /// A recipe that does not exist.
+    #[error("--methods {name}: there is no such recipe; recipes: {known}")]
+    UnknownRecipe {
+        /// What was asked for.
+        name: String,
+        /// All recipes.
+        known: String,
+    },
+    /// A recipe that was asked for twice.
+    #[error("--methods: {name} is named twice; keep one")]
+    Twice {
+        /// The recipe.
+        name: &'static str,
+    },
+    /// Too few rows for what they are needed for.
+    #[error("{got} {what} rows with a supervised token, at least {expected} is needed; {remedy}")]
+    Rows {
+        /// What they are for.
+        what: &'static str,
+        /// How many there are.
+        got: usize,
+        /// How many are needed.
+        expected: usize,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A setting out of its range.
+    #[error("{setting} {value}: {why}")]
+    Setting {
+        /// Name of the flag.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// A budget that no recipe can keep to.
+    #[error("no recipe can keep to the budget: {why}")]
+    Budget {
+        /// What each of them needs.
+        why: String,
+    },
+    /// A line of the ledger that is none of its entries.
+    #[error(
+        "{path}:{line} is no entry of a comparison: {why}; remove the line, or the file to begin \
+         again",
+        path = path.display()
+    )]
+    Ledger {
+        /// The ledger.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong.
+        why: String,
+    },
+    /// The comparison was asked to stop.
+    #[error("the comparison was stopped; finished runs are kept, go on with --resume")]
+    Stopped,
+    /// A run.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// An adapter.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
+    /// A file.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+}

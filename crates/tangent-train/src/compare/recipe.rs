@@ -1,0 +1,286 @@
+//! Recipes: named combinations of method, start values, optimizer, scaling and learning rates. A
+//! recipe is one line in [`RECIPES`].
+
+use tangent_peft::methods::{self, Common};
+use tangent_peft::{AdapterConfig, PeftError, SettingValue};
+
+use super::error::CompareError;
+use crate::config::TrainConfig;
+use crate::optim::LoraPlus;
+
+/// A recipe.
+#[derive(Debug)]
+pub struct Recipe {
+    /// Name in flags and reports.
+    pub id: &'static str,
+    /// What it is, in a few words for tables.
+    pub summary: &'static str,
+    /// The learning rate around which a better one is looked for.
+    pub usual_rate: f64,
+    /// Id of its method.
+    method: &'static str,
+    /// What makes it larger or smaller.
+    size: Size,
+    /// Changes the settings that all recipes begin with; the rank is set.
+    change: fn(&mut AdapterConfig, &mut TrainConfig),
+}
+
+/// What makes an adapter larger or smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    /// Its rank.
+    Rank,
+    /// A setting of the method that counts something from 2 on.
+    Setting(&'static str),
+}
+
+/// Settings that all recipes begin with.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// Targets and dropout of adapters; recipes choose the rest.
+    pub adapter: AdapterConfig,
+    /// Rank of the recipes that have one; each method's default if `None`.
+    pub rank: Option<usize>,
+    /// Numerator of the scaling; twice the rank if `None`.
+    pub alpha: Option<f32>,
+    /// The loop; the rate, the optimizer and the length of a run are chosen for each.
+    pub train: TrainConfig,
+}
+
+/// A recipe with all settings but the learning rate, the seed and the length.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variant {
+    /// The adapter.
+    pub adapter: AdapterConfig,
+    /// The loop.
+    pub train: TrainConfig,
+    /// Rank, or the setting in its place; 0 where there is none.
+    pub size: usize,
+}
+
+/// Every recipe: name, what it is, method, usual rate, and what it changes.
+#[rustfmt::skip]
+pub const RECIPES: &[Recipe] = &[
+    recipe("lora", "LoRA", "lora", 2e-4, |_, _| {}),
+    recipe("rslora", "scaled by alpha / sqrt(rank)", "lora", 1e-4, |a, _| a.use_rslora = true),
+    recipe("lora+", "B at 16 times the rate of A", "lora", 1e-4, |_, t| lora_plus(t, 16.0)),
+    recipe("dora", "LoRA on directions, trained lengths", "dora", 2e-4, |_, _| {}),
+    recipe("pissa", "from the largest singular triplets", "lora", 1e-4, |a, _| init(a, "pissa")),
+    recipe("olora", "from a QR decomposition", "lora", 1e-4, |a, _| init(a, "olora")),
+    recipe("milora", "from the least singular triplets", "lora", 2e-4, |a, _| init(a, "milora")),
+    recipe("lora-ga", "from the full gradient", "lora", 1e-4, |a, _| init(a, "lora-ga")),
+    recipe("adalora", "ranks move between weights", "adalora", 1e-3, |a, _| keep_two_thirds(a)),
+    recipe("lora-pro", "steps as full fine-tuning's", "lora", 2e-5, |_, t| optim(t, "lora-pro")),
+    recipe("lora-ga+lora-pro", "both of them", "lora", 2e-5, aligned),
+    recipe("altlora+", "A and B in turn", "lora", 2e-4, |_, t| optim(t, "altlora+")),
+    recipe("lora-rite", "whatever the factors", "lora", 2e-4, |_, t| optim(t, "lora-rite")),
+    recipe("vera", "vectors around random projections", "vera", 3e-3, |_, _| {}),
+    recipe("loha", "two low-rank products, elementwise", "loha", 1e-3, |_, _| {}),
+    recipe("lokr", "Kronecker product of small matrices", "lokr", 1e-3, |_, _| {}),
+    recipe("oft", "rotations of inputs", "oft", 3e-4, |a, _| nearest(a)).sized_by("oft_block_size"),
+    recipe("full", "full fine-tuning", "full", 2e-5, |_, _| {}),
+];
+
+const fn recipe(
+    id: &'static str,
+    summary: &'static str,
+    method: &'static str,
+    usual_rate: f64,
+    change: fn(&mut AdapterConfig, &mut TrainConfig),
+) -> Recipe {
+    Recipe {
+        id,
+        summary,
+        usual_rate,
+        method,
+        size: Size::Rank,
+        change,
+    }
+}
+
+fn init(adapter: &mut AdapterConfig, id: &str) {
+    adapter.init = id.into();
+}
+
+fn optim(train: &mut TrainConfig, id: &str) {
+    train.optimizer = id.into();
+}
+
+fn lora_plus(train: &mut TrainConfig, ratio: f64) {
+    train.lora_plus = Some(LoraPlus::new(ratio));
+}
+
+fn aligned(adapter: &mut AdapterConfig, train: &mut TrainConfig) {
+    init(adapter, "lora-ga");
+    optim(train, "lora-pro");
+}
+
+fn set(adapter: &mut AdapterConfig, name: &str, value: SettingValue) {
+    adapter.own.insert(name.into(), value);
+}
+
+/// Two thirds of the rank are left at the end, as of the method's own 12 and 8.
+fn keep_two_thirds(adapter: &mut AdapterConfig) {
+    let left = (2 * adapter.rank).div_ceil(3);
+    set(adapter, "target_r", SettingValue::Number(left as f64));
+}
+
+/// Blocks of the nearest size that divides a weight's inputs.
+fn nearest(adapter: &mut AdapterConfig) {
+    set(adapter, "nearest_divisor", SettingValue::Flag(true));
+}
+
+impl Recipe {
+    /// The recipe, sized by a setting of its method.
+    const fn sized_by(self, setting: &'static str) -> Self {
+        Self {
+            size: Size::Setting(setting),
+            ..self
+        }
+    }
+
+    /// The smallest size that it can have.
+    pub(super) fn least_size(&self) -> usize {
+        match self.size {
+            Size::Rank => 1,
+            Size::Setting(_) => 2,
+        }
+    }
+
+    /// The settings of the recipe, of the usual size if none is given. Shared settings that its
+    /// method does not read are left out.
+    ///
+    /// # Errors
+    /// If its method does not exist.
+    pub fn variant(&self, shared: &Shared, size: Option<usize>) -> Result<Variant, PeftError> {
+        let method = methods::find(self.method)?;
+        let (mut adapter, mut train) = (shared.adapter.clone(), shared.train.clone());
+        if method.whole_model {
+            adapter = AdapterConfig::default();
+        }
+        adapter.method = method.id.into();
+        adapter.rank = match self.size {
+            Size::Rank => size.or(shared.rank).unwrap_or(method.rank),
+            Size::Setting(_) => method.rank,
+        };
+        adapter.alpha = shared.alpha.unwrap_or(2.0 * adapter.rank as f32);
+        if !method.reads.contains(&Common::Dropout) {
+            adapter.dropout = 0.0;
+        }
+        (self.change)(&mut adapter, &mut train);
+        let size = match self.size {
+            _ if method.whole_model => 0,
+            Size::Rank => adapter.rank,
+            Size::Setting(name) => {
+                let size = size.unwrap_or_else(|| adapter.own(name).number() as usize);
+                set(&mut adapter, name, SettingValue::Number(size as f64));
+                size
+            }
+        };
+        Ok(Variant {
+            adapter,
+            train,
+            size,
+        })
+    }
+}
+
+/// The recipes of these names, in their order.
+///
+/// # Errors
+/// If one does not exist or is named twice.
+pub fn find(names: &[String]) -> Result<Vec<&'static Recipe>, CompareError> {
+    let mut found: Vec<&'static Recipe> = vec![];
+    for name in names {
+        let recipe = RECIPES.iter().find(|r| r.id == name);
+        let recipe = recipe.ok_or_else(|| CompareError::UnknownRecipe {
+            name: name.clone(),
+            known: RECIPES.iter().map(|r| r.id).collect::<Vec<_>>().join(", "),
+        })?;
+        if found.iter().any(|r| r.id == recipe.id) {
+            return Err(CompareError::Twice { name: recipe.id });
+        }
+        found.push(recipe);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim;
+
+    #[test]
+    fn recipes_name_what_exists() {
+        let shared = Shared {
+            adapter: AdapterConfig {
+                dropout: 0.1,
+                ..AdapterConfig::default()
+            },
+            ..Shared::default()
+        };
+        for (index, recipe) in RECIPES.iter().enumerate() {
+            assert!(RECIPES[..index].iter().all(|r| r.id != recipe.id));
+            let variant = recipe.variant(&shared, None).unwrap();
+            let named = |e: &dyn std::fmt::Display| panic!("{}: {e}", recipe.id);
+            variant.adapter.validate().unwrap_or_else(|e| named(&e));
+            variant.train.validate().unwrap_or_else(|e| named(&e));
+            assert_eq!(variant.size == 0, recipe.id == "full");
+            optim::find(&variant.train.optimizer).unwrap();
+        }
+    }
+
+    #[test]
+    fn recipes_differ() {
+        let variants: Vec<Variant> = RECIPES
+            .iter()
+            .map(|r| r.variant(&Shared::default(), None).unwrap())
+            .collect();
+        for (index, variant) in variants.iter().enumerate() {
+            let others = &variants[..index];
+            assert!(!others.contains(variant), "{}", RECIPES[index].id);
+        }
+    }
+
+    #[test]
+    fn a_size_is_that_of_the_recipe() {
+        let shared = Shared {
+            rank: Some(4),
+            ..Shared::default()
+        };
+        let of = |name: &str, size| {
+            let recipe = find(&[name.to_owned()]).unwrap()[0];
+            recipe.variant(&shared, size).unwrap()
+        };
+        let lora = of("lora", None);
+        assert_eq!(
+            (lora.size, lora.adapter.rank, lora.adapter.alpha),
+            (4, 4, 8.0)
+        );
+        let lora = of("lora", Some(6));
+        assert_eq!(
+            (lora.size, lora.adapter.rank, lora.adapter.alpha),
+            (6, 6, 12.0)
+        );
+        assert_eq!(
+            of("adalora", Some(12)).adapter.own["target_r"].number(),
+            8.0
+        );
+        let oft = of("oft", Some(16));
+        assert_eq!(oft.adapter.own["oft_block_size"].number(), 16.0);
+        assert_eq!(of("oft", None).size, 32);
+        assert_eq!(of("full", Some(6)).size, 0);
+    }
+
+    #[test]
+    fn unknown_and_repeated_names_are_refused() {
+        let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        let text = find(&names(&["lora", "lorra"])).unwrap_err().to_string();
+        assert!(
+            text.contains("lorra") && text.contains("lora, rslora"),
+            "{text}"
+        );
+        let text = find(&names(&["dora", "dora"])).unwrap_err().to_string();
+        assert!(text.contains("dora is named twice"), "{text}");
+    }
+}
