@@ -1,8 +1,9 @@
 //! Checkpoints: everything that a run needs to go on to the same bytes.
 //!
 //! A checkpoint is a folder `checkpoint-N`: the adapter in PEFT's files (a model in Hugging Face's
-//! for full fine-tuning), `state.safetensors` (trained tensors and optimizer state) and
-//! `trainer_state.json` (position, history, best score). It appears whole or not at all.
+//! for full fine-tuning), `state.safetensors` (trained tensors, the optimizer's state and that of
+//! the method's controller, as `control.*`) and `trainer_state.json` (position, history, best
+//! score). It appears whole or not at all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,13 +14,15 @@ use serde_json::Value;
 use tangent_model::LanguageModel;
 use tangent_model::folder::NewFolder;
 use tangent_peft::export::{self, LazyTensor, WriteDtype};
-use tangent_peft::{Adapter, peft_format};
+use tangent_peft::{Adapter, Controller, PeftError, peft_format};
 
 use crate::error::TrainError;
 use crate::optim::Optimizer;
 
 const TENSORS: &str = "state.safetensors";
 const STATE: &str = "trainer_state.json";
+/// What precedes names of a controller's state.
+const CONTROL: &str = "control.";
 
 /// Position and history of a run. Sums are kept as the bits of an `f64`, so that they come back
 /// exactly.
@@ -99,6 +102,7 @@ pub fn save(
     output: &Path,
     progress: &Progress,
     optimizer: &Optimizer,
+    controller: Option<&dyn Controller>,
     opened: &LanguageModel,
     adapter: &Adapter,
     base: &str,
@@ -116,6 +120,15 @@ pub fn save(
             let state = LazyTensor::new(count.clone(), WriteDtype::F32, || state.clone());
             tensors.push((format!("{name}#{suffix}"), state));
         }
+    }
+    for (name, state) in optimizer.pair_state() {
+        let state = LazyTensor::new(vec![state.len()], WriteDtype::F32, || state.clone());
+        tensors.push((name, state));
+    }
+    for (name, values) in controller.map(Controller::state).into_iter().flatten() {
+        let count = vec![values.len()];
+        let state = LazyTensor::new(count, WriteDtype::F32, move || values.clone());
+        tensors.push((format!("{CONTROL}{name}"), state));
     }
     let views = tensors.iter().map(|(name, tensor)| (name, tensor));
     folder.write_tensors(TENSORS, views, None)?;
@@ -163,23 +176,29 @@ pub fn read_progress(path: &Path) -> Result<Progress, TrainError> {
     serde_json::from_slice(&read(path.clone())?).map_err(|e| fault(&path, e))
 }
 
-/// Restores a checkpoint's tensors into the optimizer and its parameters.
+/// Restores a checkpoint's tensors into the optimizer, its parameters and the controller.
 ///
 /// # Errors
 /// If it is malformed or does not belong to these parameters.
-pub fn restore(path: &Path, step: usize, optimizer: &mut Optimizer) -> Result<(), TrainError> {
+pub fn restore(
+    path: &Path,
+    step: usize,
+    optimizer: &mut Optimizer,
+    controller: Option<&mut (dyn Controller + 'static)>,
+) -> Result<(), TrainError> {
     let file = path.join(TENSORS);
     let bytes = read(file.clone())?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| fault(&file, e))?;
-    let values = |name: &str, count: usize| -> Result<Vec<f32>, TrainError> {
-        let view = tensors.tensor(name).map_err(|e| fault(&file, e))?;
+    let stored = |name: &str, count: usize| -> Result<Vec<f32>, String> {
+        let view = tensors.tensor(name).map_err(|e| e.to_string())?;
         let chunks = view.data().as_chunks::<4>().0;
         if view.dtype() != Dtype::F32 || chunks.len() != count {
-            let why = format!("tensor \"{name}\" has {} values, not {count}", chunks.len());
-            return Err(fault(&file, why));
+            let got = chunks.len();
+            return Err(format!("tensor \"{name}\" has {got} values, not {count}"));
         }
         Ok(chunks.iter().map(|b| f32::from_le_bytes(*b)).collect())
     };
+    let values = |name: &str, count| stored(name, count).map_err(|why| fault(&file, why));
     let names = optimizer.slot_names();
     for slot in &mut optimizer.slots {
         let (name, count) = (slot.parameter.name().to_owned(), slot.parameter.count());
@@ -188,7 +207,19 @@ pub fn restore(path: &Path, step: usize, optimizer: &mut Optimizer) -> Result<()
             *state = values(&format!("{name}#{suffix}"), count)?;
         }
     }
+    for (name, state) in optimizer.pair_state_mut() {
+        *state = values(&name, state.len())?;
+    }
     optimizer.steps = step as u64;
+    if let Some(controller) = controller {
+        controller.restore(&|name, count| {
+            let values = stored(&format!("{CONTROL}{name}"), count);
+            values.map_err(|why| PeftError::Malformed {
+                path: file.clone(),
+                why,
+            })
+        })?;
+    }
     Ok(())
 }
 

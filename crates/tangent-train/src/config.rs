@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::error::TrainError;
-use crate::optim::{self, Hyper};
+use crate::optim::{self, Hyper, LoraPlus};
 use crate::schedule::Schedule;
 
 /// How rows are grouped into micro-batches.
@@ -46,6 +46,8 @@ pub struct TrainConfig {
     pub optimizer: String,
     /// Numbers of the optimizer rule.
     pub hyper: Hyper,
+    /// A learning rate of its own for B, where it is wanted.
+    pub lora_plus: Option<LoraPlus>,
     /// Decay of matrices.
     pub weight_decay: f32,
     /// Largest norm of all gradients together; 0 turns clipping off.
@@ -62,6 +64,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps between log entries.
     pub logging_steps: usize,
+    /// Steps between readings of the meter; 0 takes none.
+    pub meter_every: usize,
     /// Steps between evaluations; 0 evaluates before the first and after the last step only.
     pub eval_steps: usize,
     /// Steps between checkpoints; 0 writes none but at an interrupt.
@@ -78,6 +82,7 @@ impl Default for TrainConfig {
             warmup: Warmup::Steps(0),
             optimizer: "adamw".into(),
             hyper: Hyper::default(),
+            lora_plus: None,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
             batching: Batching::Rows(8),
@@ -86,6 +91,7 @@ impl Default for TrainConfig {
             activation_checkpointing: false,
             seed: 42,
             logging_steps: 10,
+            meter_every: 0,
             eval_steps: 0,
             save_steps: 500,
             save_total_limit: 2,
@@ -100,11 +106,25 @@ impl TrainConfig {
     /// Naming the first one that is out of its range.
     pub fn validate(&self) -> Result<(), TrainError> {
         optim::find(&self.optimizer)?;
-        let checks: [(&'static str, f64, bool, &'static str); 12] = [
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let plus = self.lora_plus.unwrap_or(LoraPlus::new(1.0));
+        let checks: [(&'static str, f64, bool, &'static str); 14] = [
             (
                 "learning_rate",
                 self.learning_rate,
-                self.learning_rate > 0.0 && self.learning_rate.is_finite(),
+                positive(self.learning_rate),
+                "must be above 0",
+            ),
+            (
+                "loraplus_lr_ratio",
+                plus.ratio,
+                positive(plus.ratio),
+                "must be above 0",
+            ),
+            (
+                "loraplus_lr_embedding",
+                plus.embedding_rate,
+                positive(plus.embedding_rate),
                 "must be above 0",
             ),
             (
@@ -222,7 +242,7 @@ impl TrainConfig {
             Warmup::Steps(n) => ("warmup_steps", json!(n)),
             Warmup::Ratio(r) => ("warmup_ratio", json!(r)),
         };
-        json!({
+        let mut settings = json!({
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": self.schedule.to_string(),
             warmup: rise,
@@ -239,7 +259,12 @@ impl TrainConfig {
             "activation_checkpointing": self.activation_checkpointing,
             "seed": self.seed,
             "eval_steps": self.eval_steps,
-        })
+        });
+        if let (Some(plus), Value::Object(settings)) = (&self.lora_plus, &mut settings) {
+            settings.insert("loraplus_lr_ratio".into(), json!(plus.ratio));
+            settings.insert("loraplus_lr_embedding".into(), json!(plus.embedding_rate));
+        }
+        settings
     }
 }
 

@@ -31,6 +31,18 @@ pub enum TrainError {
         /// All optimizers.
         known: String,
     },
+    /// An optimizer of pairs of factors where nothing that trains is one.
+    #[error(
+        "optimizer {optimizer} moves two factors of a weight together, and nothing that trains here \
+         is such a pair; choose a method with factors A and B, as --method lora, or one of the \
+         optimizers {others}"
+    )]
+    NoPairs {
+        /// The optimizer.
+        optimizer: &'static str,
+        /// Those that move whatever trains.
+        others: String,
+    },
     /// A run that does not fit into the memory that it may take.
     #[error(
         "--max-memory {} is too little; the least is {}: {how}. Predicted: {parts}. {remedy}",
@@ -95,6 +107,28 @@ pub enum TrainError {
     /// A checkpoint that cannot be read.
     #[error("checkpoint {path}: {why}; resume from an earlier one by removing it", path = path.display())]
     Checkpoint {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A file of the meter's readings that cannot be used.
+    #[error(
+        "{path}: {why}; give the metrics.jsonl of a run of this model that was trained with --meter",
+        path = path.display()
+    )]
+    Readings {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// Start values of a run that cannot be used.
+    #[error(
+        "start values {path}: {why}; remove the file, and they are computed again",
+        path = path.display()
+    )]
+    StartValues {
         /// File.
         path: PathBuf,
         /// What is wrong.

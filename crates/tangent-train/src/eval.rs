@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Batch, DistinctTokens, forward};
@@ -81,51 +82,83 @@ pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
     groups
 }
 
+/// How a model does on one row.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RowScore {
+    /// Summed negative log-likelihood of the supervised tokens, in nats.
+    pub loss: f64,
+    /// Supervised tokens.
+    pub tokens: usize,
+    /// Whether the row's label scores best by its first token; `None` unless the answers of all rows
+    /// are a closed set.
+    pub correct: Option<bool>,
+}
+
 /// Evaluates the model on examples.
 ///
 /// # Errors
 /// If a score is not a finite number; the row is named.
 pub fn evaluate(model: &dyn Model, examples: &[Example]) -> Result<EvalReport, TrainError> {
+    Ok(EvalReport::of(&evaluate_rows(model, examples)?))
+}
+
+impl EvalReport {
+    /// All rows together.
+    pub fn of(rows: &[RowScore]) -> Self {
+        let tokens: usize = rows.iter().map(|row| row.tokens).sum();
+        let loss = rows.iter().map(|row| row.loss).sum::<f64>() / tokens.max(1) as f64;
+        let right = rows.iter().filter(|row| row.correct == Some(true)).count();
+        let labeled = !rows.is_empty() && rows.iter().all(|row| row.correct.is_some());
+        Self {
+            loss,
+            perplexity: loss.exp(),
+            supervised_tokens: tokens,
+            examples: rows.len(),
+            accuracy: labeled.then(|| right as f64 / rows.len() as f64),
+        }
+    }
+}
+
+/// Evaluates the model on examples, row by row.
+///
+/// # Errors
+/// If a score is not a finite number; the row is named.
+pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowScore>, TrainError> {
     let labels = labels(examples);
-    let (mut loss, mut count, mut right) = (0f64, 0usize, 0usize);
+    let mut rows = Vec::with_capacity(examples.len());
     for group in groups(examples) {
         let batch = Batch::new(group.iter().map(|e| (&e.tokens[..], &e.supervised[..])));
         let firsts = first_targets(&batch);
-        let mut at = 0;
-        let mut broken = None;
+        let mut scores: Vec<f32> = Vec::with_capacity(batch.targets.len());
+        let mut right = BTreeSet::new();
         forward::for_each_logits(model, &batch, |targets, logits| {
+            let at = scores.len();
             let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
-            let scores = log_softmax_at(logits, &ids);
-            if let Some(bad) = scores.iter().position(|v| !v.is_finite()) {
-                broken.get_or_insert(at + bad);
-            }
-            loss -= scores.iter().map(|v| f64::from(*v)).sum::<f64>();
-            count += targets.len();
+            scores.extend(log_softmax_at(logits, &ids));
             if let Some(labels) = &labels {
                 let vocabulary = logits.len() / targets.len();
                 for (i, target) in targets.iter().enumerate() {
                     let row = &logits[i * vocabulary..][..vocabulary];
                     if firsts.contains(&(at + i)) && best(row, labels) == Some(target.id) {
-                        right += 1;
+                        right.insert(at + i);
                     }
                 }
             }
-            at += targets.len();
         });
-        if let Some(target) = broken {
-            let row = batch.rows.iter().position(|r| r.targets.contains(&target));
-            let row = row.map_or(String::new(), |row| group[row].origin.to_string());
-            return Err(TrainError::ScoreNotFinite { row });
+        for (row, example) in batch.rows.iter().zip(group) {
+            let own = &scores[row.targets.clone()];
+            if own.iter().any(|v| !v.is_finite()) {
+                let row = example.origin.to_string();
+                return Err(TrainError::ScoreNotFinite { row });
+            }
+            rows.push(RowScore {
+                loss: -own.iter().map(|v| f64::from(*v)).sum::<f64>(),
+                tokens: own.len(),
+                correct: labels.as_ref().map(|_| right.contains(&row.targets.start)),
+            });
         }
     }
-    let mean = loss / count.max(1) as f64;
-    Ok(EvalReport {
-        loss: mean,
-        perplexity: mean.exp(),
-        supervised_tokens: count,
-        examples: examples.len(),
-        accuracy: labels.map(|_| right as f64 / examples.len() as f64),
-    })
+    Ok(rows)
 }
 
 /// Indices of the targets that come first in their rows.

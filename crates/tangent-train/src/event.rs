@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::eval::EvalReport;
+use crate::meter::Reading;
 
 /// A point of the run's history, as in `metrics.jsonl` and in Hugging Face's `log_history`.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,6 +65,13 @@ pub enum Event {
     },
     /// A log entry.
     Log(LogEntry),
+    /// The meter was read.
+    Meter {
+        /// Steps taken.
+        step: usize,
+        /// How close the last one was to full fine-tuning.
+        reading: Reading,
+    },
     /// A checkpoint was written.
     Saved {
         /// Where.

@@ -44,7 +44,8 @@ pub fn accumulate(
     loss
 }
 
-fn add(sum: &mut Option<Vec<f32>>, gradient: Option<Vec<f32>>) {
+/// Adds a gradient to a sum, which may have none so far.
+pub(crate) fn add(sum: &mut Option<Vec<f32>>, gradient: Option<Vec<f32>>) {
     match (sum, gradient) {
         (_, None) => {}
         (Some(sum), Some(gradient)) => {
@@ -63,7 +64,7 @@ fn collect(parameters: &[Parameter], gradients: &mut Gradients, into: &mut Accum
 }
 
 /// Pushes the gradient `d_y` through the graph of `y`.
-fn backward(y: Tensor<2>, d_y: Tensor<2>) -> Gradients {
+pub(crate) fn backward(y: Tensor<2>, d_y: Tensor<2>) -> Gradients {
     (y * d_y).sum().backward()
 }
 

@@ -1,16 +1,17 @@
 //! The training loop.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
 use tangent_model::{Batch, LanguageModel, Pass, pass};
+use tangent_ops::Tap;
 use tangent_ops::profile::{self, Kind};
-use tangent_peft::{Adapter, export};
+use tangent_peft::{Adapter, Controller, export};
 
 use crate::checkpoint::{self, Progress};
 use crate::config::TrainConfig;
@@ -18,9 +19,13 @@ use crate::data::Example;
 use crate::error::TrainError;
 use crate::eval::{EvalReport, evaluate};
 use crate::event::{Event, LogEntry};
+use crate::evidence;
 use crate::gradients::{self, Accumulated};
 use crate::memory;
-use crate::optim::{self, Optimizer};
+use crate::meter::{self, Meter};
+use crate::metrics::Metrics;
+use crate::optim::Optimizer;
+use crate::run_report;
 use crate::sampler::{StepRows, epoch_steps, total_steps};
 
 /// Everything that a run needs.
@@ -85,16 +90,17 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     let begun = Instant::now();
     let config = run.config;
     config.validate()?;
-    let rule = optim::find(&config.optimizer)?;
+    let mut optimizer = Optimizer::for_adapter(config, run.adapter)?;
+    meter::check(config.meter_every, &*run.opened.model)?;
     if run.adapter.method.whole_model {
         // Known now rather than at the first checkpoint.
         export::check_exportable(run.opened)?;
     }
-    let parameters = &run.adapter.parameters;
-    let mut optimizer = Optimizer::new(rule, config.hyper, config.weight_decay, parameters);
     let total = total_steps(run.train, config);
     let warmup = config.warmup_steps(total);
-    let (_lock, mut progress) = begin(run, &mut optimizer, total)?;
+    let control = run.adapter.method.control;
+    let mut controller = control.map(|c| c(run.adapter, total)).transpose()?;
+    let (_lock, mut progress) = begin(run, &mut optimizer, controller.as_deref_mut(), total)?;
     let mut metrics = Metrics::open(&run.output, &progress)?;
     on_event(&Event::Start {
         step: progress.global_step,
@@ -120,11 +126,21 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         let rate =
             config.learning_rate * config.schedule.factor(progress.global_step, warmup, total);
         let step = progress.global_step + 1;
-        let (loss, mut gradients, counts) = step_gradients(run, rows, step)?;
+        let every = |n: usize| n > 0 && step.is_multiple_of(n);
+        let measure = || Meter::begin(&*run.opened.model, run.adapter, rows.len());
+        let meter = every(config.meter_every).then(measure);
+        let tap = meter.as_ref().map(Meter::tap);
+        let (loss, mut gradients, counts) = step_gradients(run, rows, step, tap)?;
         let norm = profile::span("update", Kind::Phase, || {
+            if let Some(controller) = &mut controller {
+                controller.before_step(run.adapter, &mut gradients);
+            }
             let norm = finite_norm(run, &gradients, rows, step)?;
             gradients::clip(&mut gradients, norm, config.max_grad_norm);
             optimizer.step(rate as f32, &gradients);
+            if let Some(controller) = &mut controller {
+                controller.after_step(run.adapter, &gradients, step);
+            }
             Ok::<_, TrainError>(norm)
         })?;
 
@@ -134,12 +150,15 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             progress.epoch_index as f64 + progress.step_in_epoch as f64 / steps.len() as f64;
         progress.window.add(loss, counts.supervised, counts.tokens);
         progress.total.add(loss, counts.supervised, counts.tokens);
+        if let Some(meter) = meter {
+            let reading = profile::span("meter", Kind::Phase, || meter.finish());
+            metrics.log_reading(&progress, reading, on_event)?;
+        }
         let seconds = clock.elapsed().as_secs_f64();
         window.add(counts.tokens, seconds);
         overall.add(counts.tokens, seconds);
 
         let last = step == total;
-        let every = |n: usize| n > 0 && step.is_multiple_of(n);
         let evaluates = !run.eval.is_empty() && (every(config.eval_steps) || last);
         if every(config.logging_steps) || evaluates || last {
             let mut entry = entry(&progress, window).with_step(rate, norm);
@@ -157,17 +176,18 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             metrics.log(&mut progress, entry, on_event)?;
         }
         if every(config.save_steps) || (last && config.save_steps > 0) {
-            save(run, &progress, &optimizer, on_event)?;
+            save(run, &progress, &optimizer, controller.as_deref(), on_event)?;
             saved = Some(step);
         }
     }
     let outcome = if progress.global_step < total {
         if saved != Some(progress.global_step) {
-            save(run, &progress, &optimizer, on_event)?;
+            save(run, &progress, &optimizer, controller.as_deref(), on_event)?;
         }
         Outcome::Interrupted
     } else {
         publish(run)?;
+        run_report::write(&run.output)?;
         Outcome::Finished
     };
     Ok(TrainReport {
@@ -219,6 +239,7 @@ fn step_gradients(
     run: &Run<'_>,
     rows: &StepRows,
     step: usize,
+    tap: Option<Arc<dyn Tap>>,
 ) -> Result<(f64, Accumulated, Counts), TrainError> {
     let model = &*run.opened.model;
     let examples =
@@ -240,11 +261,15 @@ fn step_gradients(
             continue;
         }
         let key = pass::mix(run.config.seed, &format!("dropout/{step}/{index}"));
+        let pass = Pass {
+            tap: tap.clone(),
+            ..Pass::training(&model.device(), key)
+        };
         let mean = gradients::accumulate(
             model,
             batch,
             factor,
-            &Pass::training(&model.device(), key),
+            &pass,
             run.config.activation_checkpointing,
             &run.adapter.parameters,
             &mut gradients,
@@ -331,9 +356,9 @@ const RESULTS: &[&str] = &[
 pub const TRACE: &str = "trace.json";
 
 /// Files of an earlier run that a new one removes, since it may not write them itself.
-const OF_EARLIER_RUN: &[&str] = &[TRACE];
+const OF_EARLIER_RUN: &[&str] = &[TRACE, run_report::REPORT, evidence::START];
 
-fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
     let path = path.to_owned();
     move |source| TrainError::Io {
         action,
@@ -343,7 +368,7 @@ fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Train
 }
 
 /// Holds the output folder against other runs while it lives.
-fn lock(output: &Path) -> Result<fs::File, TrainError> {
+pub(crate) fn lock(output: &Path) -> Result<fs::File, TrainError> {
     let folder = fs::File::open(output).map_err(io("open", output))?;
     match folder.try_lock() {
         Err(fs::TryLockError::WouldBlock) => Err(TrainError::Busy {
@@ -358,6 +383,7 @@ fn lock(output: &Path) -> Result<fs::File, TrainError> {
 fn begin(
     run: &Run<'_>,
     optimizer: &mut Optimizer,
+    controller: Option<&mut (dyn Controller + 'static)>,
     total: usize,
 ) -> Result<(fs::File, Progress), TrainError> {
     let record = run.output.join("run.json");
@@ -376,6 +402,7 @@ fn begin(
         remove_files(&run.output, OF_EARLIER_RUN)?;
         let text = format!("{:#}\n", run.settings);
         folder::write_file(&record, text.as_bytes())?;
+        evidence::save(&run.output, run.adapter, &run.settings)?;
         return Ok((lock, new));
     }
     let nothing = || TrainError::NoCheckpoint {
@@ -391,15 +418,16 @@ fn begin(
         let bytes = fs::read(&record).map_err(|_| nothing())?;
         let begun: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
         refuse_changes(&record, &begun, &run.settings)?;
+        evidence::save(&run.output, run.adapter, &run.settings)?;
         return Ok((lock, new));
     };
     let progress = checkpoint::read_progress(&path)?;
     refuse_changes(&path, &progress.settings, &run.settings)?;
-    checkpoint::restore(&path, step, optimizer)?;
+    checkpoint::restore(&path, step, optimizer, controller)?;
     Ok((lock, progress))
 }
 
-fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainError> {
+pub(crate) fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(), TrainError> {
     let empty = serde_json::Map::new();
     let map = |v| Value::as_object(v).unwrap_or(&empty);
     let (then, now) = (map(then), map(now));
@@ -427,12 +455,14 @@ fn save(
     run: &Run<'_>,
     progress: &Progress,
     optimizer: &Optimizer,
+    controller: Option<&dyn Controller>,
     on_event: &mut dyn FnMut(&Event),
 ) -> Result<(), TrainError> {
     let path = checkpoint::save(
         &run.output,
         progress,
         optimizer,
+        controller,
         run.opened,
         run.adapter,
         &run.base,
@@ -442,6 +472,7 @@ fn save(
         run.config.save_total_limit,
         progress.best_global_step,
     )?;
+    run_report::write(&run.output)?;
     on_event(&Event::Saved { path });
     Ok(())
 }
@@ -474,40 +505,6 @@ impl LogEntry {
             grad_norm: Some(norm),
             ..self
         }
-    }
-}
-
-/// `metrics.jsonl`, one log entry a line.
-struct Metrics {
-    path: PathBuf,
-}
-
-impl Metrics {
-    /// Begins the file again with the entries that the run has had so far.
-    fn open(output: &Path, progress: &Progress) -> Result<Self, TrainError> {
-        let path = output.join("metrics.jsonl");
-        let lines = progress.log_history.iter().map(|e| format!("{e}\n"));
-        folder::write_file(&path, lines.collect::<String>().as_bytes())?;
-        Ok(Self { path })
-    }
-
-    fn log(
-        &mut self,
-        progress: &mut Progress,
-        entry: LogEntry,
-        on_event: &mut dyn FnMut(&Event),
-    ) -> Result<(), TrainError> {
-        let json = entry.to_json();
-        let file = OpenOptions::new().append(true).open(&self.path);
-        file.and_then(|mut f| writeln!(f, "{json}"))
-            .map_err(|source| TrainError::Io {
-                action: "write",
-                path: self.path.clone(),
-                source,
-            })?;
-        progress.log_history.push(json);
-        on_event(&Event::Log(entry));
-        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@ use tangent_ops::FrozenMatrix;
 use tangent_ops::cross_entropy::CHUNK;
 
 use super::calibration as measured;
+use super::metered;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{lowest_layer, trains_embedding};
 use super::{Draft, Form, TrainedSite, evaluated_tokens};
@@ -64,12 +65,13 @@ pub(super) fn with_margin(bytes: u64) -> u64 {
 }
 
 /// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
-/// sites; `tracked` says whether its input wants a gradient.
+/// sites; `tracked` says whether its input wants a gradient, `metered` whether the meter is read.
 fn kept_features(
     activations: &[Activation],
     trained: &[&TrainedSite],
     mut tracked: bool,
     dropout: bool,
+    metered: bool,
 ) -> usize {
     let mut features = 0;
     for activation in activations {
@@ -80,6 +82,7 @@ fn kept_features(
         let mut trains = false;
         for site in readers {
             trains = true;
+            keeps |= metered && !(activation.formed_again && tracked);
             match site.form {
                 Form::Whole => keeps = true,
                 // The dropped input is a tensor of the site's own.
@@ -115,8 +118,11 @@ pub(super) struct MemoryModel {
     parameters: u64,
     /// Those of low-rank products.
     thin_parameters: u64,
-    /// State vectors of the optimizer for every trained tensor.
-    state_vectors: u64,
+    /// Values of the optimizer's state.
+    state: u64,
+    /// Values of the gradients that the meter keeps until the step is done: with one micro-batch a
+    /// step, and with several.
+    metered: [u64; 2],
     base_bytes: u64,
     fixed_bytes: u64,
     /// Tokens of the largest evaluated batch.
@@ -137,10 +143,16 @@ impl MemoryModel {
             let own = trained.iter().filter(|site| site.layer == Some(index));
             let own: Vec<&TrainedSite> = own.collect();
             let tracked = index > lowest || trains_embedding(trained);
-            kept_features(&activations, &own, tracked, draft.dropout > 0.0)
+            let metered = config.meter_every > 0;
+            kept_features(&activations, &own, tracked, draft.dropout > 0.0, metered)
         });
         let head_site = trained.iter().find(|site| site.path == head.path);
         let parameters: usize = trained.iter().map(|site| site.parameters).sum();
+        let rule = optim::find(&config.optimizer)?;
+        rule.check_pairs(trained.iter().any(|site| site.pair.is_some()))?;
+        let state = trained
+            .iter()
+            .map(|site| rule.state_values(site.parameters, site.pair) as u64);
         let low_rank = |site: &&TrainedSite| matches!(site.form, Form::LowRank { .. });
         let thin = trained.iter().filter(low_rank).map(|site| site.parameters);
         Ok(Self {
@@ -154,7 +166,8 @@ impl MemoryModel {
             shared_head: head_site.is_some_and(|site| site.parameters == 0),
             parameters: parameters as u64,
             thin_parameters: thin.sum::<usize>() as u64,
-            state_vectors: optim::find(&config.optimizer)?.slots.len() as u64,
+            state: state.sum(),
+            metered: [false, true].map(|several| metered::values(trained, config, several)),
             base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
             evaluated: evaluated_tokens(draft.eval).max().unwrap_or(0),
@@ -182,10 +195,12 @@ impl MemoryModel {
         let at_loss = tokens * self.held_at_loss(checkpointing);
         let at_layer = tokens * self.held_at_layer(checkpointing);
         let loss = self.loss_bytes(survey.largest);
-        let vectors = 1 + self.state_vectors + self.earlier(survey);
+        let vectors = 1 + self.earlier(survey);
+        let values = self.parameters * vectors + self.state;
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * vectors + self.thin_parameters / 2),
+            trained: trained_bytes(values + self.thin_parameters / 2)
+                + VALUE * self.earlier(survey) * self.metered_values(survey),
             // The chunk of the loss is free again when the first layer's turn comes.
             activations: activation_bytes(at_loss)
                 .max(activation_bytes(at_layer).saturating_sub(loss)),
@@ -196,7 +211,7 @@ impl MemoryModel {
 
     /// What the forward pass keeps is free again; all gradients are there.
     fn end_of_backward(&self, survey: &Survey) -> Memory {
-        let vectors = 2 + self.state_vectors + self.earlier(survey);
+        let vectors = 2 + self.earlier(survey);
         // A tensor with two uses has two gradients until they are added.
         let second = match self.shared_head {
             true => (self.vocabulary * self.hidden) as u64,
@@ -204,7 +219,8 @@ impl MemoryModel {
         };
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * vectors + second),
+            trained: trained_bytes(self.parameters * vectors + self.state + second)
+                + VALUE * self.metered_values(survey),
             activations: activation_bytes(survey.largest.tokens * self.working()),
             loss: 0,
             fixed: self.fixed_bytes,
@@ -216,7 +232,7 @@ impl MemoryModel {
         let positions = self.evaluated.min(CHUNK);
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * (2 + self.state_vectors)),
+            trained: trained_bytes(self.parameters * 2 + self.state),
             activations: activation_bytes(self.evaluated * self.working()),
             loss: VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64,
             fixed: self.fixed_bytes,
@@ -226,6 +242,12 @@ impl MemoryModel {
     /// Sums of gradients of earlier micro-batches of the step.
     fn earlier(&self, survey: &Survey) -> u64 {
         u64::from(survey.accumulates)
+    }
+
+    /// Values of the gradients that the meter keeps until the step is done.
+    fn metered_values(&self, survey: &Survey) -> u64 {
+        let [single, several] = self.metered;
+        if survey.accumulates { several } else { single }
     }
 
     /// Features of a token that are kept when the loss is computed.
@@ -360,6 +382,46 @@ mod tests {
         assert_eq!(end.trained, trained_bytes((4 * count + 96 * 32) as u64));
     }
 
+    #[test]
+    fn state_of_pairs_is_counted_and_pairs_are_asked_for() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let config = tangent_peft::AdapterConfig {
+            modules_to_save: vec!["model.norm".into()],
+            ..fixture::lora(&["q_proj", "k_proj"])
+        };
+        let (trained, adapter) = fixture::attached(&mut *model, &config);
+        let draft = fixture::draft(&*model, &trained, &[]);
+        let state = |optimizer: &str| {
+            let config = TrainConfig {
+                optimizer: optimizer.into(),
+                ..TrainConfig::default()
+            };
+            MemoryModel::new(&draft, &config).map(|memory| memory.state as usize)
+        };
+        // Two layers of queries (32, 32) and keys (16, 32) at rank 4, and a scale of 32.
+        let factors = 2 * 4 * (32 + 32 + 16 + 32);
+        assert_eq!(adapter.count(), factors + 32);
+        let weights = 2 * (32 * 32 + 16 * 32);
+        for (optimizer, want) in [
+            ("sgd", factors + 32),
+            ("adamw", 2 * factors + 2 * 32),
+            ("lora-pro", 2 * weights + 2 * 32),
+            ("lora-pro-sgd", 0),
+            ("altlora+", 3 * factors + 2 * 32),
+            ("lora-rite", 2 * factors + 2 * 4 * 4 * 4 + 2 * 32),
+        ] {
+            assert_eq!(state(optimizer).unwrap(), want, "{optimizer}");
+        }
+        let whole = TrainedSite::whole_model(&*model);
+        let draft = fixture::draft(&*model, &whole, &[]);
+        let config = TrainConfig {
+            optimizer: "lora-pro".into(),
+            ..TrainConfig::default()
+        };
+        let refused = MemoryModel::new(&draft, &config).map(|_| ());
+        assert!(matches!(refused, Err(TrainError::NoPairs { .. })));
+    }
+
     fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
         let mut model = fixture::model("llama/tied_gqa");
         let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
@@ -382,6 +444,25 @@ mod tests {
         let checkpointed = peak(&rows, 8, true);
         assert!(checkpointed.activations < whole.activations);
         assert_eq!(checkpointed.fixed, whole.fixed);
+    }
+
+    #[test]
+    fn the_meter_keeps_inputs_beside_dropped_copies() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+        let draft = Draft {
+            dropout: 0.1,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        let kept = |meter_every: usize| {
+            let config = TrainConfig {
+                meter_every,
+                ..TrainConfig::default()
+            };
+            MemoryModel::new(&draft, &config).unwrap().kept
+        };
+        // The inputs of q, k and v, of o, and of gate and up.
+        assert_eq!(kept(10)[1], kept(0)[1] + 32 + 32 + 32);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod fit;
 #[cfg(test)]
 mod fixture;
 mod memory;
+mod metered;
 mod survey;
 mod time;
 mod trained;

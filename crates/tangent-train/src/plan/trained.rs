@@ -4,6 +4,8 @@ use tangent_model::family::Model;
 use tangent_model::{Parameter, Site, SiteKind};
 use tangent_peft::Adapter;
 
+use crate::optim::PairShape;
+
 /// How a site trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -37,6 +39,8 @@ pub struct TrainedSite {
     pub parameters: usize,
     /// Frozen values that they take the place of.
     pub replaced: usize,
+    /// Sizes of the factors, where some optimizers move two of them together.
+    pub pair: Option<PairShape>,
 }
 
 impl TrainedSite {
@@ -54,6 +58,7 @@ impl TrainedSite {
             form,
             parameters,
             replaced,
+            pair: None,
         }
     }
 
@@ -77,7 +82,11 @@ impl TrainedSite {
                 Form::LowRank { .. } => bias_count(&own),
                 _ => parameters,
             };
-            trained.push(Self::new(site, form, parameters, replaced));
+            let pair = adapter.pairs.iter().find(|pair| pair.site == site.path);
+            trained.push(Self {
+                pair: pair.map(|pair| PairShape::of(pair, &adapter.parameters)),
+                ..Self::new(site, form, parameters, replaced)
+            });
         }
         trained
     }

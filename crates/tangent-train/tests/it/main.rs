@@ -2,5 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod evidence;
 mod gradients;
+mod meter;
 mod optimizers;
+mod pairs;

@@ -1,0 +1,294 @@
+//! Start values that are computed once, before the first step: from the weights alone, from their
+//! gradients or from their inputs, and the file that keeps them for a run that is resumed.
+//!
+//! The pass over data takes the first rows in the order of training and holds the gradients or
+//! moments of one layer at a time: the layer's factors are computed, its sites side by side, and
+//! only they are kept.
+
+pub mod gradient;
+pub mod moments;
+mod record;
+
+use burn::tensor::Device;
+use rayon::prelude::*;
+use tangent_model::family::Model;
+use tangent_model::{Batch, Site};
+use tangent_peft::adapter::{chosen, start_factors_of};
+use tangent_peft::init::ranks::{self, Offer};
+use tangent_peft::init::{self, Needs};
+use tangent_peft::{AdapterConfig, Factors, PeftError, Start};
+
+use crate::config::TrainConfig;
+use crate::data::Example;
+use crate::error::TrainError;
+use crate::sampler::epoch_steps;
+
+pub use record::{START, load, save};
+
+/// Largest size of all micro-batches, in those of the largest one, at which every layer's input is
+/// kept. A step holds more of each token: over ten times as much without activation checkpointing.
+const ROOMY: usize = 8;
+
+/// The rows that are looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Evidence {
+    /// Micro-batches, each a list of rows.
+    pub batches: Vec<Vec<usize>>,
+    /// Whether to keep the inputs of every few layers only and to compute the others again, so that
+    /// the pass needs little more memory than a step.
+    pub sparse: bool,
+}
+
+/// A micro-batch of the pass and the rows that it was made of.
+pub struct MicroBatch<'r> {
+    /// What the model computes.
+    pub batch: Batch,
+    /// Its rows, in their order.
+    pub rows: Vec<&'r Example>,
+}
+
+impl Evidence {
+    /// The first `rows` rows in the order of training, in its micro-batches; all rows, if there are
+    /// not as many.
+    pub fn first(train: &[Example], config: &TrainConfig, rows: usize) -> Self {
+        let mut left = rows;
+        let mut batches = vec![];
+        for mut batch in epoch_steps(train, config, 0).into_iter().flatten() {
+            batch.truncate(left);
+            left -= batch.len();
+            if batch.is_empty() {
+                break;
+            }
+            batches.push(batch);
+        }
+        let tokens = |batch: &Vec<usize>| -> usize {
+            let lengths = batch.iter().filter_map(|&row| train.get(row));
+            lengths.map(|row| row.tokens.len()).sum()
+        };
+        let all: usize = batches.iter().map(tokens).sum();
+        let largest = batches.iter().map(tokens).max().unwrap_or(0);
+        Self {
+            sparse: config.activation_checkpointing || all > ROOMY * largest,
+            batches,
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.batches.iter().map(Vec::len).sum()
+    }
+
+    /// The micro-batches out of `rows`.
+    pub fn micro_batches<'r>(&self, rows: &'r [Example]) -> Vec<MicroBatch<'r>> {
+        let batches = self.batches.iter().map(|batch| {
+            let rows: Vec<&Example> = batch.iter().filter_map(|&row| rows.get(row)).collect();
+            MicroBatch::new(rows)
+        });
+        batches.collect()
+    }
+}
+
+impl<'r> MicroBatch<'r> {
+    /// A micro-batch of rows.
+    pub fn new(rows: Vec<&'r Example>) -> Self {
+        let parts = rows
+            .iter()
+            .map(|row| (&row.tokens[..], &row.supervised[..]));
+        Self {
+            batch: Batch::new(parts),
+            rows,
+        }
+    }
+}
+
+/// Weights or moments of some sites with their values.
+pub type OfSites<'a> = Vec<(&'a Site, Vec<f32>)>;
+
+/// Takes what the pass has found at the sites of one layer, or at the head.
+pub type Done<'a, 'f> = dyn FnMut(OfSites<'a>) -> Result<(), TrainError> + 'f;
+
+/// Computes the start factors of an initialization that computes them once; nothing but the seed
+/// for the others. Whatever is attached to the model is removed. Where ranks move between sites,
+/// the settings get the new ones.
+///
+/// # Errors
+/// If a setting or a site does not fit the initialization, the device cannot be listened to, or a
+/// decomposition fails.
+pub fn start(
+    model: &mut dyn Model,
+    config: &mut AdapterConfig,
+    rows: &[Example],
+    settings: &Evidence,
+    seed: u64,
+) -> Result<Start, TrainError> {
+    let init = init::find(&config.init)?;
+    let mut start = Start {
+        seed,
+        ..Start::default()
+    };
+    if !init.is_kept() {
+        return Ok(start);
+    }
+    if init.needs != Needs::Nothing && model.device().without_autodiff() != Device::flex() {
+        return Err(TrainError::Setting {
+            setting: "init",
+            value: init.id.into(),
+            why: "looks at gradients or inputs of layers, which only the CPU's kernels show; \
+                  choose another initialization or the device cpu",
+        });
+    }
+    for site in model.sites_mut() {
+        site.detach();
+    }
+    let model: &dyn Model = model;
+    let sites = model.sites();
+    init::check(config, &sites)?;
+    let wanted = chosen(config, &sites)?;
+    let mut found = Found::new(config, seed, init.redistributes);
+    let batches = settings.micro_batches(rows);
+    match init.needs {
+        Needs::Nothing => found.add(wanted.iter().map(|site| (*site, vec![])).collect())?,
+        Needs::Gradient => {
+            let sparse = settings.sparse;
+            gradient::gradients(model, &batches, &wanted, sparse, &mut |layer| {
+                found.add(layer)
+            })?;
+        }
+        Needs::Inputs(kind) => {
+            moments::moments(model, &batches, &wanted, kind, &mut |layer| {
+                found.add(layer)
+            })?;
+        }
+    }
+    let (factors, new_ranks) = found.finish(&wanted);
+    if let Some(new_ranks) = new_ranks {
+        ranks::assign(config, &new_ranks)?;
+    }
+    start.factors = factors.into_iter().collect();
+    Ok(start)
+}
+
+/// Factors as they are found, layer by layer.
+struct Found<'c> {
+    config: &'c AdapterConfig,
+    seed: u64,
+    /// Most that a rank may grow by; 1 where ranks stay.
+    rho: f64,
+    sites: Vec<(Offer, Factors)>,
+}
+
+type NewRanks = Vec<(String, usize)>;
+
+impl<'c> Found<'c> {
+    fn new(config: &'c AdapterConfig, seed: u64, redistributes: bool) -> Self {
+        Self {
+            config,
+            seed,
+            rho: match redistributes {
+                true => config.own("rho").number(),
+                false => 1.0,
+            },
+            sites: vec![],
+        }
+    }
+
+    fn add(&mut self, layer: OfSites<'_>) -> Result<(), TrainError> {
+        let (config, seed, rho) = (self.config, self.seed, self.rho);
+        let compute = |(site, evidence): (&Site, Vec<f32>)| {
+            let sides = (site.weight.rows(), site.weight.cols());
+            let rank = config.rank_at(&site.path)?;
+            let offered = ranks::offered(rank, rho, sides);
+            let factors = start_factors_of(config, site, offered, seed, &evidence)?;
+            let shares = match rho > 1.0 {
+                true => ranks::shares(&factors.a, sides.1, &evidence),
+                false => vec![],
+            };
+            let site = site.path.clone();
+            Ok::<_, PeftError>((Offer { site, rank, shares }, factors))
+        };
+        let computed = layer.into_par_iter().map(compute);
+        let computed: Vec<(Offer, Factors)> = computed.collect::<Result<_, PeftError>>()?;
+        self.sites.extend(computed);
+        Ok(())
+    }
+
+    /// The factors by path, and the new ranks where they move; `order` is the model's.
+    fn finish(mut self, order: &[&Site]) -> (Vec<(String, Factors)>, Option<NewRanks>) {
+        let place = |path: &str| order.iter().position(|site| site.path == path);
+        self.sites.sort_by_key(|(offer, _)| place(&offer.site));
+        let (offers, mut factors): (Vec<Offer>, Vec<Factors>) = self.sites.into_iter().unzip();
+        let paths = offers.iter().map(|offer| offer.site.clone());
+        if self.rho <= 1.0 {
+            return (paths.zip(factors).collect(), None);
+        }
+        let given = ranks::redistributed(&offers);
+        for ((offer, factors), rank) in offers.iter().zip(&mut factors).zip(&given) {
+            ranks::cut(factors, offer.shares.len(), *rank);
+        }
+        let new_ranks: NewRanks = paths.clone().zip(given).collect();
+        let adapted = |(path, _): &(String, Factors)| {
+            new_ranks
+                .iter()
+                .any(|(site, rank)| site == path && *rank > 0)
+        };
+        let factors = paths.zip(factors).filter(adapted).collect();
+        (factors, Some(new_ranks))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::Batching;
+    use crate::data::Origin;
+
+    fn rows(lengths: &[usize]) -> Vec<Example> {
+        let file = Arc::new("rows.jsonl".into());
+        let row = |(line, &length): (usize, &usize)| Example {
+            tokens: vec![line as u32; length],
+            supervised: vec![false; length],
+            origin: Origin {
+                file: Arc::clone(&file),
+                line: line + 1,
+            },
+            full_length: length,
+        };
+        lengths.iter().enumerate().map(row).collect()
+    }
+
+    #[test]
+    fn the_first_rows_come_in_the_order_of_training() {
+        let rows = rows(&[5; 20]);
+        let config = TrainConfig {
+            batching: Batching::Rows(3),
+            ..TrainConfig::default()
+        };
+        let steps: Vec<Vec<usize>> = epoch_steps(&rows, &config, 0).concat();
+        let evidence = Evidence::first(&rows, &config, 8);
+        assert_eq!(evidence.rows(), 8);
+        assert_eq!(evidence.batches[..2], steps[..2]);
+        assert_eq!(evidence.batches[2], steps[2][..2]);
+        let batches = evidence.micro_batches(&rows);
+        assert_eq!(batches.len(), 3);
+        assert_eq!(batches[2].rows.len(), 2);
+        assert_eq!(Evidence::first(&rows, &config, 100).rows(), 20);
+    }
+
+    #[test]
+    fn inputs_are_kept_sparsely_where_memory_would_grow() {
+        let rows = rows(&[5; 20]);
+        let sparse = |batch, activation_checkpointing| {
+            let config = TrainConfig {
+                batching: Batching::Rows(batch),
+                activation_checkpointing,
+                ..TrainConfig::default()
+            };
+            Evidence::first(&rows, &config, 16).sparse
+        };
+        assert!(!sparse(2, false));
+        assert!(sparse(1, false));
+        assert!(sparse(2, true));
+    }
+}
