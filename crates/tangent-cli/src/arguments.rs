@@ -79,6 +79,8 @@ struct Known {
     names: Vec<String>,
     /// Whether it takes no value.
     flag: bool,
+    /// Whether its value is a name with a value, such as `every=N`.
+    named: bool,
 }
 
 /// The options of `command` that a run file may hold.
@@ -92,8 +94,12 @@ fn known_options(command: &str) -> Vec<Known> {
         let names: Vec<String> = names.map(str::to_owned).collect();
         // A run file cannot name another one.
         if !names.iter().any(|n| n == "config") {
-            let flag = !argument.get_action().takes_values();
-            known.push(Known { names, flag });
+            let values = argument.get_value_names().unwrap_or_default();
+            known.push(Known {
+                names,
+                flag: !argument.get_action().takes_values(),
+                named: values.iter().any(|name| name.contains('=')),
+            });
         }
     }
     known
@@ -107,7 +113,7 @@ fn from_yaml(path: &Path, known: &[Known], typed: &[String]) -> Result<Vec<OsStr
     let Value::Mapping(map) = yaml else {
         return Err(fault("expected keys and values".into()));
     };
-    let mut arguments = vec![];
+    let mut arguments: Vec<OsString> = vec![];
     let mut unknown = vec![];
     let mut set: Vec<String> = vec![];
     for (key, value) in &map {
@@ -135,15 +141,11 @@ fn from_yaml(path: &Path, known: &[Known], typed: &[String]) -> Result<Vec<OsStr
         match (value, option.flag) {
             (Value::Null, _) | (Value::Bool(false), true) => {}
             (Value::Bool(true), true) => arguments.push(format!("--{name}").into()),
-            (Value::Sequence(items), false) => {
-                for item in items {
-                    let text = plain(item).ok_or_else(|| fault(format!("\"{key}\": bad value")))?;
+            (value, false) => {
+                let values = values(value, option.named);
+                for text in values.ok_or_else(|| fault(format!("\"{key}\": bad value")))? {
                     arguments.push(format!("--{name}={text}").into());
                 }
-            }
-            (value, false) => {
-                let text = plain(value).ok_or_else(|| fault(format!("\"{key}\": bad value")))?;
-                arguments.push(format!("--{name}={text}").into());
             }
             (_, true) => return Err(fault(format!("\"{key}\" must be true or false"))),
         }
@@ -163,6 +165,21 @@ fn nearest(name: &str, known: &[Known]) -> String {
             format!(" (did you mean \"{}\"?)", best.replace('-', "_"))
         }
         _ => String::new(),
+    }
+}
+
+/// The values of an option as they would be typed, a list's one by one. Those of an option whose
+/// values are names with values may be a map.
+fn values(value: &Value, named: bool) -> Option<Vec<String>> {
+    match value {
+        Value::Sequence(items) => items.iter().map(plain).collect(),
+        Value::Mapping(map) if named => {
+            let pair = |(name, value): (&Value, &Value)| {
+                Some(format!("{}={}", plain(name)?, plain(value)?))
+            };
+            map.iter().map(pair).collect()
+        }
+        value => Some(vec![plain(value)?]),
     }
 }
 
@@ -244,6 +261,36 @@ mod tests {
         assert_eq!(got.unwrap(), words(&want));
         let missing = words(&["tangent", "train", "--config"]);
         assert_eq!(expand(missing.clone()).unwrap(), missing);
+    }
+
+    #[test]
+    fn maps_are_names_with_values_or_json() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let yaml = "init: lora-ga\nset: {gamma: 64, scale: unit}\nmeter: every=10\n\
+                    rank_pattern: {q_proj: 4}\n";
+        std::fs::write(file.path(), yaml).unwrap();
+        let config = format!("--config={}", file.path().display());
+        let got = expand(words(&["tangent", "train", &config])).unwrap();
+        let want = words(&[
+            "tangent",
+            "train",
+            "--init=lora-ga",
+            "--set=gamma=64",
+            "--set=scale=unit",
+            "--meter=every=10",
+            "--rank-pattern={\"q_proj\":4}",
+        ]);
+        assert_eq!(got, want);
+        std::fs::write(file.path(), "budget: {steps: 20}\nmethods: [lora, dora]\n").unwrap();
+        let got = expand(words(&["tangent", "compare", &config])).unwrap();
+        let want = [
+            "tangent",
+            "compare",
+            "--budget=steps=20",
+            "--methods=lora",
+            "--methods=dora",
+        ];
+        assert_eq!(got, words(&want));
     }
 
     #[test]

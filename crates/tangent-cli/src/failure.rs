@@ -8,6 +8,7 @@ use tangent_model::ModelError;
 use tangent_model::folder::FolderError;
 use tangent_peft::PeftError;
 use tangent_train::TrainError;
+use tangent_train::compare::CompareError;
 use tangent_train::data::DataError;
 
 use crate::progress::say;
@@ -33,6 +34,9 @@ pub enum Failure {
     /// The training run.
     #[error(transparent)]
     Train(#[from] TrainError),
+    /// The comparison.
+    #[error(transparent)]
+    Compare(#[from] CompareError),
     /// A folder.
     #[error(transparent)]
     Folder(#[from] FolderError),

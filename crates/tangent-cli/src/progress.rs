@@ -13,6 +13,7 @@ pub struct Progress {
     from: usize,
     total: usize,
     last_eval: Option<(f64, usize)>,
+    kappa: Option<f64>,
     open_line: bool,
 }
 
@@ -25,6 +26,7 @@ impl Progress {
             from: 0,
             total: 0,
             last_eval: None,
+            kappa: None,
             open_line: false,
         }
     }
@@ -53,6 +55,8 @@ impl Progress {
                     self.line(&text);
                 }
             }
+            // Shown in the entries that follow.
+            Event::Meter { reading, .. } => self.kappa = reading.kappa(),
             Event::Saved { path } => {
                 if !self.terminal {
                     self.line(&format!("saved {}", path.display()));
@@ -76,6 +80,7 @@ impl Progress {
         add(accuracy.map(|v| format!("accuracy {:.1} %", v * 100.0)));
         add(entry.learning_rate.map(|v| format!("lr {v:.2e}")));
         add(entry.grad_norm.map(|v| format!("norm {v:.2}")));
+        add(self.kappa.map(|v| format!("kappa {v:.3}")));
         add(entry.tokens_per_second.map(|v| format!("{v:.0} tok/s")));
         let gigabytes = entry.peak_memory_bytes as f64 / 1e9;
         add((gigabytes > 0.0).then(|| format!("{gigabytes:.2} GB")));

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use crate::failure::Failure;
 
 mod chat;
+mod compare;
 mod data;
 mod eval;
 mod generate;
@@ -40,6 +41,8 @@ commands! {
     train => Train,
     /// Predict what a run trains, and its memory and time; nothing runs.
     plan => Plan,
+    /// Compare methods on your data: each tuned alike, with intervals and what they cost.
+    compare => Compare,
     /// Loss, perplexity and, where answers are labels, accuracy of a model on rows.
     eval => Eval,
     /// Log-probability of every token of rows.
@@ -56,6 +59,6 @@ commands! {
     unmerge => Unmerge,
     /// Replace one adapter by another in a merged model.
     switch => Switch,
-    /// List the fine-tuning methods.
+    /// List methods, start values and optimizers with their settings.
     methods => Methods,
 }

@@ -1,5 +1,7 @@
 //! `tangent plan`: the run that `tangent train` begins with the same flags, predicted and not run.
 
+mod ranks;
+
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,6 +19,15 @@ use crate::progress::duration;
 pub struct Args {
     #[command(flatten)]
     run: RunArgs,
+    /// In the place of the plan, a rank for each module from the readings in the metrics.jsonl of a
+    /// run with --meter, for as many parameters as --rank takes.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "rank_pattern",
+        help_heading = "Run"
+    )]
+    ranks_from: Option<PathBuf>,
     /// Accepted so that a line of `tangent train` can be planned as it is; nothing is written.
     #[arg(long, alias = "output-dir", value_name = "DIR", help_heading = "Run")]
     output: Option<PathBuf>,
@@ -33,10 +44,15 @@ pub struct Args {
 
 /// Plans.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    let ranks_from = args.ranks_from;
     let args = args.run;
     let typed = args.train_config()?;
     check_predictable(&args)?;
     let prepared = Prepared::new(&args, typed.seed)?;
+    if let Some(file) = ranks_from {
+        ranks::run(&file, &prepared, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let plan = prepared.plan(&args, &typed)?;
     let rate = measured_rate(&prepared.opened.model.device());
     let settings = settings(&args, &prepared, &plan);
@@ -86,6 +102,7 @@ fn settings(args: &RunArgs, prepared: &Prepared, plan: &Plan) -> Map<String, Val
     for (name, value) in [
         ("max_length", length),
         ("logging_steps", plan.config.logging_steps),
+        ("meter_every", plan.config.meter_every),
         ("save_steps", plan.config.save_steps),
         ("save_total_limit", plan.config.save_total_limit),
         ("threads", rayon::current_num_threads()),

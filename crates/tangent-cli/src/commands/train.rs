@@ -1,6 +1,7 @@
 //! `tangent train`: what was typed becomes a plan, the plan a run.
 
 mod arguments;
+mod start;
 
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tangent_model::{LanguageModel, folder};
-use tangent_peft::{Adapter, AdapterConfig, attach, check_patterns, methods};
+use tangent_peft::{Adapter, AdapterConfig, attach, check_patterns, init, methods};
 use tangent_train::TrainReport;
 use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
@@ -25,7 +26,7 @@ use crate::open::examples;
 use crate::profile;
 use crate::progress::{Progress, duration, say};
 
-pub use arguments::RunArgs;
+pub use arguments::{DataArgs, RunArgs};
 
 /// A run, as typed, and where it goes.
 #[derive(clap::Args)]
@@ -79,8 +80,18 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         ..
     } = prepared;
     let adapter = match adapter {
-        Some(adapter) => adapter,
-        None => attach(&mut *opened.model, &adapter_config, config.seed)?,
+        Some(adapter) if adapter.config == adapter_config => adapter,
+        counted => {
+            drop(counted);
+            let resumed = args.resume.then_some((&*args.output, &settings));
+            start::attach(
+                &mut *opened.model,
+                &adapter_config,
+                &train,
+                &config,
+                resumed,
+            )?
+        }
     };
     let stop = stop_flag()?;
     let base = args.run.model.model.to_string_lossy().into_owned();
@@ -124,8 +135,8 @@ pub struct Prepared {
     pub opened: LanguageModel,
     /// The settings of the adapter.
     pub adapter_config: AdapterConfig,
-    /// What is attached to the model; nothing yet where every weight trains, since the trained
-    /// copies are as large as the model.
+    /// What is attached to the model, with other start values where the run's take long to find;
+    /// nothing yet where every weight trains, since the trained copies are as large as the model.
     adapter: Option<Adapter>,
     /// What trains.
     pub trained: Vec<TrainedSite>,
@@ -138,16 +149,17 @@ pub struct Prepared {
 impl Prepared {
     /// Opens the model, reads the rows and chooses what trains, all of it checked.
     pub fn new(args: &RunArgs, seed: u64) -> Result<Self, Failure> {
-        let adapter_config = args.method.adapter_config();
+        let adapter_config = args.method.adapter_config()?;
         let mut opened = args.model.open()?;
         let (train, eval) = rows(args, &opened)?;
         check_patterns(&adapter_config, &opened.model.sites())?;
         adapter_config.validate()?;
+        init::check(&adapter_config, &opened.model.sites())?;
         let whole = methods::find(&adapter_config.method)?.whole_model;
         let (adapter, trained) = if whole && reads_all(&adapter_config) {
             (None, TrainedSite::whole_model(&*opened.model))
         } else {
-            let adapter = attach(&mut *opened.model, &adapter_config, seed)?;
+            let adapter = attach(&mut *opened.model, &start::counted(&adapter_config)?, seed)?;
             let trained = TrainedSite::of_adapter(&*opened.model, &adapter);
             (Some(adapter), trained)
         };
@@ -198,6 +210,8 @@ impl Prepared {
             "device": args.model.device.to_string(),
             "rank": a.rank,
             "alpha": decimal(a.alpha),
+            "init": a.init,
+            "set": a.own.iter().map(|(k, v)| (k.clone(), json!(v.to_string()))).collect::<Value>(),
             "use_rslora": a.use_rslora,
             "dropout": decimal(a.dropout),
             "target_modules": self.sites(),
@@ -300,7 +314,7 @@ fn amount(count: usize) -> String {
 }
 
 /// A flag that Ctrl-C sets; a second Ctrl-C ends the process at once.
-fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
+pub fn stop_flag() -> Result<Arc<AtomicBool>, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     let handler = move || {

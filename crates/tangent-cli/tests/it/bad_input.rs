@@ -33,7 +33,19 @@ fn methods_targets_ranks_and_patterns() {
     for (flags, words) in [
         (
             "--method lorra",
-            ["method \"lorra\" does not exist", "methods: ", "lora, full"],
+            [
+                "method \"lorra\" does not exist",
+                "methods: lora, ",
+                ", full",
+            ],
+        ),
+        (
+            "--method vera --alpha 4",
+            ["--alpha", "method vera does not read it", "leave it out"],
+        ),
+        (
+            "--method oft --rank 4",
+            ["--rank", "method oft does not read it", "leave it out"],
         ),
         ("--target-modules qproj", near),
         (

@@ -3,9 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bad_input;
+mod compare;
 mod device;
+mod meter;
 mod outputs;
 mod plan;
+mod readme;
 mod real_model;
 mod resume;
 

@@ -503,14 +503,17 @@ fn full_fine_tuning_writes_a_model() {
 }
 
 #[test]
-fn methods_are_listed() {
+fn methods_starts_and_optimizers_are_listed() {
     let out = Place::new().run("methods").succeeded();
+    // Settings stand indented below.
     let names: Vec<&str> = out
         .lines()
-        .skip(1)
+        .filter(|line| !line.starts_with(' '))
         .filter_map(|line| line.split_whitespace().next())
         .collect();
-    assert_eq!(&names[..2], ["lora", "full"], "{out}");
+    for name in ["lora", "full", "kaiming", "pissa", "adamw", "lora-pro"] {
+        assert!(names.contains(&name), "{name}: {out}");
+    }
 }
 
 #[test]

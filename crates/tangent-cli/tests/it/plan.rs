@@ -14,6 +14,20 @@ fn number(object: &Value, key: &str) -> u64 {
 }
 
 #[test]
+fn a_plan_counts_what_trains_without_its_start_values() {
+    let place = Place::new();
+    let plain = place.run(&format!("plan {RUN} --rank 2 --json")).json();
+    for init in ["pissa", "lora-ga", "eva"] {
+        let line = format!("{RUN} --rank 2 --init {init}");
+        let plan = place.run(&format!("plan {line} --json")).json();
+        assert_eq!(plan["settings"]["init"], init);
+        let key = "trainable_parameters";
+        assert_eq!(number(&plan, key), number(&plain, key), "{init}");
+        assert!(!place.path("run").exists());
+    }
+}
+
+#[test]
 fn a_plan_tells_the_run_and_writes_nothing() {
     let place = Place::new();
     let line = format!("{RUN} --eval-data rows.jsonl --output run");

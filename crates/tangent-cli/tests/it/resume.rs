@@ -168,6 +168,26 @@ fn runs_killed_while_they_save_every_step_end_in_the_same_bytes() {
 }
 
 #[test]
+fn killed_runs_with_start_values_from_the_data_end_in_the_same_bytes() {
+    let files = [ADAPTER, &["start.safetensors"][..]].concat();
+    for init in ["lora-ga", "eva", "corda"] {
+        let extra = [
+            "--max-steps",
+            "80",
+            "--save-steps",
+            "4",
+            "--rank",
+            "2",
+            "--init",
+            init,
+            "--set",
+            "rows=7",
+        ];
+        check_kills(&extra, &files);
+    }
+}
+
+#[test]
 fn killed_full_runs_end_in_the_same_bytes() {
     let extra = [
         "--method",

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde_json::Value;
-use tangent_peft::{AdapterConfig, BiasMode, Targets};
+use tangent_peft::methods::Common;
+use tangent_peft::{AdapterConfig, BiasMode, Targets, init, methods, setting};
 use tangent_train::Schedule;
 use tangent_train::config::{Batching, Length, TrainConfig, Warmup};
 use tangent_train::data::TrainOn;
-use tangent_train::optim::Hyper;
+use tangent_train::optim::{Hyper, LoraPlus};
 
 use crate::failure::Failure;
 use crate::open::ModelArgs;
@@ -57,19 +58,24 @@ pub struct MethodArgs {
     /// Fine-tuning method; see `tangent methods`.
     #[arg(long, default_value = "lora", alias = "finetuning-type")]
     pub method: String,
-    /// Rank of the low-rank product.
+    /// Rank of the low-rank product; the method's own default if not given, 8 for LoRA.
     #[arg(
         long,
         alias = "lora-rank",
         alias = "lora-r",
         alias = "r",
-        default_value_t = 8,
         value_name = "R"
     )]
-    pub rank: usize,
+    pub rank: Option<usize>,
     /// Numerator of the scaling; twice the rank if not given.
     #[arg(long, alias = "lora-alpha", value_name = "A")]
     pub alpha: Option<f32>,
+    /// Start values of the low-rank factors; see `tangent methods`.
+    #[arg(long, default_value = "kaiming", alias = "init-lora-weights")]
+    pub init: String,
+    /// A setting of the method or of its start values, as NAME=VALUE; see `tangent methods`.
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
     /// Scale by alpha / sqrt(rank).
     #[arg(long, alias = "peft-use-rslora")]
     pub use_rslora: bool,
@@ -160,9 +166,15 @@ pub struct OptimizationArgs {
     /// Largest norm of the gradient; 0 does not clip.
     #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f32,
-    /// Optimizer: adamw, sgd.
+    /// Optimizer: adamw, sgd, and some for the factors of LoRA; see `tangent methods`.
     #[arg(long, alias = "optimizer", default_value = "adamw")]
     pub optim: String,
+    /// LoRA+: the learning rate of B, and of vectors, in that of A.
+    #[arg(long, value_name = "RATIO")]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: the learning rate of an embedding's factors; 1e-6 if not given.
+    #[arg(long, requires = "loraplus_lr_ratio", value_name = "RATE")]
+    pub loraplus_lr_embedding: Option<f64>,
     /// Decay of matrices.
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f32,
@@ -192,6 +204,10 @@ pub struct SavingArgs {
     /// Steps between log entries.
     #[arg(long, default_value_t = 10, value_name = "N")]
     pub logging_steps: usize,
+    /// How close steps are to full fine-tuning, measured every N-th step into metrics.jsonl and
+    /// report.html: every=N; CPU only.
+    #[arg(long, value_name = "every=N")]
+    pub meter: Option<MeterSteps>,
     /// Steps between evaluations; 0: before the first and after the last step only.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub eval_steps: usize,
@@ -241,13 +257,37 @@ impl PatternNumber for f32 {
 
 impl MethodArgs {
     /// The settings of the adapter.
-    pub fn adapter_config(&self) -> AdapterConfig {
+    pub fn adapter_config(&self) -> Result<AdapterConfig, Failure> {
         let pattern = |p: &Option<Pattern<usize>>| p.as_ref().map_or(vec![], |p| p.0.clone());
         let tokens = &self.trainable_token_indices;
-        AdapterConfig {
+        let method = methods::find(&self.method)?;
+        for (flag, typed, setting) in [
+            ("--rank", self.rank.is_some(), Common::Rank),
+            ("--alpha", self.alpha.is_some(), Common::Alpha),
+        ] {
+            if typed && !method.reads.contains(&setting) {
+                return Err(Failure::Request(format!(
+                    "{flag}: method {} does not read it; leave it out, or choose another method",
+                    method.id
+                )));
+            }
+        }
+        let rank = self.rank.unwrap_or(method.rank);
+        let init = init::find(&self.init)?;
+        let pairs = self.set.iter().map(|pair| {
+            pair.split_once('=').ok_or_else(|| {
+                Failure::Request(format!(
+                    "--set {pair}: expected a name and a value, NAME=VALUE"
+                ))
+            })
+        });
+        let pairs = pairs.collect::<Result<Vec<_>, Failure>>()?;
+        Ok(AdapterConfig {
             method: self.method.clone(),
-            rank: self.rank,
-            alpha: self.alpha.unwrap_or(2.0 * self.rank as f32),
+            rank,
+            alpha: self.alpha.unwrap_or(2.0 * rank as f32),
+            init: self.init.clone(),
+            own: setting::parse(pairs, method.settings.iter().chain(init.settings))?,
             use_rslora: self.use_rslora,
             dropout: self.dropout,
             targets: Targets::parse(&self.target_modules),
@@ -262,6 +302,17 @@ impl MethodArgs {
                 true => BTreeMap::new(),
                 false => BTreeMap::from([("embed_tokens".to_owned(), tokens.clone())]),
             },
+            kept_triplets: BTreeMap::new(),
+        })
+    }
+}
+
+impl DataArgs {
+    /// How rows are grouped into micro-batches.
+    pub fn batching(&self) -> Batching {
+        match self.tokens_per_batch {
+            Some(tokens) => Batching::Tokens(tokens),
+            None => Batching::Rows(self.batch_size),
         }
     }
 }
@@ -298,12 +349,13 @@ impl RunArgs {
                 epsilon: o.adam_epsilon,
                 momentum: o.momentum,
             },
+            lora_plus: o.loraplus_lr_ratio.map(|ratio| LoraPlus {
+                ratio,
+                embedding_rate: o.loraplus_lr_embedding.unwrap_or(LoraPlus::EMBEDDING_RATE),
+            }),
             weight_decay: o.weight_decay,
             max_grad_norm: o.max_grad_norm,
-            batching: match self.data_args.tokens_per_batch {
-                Some(tokens) => Batching::Tokens(tokens),
-                None => Batching::Rows(self.data_args.batch_size),
-            },
+            batching: self.data_args.batching(),
             gradient_accumulation_steps: o.gradient_accumulation_steps,
             length: match usize::try_from(o.max_steps) {
                 Ok(steps) if steps > 0 => Length::Steps(steps),
@@ -312,10 +364,28 @@ impl RunArgs {
             activation_checkpointing: o.activation_checkpointing,
             seed: o.seed,
             logging_steps: self.saving.logging_steps,
+            meter_every: self.saving.meter.map_or(0, |meter| meter.every.get()),
             eval_steps: self.saving.eval_steps,
             save_steps: self.saving.save_steps,
             save_total_limit: self.saving.save_total_limit,
         }
+    }
+}
+
+/// Which steps the meter measures, as typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MeterSteps {
+    /// Every so many steps.
+    pub every: NonZeroUsize,
+}
+
+impl FromStr for MeterSteps {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let every = s.strip_prefix("every=").and_then(|n| n.parse().ok());
+        let every = every.ok_or("expected every=N with a number of steps of at least 1")?;
+        Ok(Self { every })
     }
 }
 
@@ -363,6 +433,22 @@ impl FromStr for MemorySize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_of_the_meter_are_read() {
+        let read = |text: &str| text.parse::<MeterSteps>().map(|m| m.every.get());
+        assert_eq!(read("every=10"), Ok(10));
+        for text in [
+            "10",
+            "every=0",
+            "every=",
+            "every=-1",
+            "all=3",
+            "every=1,twin=2",
+        ] {
+            assert!(read(text).unwrap_err().contains("every=N"), "{text}");
+        }
+    }
 
     #[test]
     fn amounts_of_memory_are_read() {

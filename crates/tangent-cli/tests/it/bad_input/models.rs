@@ -339,9 +339,9 @@ fn adapters_for_another_base() {
             ["adapter_config.json", "rank = 0", "at least 1"],
         ),
         (
-            "use_dora",
+            "use_qalora",
             json!(true),
-            ["adapter_config.json", "\"use_dora\"", "not supported"],
+            ["adapter_config.json", "\"use_qalora\"", "not supported"],
         ),
         (
             "peft_type",

@@ -1,0 +1,90 @@
+//! The meter of a run: its readings, the report, and ranks from them.
+
+use serde_json::Value;
+
+use crate::Place;
+
+fn readings(place: &Place, run: &str) -> Vec<Value> {
+    let metrics = String::from_utf8(place.read(&format!("{run}/metrics.jsonl"))).unwrap();
+    let lines = metrics.lines().map(|l| serde_json::from_str(l).unwrap());
+    lines.filter(|l: &Value| l.get("meter").is_some()).collect()
+}
+
+#[test]
+fn a_measured_run_ends_in_the_same_bytes_and_has_a_report() {
+    let place = Place::new();
+    for (name, more) in [
+        ("one", "--batch-size 2 --dropout 0.1"),
+        ("two", "--batch-size 1 --gradient-accumulation-steps 2"),
+    ] {
+        let (off, on) = (format!("{name}-off"), format!("{name}-on"));
+        place.train(&off, more);
+        place.train(&on, &format!("{more} --meter every=2"));
+        for file in ["adapter_model.safetensors", "run.json"] {
+            let read = |run: &str| place.read(&format!("{run}/{file}"));
+            assert!(read(&off) == read(&on), "{name}: {file}");
+        }
+        assert!(readings(&place, &off).is_empty());
+        let readings = readings(&place, &on);
+        assert_eq!(readings.len(), 1, "of 3 steps the second");
+        assert_eq!(readings[0]["step"], 2);
+        let share = |value: &Value| (0.0..=1.0).contains(&value.as_f64().unwrap());
+        assert!(share(&readings[0]["kappa"]));
+        for (site, found) in readings[0]["meter"].as_object().unwrap() {
+            assert!(share(&found["kappa"]), "{site}: {found}");
+            assert!(found["gradient_norm"].as_f64().unwrap() > 0.0, "{site}");
+        }
+        let report = String::from_utf8(place.read(&format!("{on}/report.html"))).unwrap();
+        for part in ["Captured share", "Step 2", "The adapter loses"] {
+            assert!(report.contains(part), "{part}");
+        }
+        let plain = String::from_utf8(place.read(&format!("{off}/report.html"))).unwrap();
+        assert!(plain.contains("Loss") && !plain.contains("Captured share"));
+    }
+}
+
+#[test]
+fn ranks_from_readings_train_no_more_parameters() {
+    let place = Place::new();
+    place.train("run", "--rank 4 --meter every=1");
+    let plan = "plan --model tiny.gguf --data rows.jsonl --max-steps 3 --rank 4";
+    let line = format!("{plan} --ranks-from run/metrics.jsonl");
+    let told = place.run(&format!("{line} --json")).json();
+    let sites = told["sites"].as_array().unwrap();
+    let measured = readings(&place, "run")[0]["meter"]
+        .as_object()
+        .unwrap()
+        .len();
+    assert_eq!(sites.len(), measured);
+    assert!(told["parameters"].as_u64() <= told["parameters_of_one_rank"].as_u64());
+    let pattern = told["rank_pattern"].to_string();
+    let alphas = told["alpha_pattern"].to_string();
+    let table = place.run(&line).succeeded();
+    assert!(table.contains(&pattern), "{table}");
+
+    let flags = format!("--rank-pattern {pattern} --alpha-pattern {alphas}");
+    let plain = place.run(&format!("{plan} --json")).json();
+    let ranked = place.run(&format!("{plan} {flags} --json")).json();
+    let count = |plan: &Value| plan["trainable_parameters"].as_u64().unwrap();
+    assert!(count(&ranked) <= count(&plain));
+    place.train("ranked", &format!("--rank 4 {flags}"));
+
+    for (flags, words) in [
+        (
+            "--ranks-from rows.jsonl",
+            ["no line has a reading", "--meter"],
+        ),
+        ("--ranks-from none.jsonl", ["cannot read", "none.jsonl"]),
+        (
+            "--ranks-from run/metrics.jsonl --target-modules q_proj",
+            ["is not adapted here", "metrics.jsonl"],
+        ),
+        (
+            "--ranks-from run/metrics.jsonl --rank-pattern {\"q_proj\":2}",
+            ["cannot be used with", "--rank-pattern"],
+        ),
+        ("--meter 10", ["every=N", "--meter"]),
+    ] {
+        place.run(&format!("{plan} {flags}")).refused(&words);
+    }
+}
