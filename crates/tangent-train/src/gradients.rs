@@ -1,9 +1,17 @@
 //! Loss and gradients of a micro-batch, over one graph or layer by layer.
 
+use std::sync::Arc;
+
 use burn::tensor::{Gradients, Tensor};
 use tangent_model::family::Model;
-use tangent_model::{Batch, Parameter, Pass, forward};
+use tangent_model::{Batch, Parameter, Pass, forward, pass};
+use tangent_ops::Tap;
 use tangent_ops::profile::{self, Kind};
+use tangent_peft::Adapter;
+
+use crate::config::TrainConfig;
+use crate::data::Example;
+use crate::sampler::StepRows;
 
 /// Gradients of all parameters in their order; `None` for those that took no part.
 pub type Accumulated = Vec<Option<Vec<f32>>>;
@@ -42,6 +50,73 @@ pub fn accumulate(
         add(sum, gradient);
     }
     loss
+}
+
+/// Gradients of a step.
+pub struct StepGradients {
+    /// Summed loss.
+    pub loss: f64,
+    /// Supervised tokens.
+    pub supervised: usize,
+    /// Tokens of the rows as given.
+    pub tokens: usize,
+    /// Gradients of the mean loss.
+    pub gradients: Accumulated,
+}
+
+/// Summed loss and mean gradients of a step of these micro-batches of `rows`; they weigh by their
+/// supervised tokens, so that accumulation equals the big batch. `tap` is told of all passes.
+///
+/// # Errors
+/// With the index of the micro-batch whose loss is not finite.
+pub fn of_step(
+    model: &dyn Model,
+    adapter: &Adapter,
+    config: &TrainConfig,
+    rows: &[Example],
+    micro_batches: &StepRows,
+    step: usize,
+    tap: Option<Arc<dyn Tap>>,
+) -> Result<StepGradients, usize> {
+    let batches = micro_batches.iter().map(|indices| {
+        let examples = indices.iter().map(|&row| &rows[row]);
+        Batch::new(examples.map(|e| (&e.tokens[..], &e.supervised[..])))
+    });
+    let batches: Vec<Batch> = batches.collect();
+    let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
+    let tokens: usize = batches.iter().map(Batch::row_tokens).sum();
+    let factor = 1.0 / supervised.max(1) as f32;
+    let mut gradients: Accumulated = vec![None; adapter.parameters.len()];
+    let mut loss = 0f64;
+    for (index, batch) in batches.iter().enumerate() {
+        if batch.targets.is_empty() {
+            continue;
+        }
+        let key = pass::mix(config.seed, &format!("dropout/{step}/{index}"));
+        let pass = Pass {
+            tap: tap.clone(),
+            ..Pass::training(&model.device(), key)
+        };
+        let mean = accumulate(
+            model,
+            batch,
+            factor,
+            &pass,
+            config.activation_checkpointing,
+            &adapter.parameters,
+            &mut gradients,
+        );
+        if !mean.is_finite() {
+            return Err(index);
+        }
+        loss += f64::from(mean) * supervised as f64;
+    }
+    Ok(StepGradients {
+        loss,
+        supervised,
+        tokens,
+        gradients,
+    })
 }
 
 /// Adds a gradient to a sum, which may have none so far.

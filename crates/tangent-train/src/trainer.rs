@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
-use tangent_model::{Batch, LanguageModel, Pass, pass};
+use tangent_model::{LanguageModel, pass};
 use tangent_ops::Tap;
 use tangent_ops::profile::{self, Kind};
 use tangent_peft::{Adapter, Controller, export};
@@ -20,7 +20,7 @@ use crate::error::TrainError;
 use crate::eval::{EvalReport, evaluate};
 use crate::event::{Event, LogEntry};
 use crate::evidence;
-use crate::gradients::{self, Accumulated};
+use crate::gradients::{self, Accumulated, StepGradients};
 use crate::memory;
 use crate::meter::{self, Meter};
 use crate::metrics::Metrics;
@@ -130,7 +130,12 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         let measure = || Meter::begin(&*run.opened.model, run.adapter, rows.len());
         let meter = every(config.meter_every).then(measure);
         let tap = meter.as_ref().map(Meter::tap);
-        let (loss, mut gradients, counts) = step_gradients(run, rows, step, tap)?;
+        let StepGradients {
+            loss,
+            supervised,
+            tokens,
+            mut gradients,
+        } = step_gradients(run, rows, step, tap)?;
         let norm = profile::span("update", Kind::Phase, || {
             if let Some(controller) = &mut controller {
                 controller.before_step(run.adapter, &mut gradients);
@@ -148,15 +153,15 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         progress.step_in_epoch += 1;
         progress.epoch =
             progress.epoch_index as f64 + progress.step_in_epoch as f64 / steps.len() as f64;
-        progress.window.add(loss, counts.supervised, counts.tokens);
-        progress.total.add(loss, counts.supervised, counts.tokens);
+        progress.window.add(loss, supervised, tokens);
+        progress.total.add(loss, supervised, tokens);
         if let Some(meter) = meter {
             let reading = profile::span("meter", Kind::Phase, || meter.finish());
             metrics.log_reading(&progress, reading, on_event)?;
         }
         let seconds = clock.elapsed().as_secs_f64();
-        window.add(counts.tokens, seconds);
-        overall.add(counts.tokens, seconds);
+        window.add(tokens, seconds);
+        overall.add(tokens, seconds);
 
         let last = step == total;
         let evaluates = !run.eval.is_empty() && (every(config.eval_steps) || last);
@@ -227,60 +232,16 @@ fn evaluation(run: &Run<'_>) -> Result<EvalReport, TrainError> {
     })
 }
 
-/// Counts of one step.
-struct Counts {
-    supervised: usize,
-    tokens: usize,
-}
-
-/// Summed loss and mean gradients of a step; micro-batches weigh by their supervised tokens, so
-/// that accumulation equals the big batch.
+/// Gradients of a step; a loss that is not finite is an error that names the rows.
 fn step_gradients(
     run: &Run<'_>,
     rows: &StepRows,
     step: usize,
     tap: Option<Arc<dyn Tap>>,
-) -> Result<(f64, Accumulated, Counts), TrainError> {
+) -> Result<StepGradients, TrainError> {
     let model = &*run.opened.model;
-    let examples =
-        |rows: &[usize]| -> Vec<&Example> { rows.iter().map(|&r| &run.train[r]).collect() };
-    let batches: Vec<Batch> = rows
-        .iter()
-        .map(|rows| {
-            let examples = examples(rows);
-            Batch::new(examples.iter().map(|e| (&e.tokens[..], &e.supervised[..])))
-        })
-        .collect();
-    let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
-    let tokens: usize = batches.iter().map(Batch::row_tokens).sum();
-    let factor = 1.0 / supervised.max(1) as f32;
-    let mut gradients: Accumulated = vec![None; run.adapter.parameters.len()];
-    let mut loss = 0f64;
-    for (index, batch) in batches.iter().enumerate() {
-        if batch.targets.is_empty() {
-            continue;
-        }
-        let key = pass::mix(run.config.seed, &format!("dropout/{step}/{index}"));
-        let pass = Pass {
-            tap: tap.clone(),
-            ..Pass::training(&model.device(), key)
-        };
-        let mean = gradients::accumulate(
-            model,
-            batch,
-            factor,
-            &pass,
-            run.config.activation_checkpointing,
-            &run.adapter.parameters,
-            &mut gradients,
-        );
-        if !mean.is_finite() {
-            return Err(not_finite(run, &rows[index], step, "the loss".into()));
-        }
-        loss += f64::from(mean) * supervised as f64;
-    }
-    let counts = Counts { supervised, tokens };
-    Ok((loss, gradients, counts))
+    gradients::of_step(model, run.adapter, run.config, run.train, rows, step, tap)
+        .map_err(|index| not_finite(run, &rows[index], step, "the loss".into()))
 }
 
 /// The norm of the gradients, or which tensor's is not finite.

@@ -1,13 +1,10 @@
 //! One run of a comparison: attach, train, evaluate row by row, detach. The base stays in memory
 //! and nothing is written.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tangent_model::family::Model;
-use tangent_model::{Batch, Pass, pass};
-use tangent_ops::Tap;
 use tangent_peft::init::{self, Needs};
 use tangent_peft::{Adapter, AdapterConfig, Start, attach_from};
 
@@ -19,11 +16,11 @@ use crate::data::Example;
 use crate::error::TrainError;
 use crate::eval::{EvalReport, RowScore, evaluate_rows};
 use crate::evidence::{self, Evidence};
-use crate::gradients::{self, Accumulated};
+use crate::gradients;
 use crate::meter::{self, Meter};
 use crate::optim::Optimizer;
 use crate::plan::{Draft, TrainedSite};
-use crate::sampler::{StepRows, epoch_steps, total_steps};
+use crate::sampler::{epoch_steps, total_steps};
 
 /// Points of a learning curve, about.
 const POINTS: usize = 40;
@@ -133,13 +130,6 @@ struct Window {
     supervised: usize,
 }
 
-/// Gradients of a step and its summed loss.
-struct StepGradients {
-    loss: f64,
-    supervised: usize,
-    gradients: Accumulated,
-}
-
 fn train(
     model: &dyn Model,
     adapter: &Adapter,
@@ -167,8 +157,8 @@ fn train(
         let measured = config.meter_every > 0 && step.is_multiple_of(config.meter_every);
         let meter = measured.then(|| Meter::begin(model, adapter, micro_batches.len()));
         let tap = meter.as_ref().map(Meter::tap);
-        let found = step_gradients(model, adapter, config, rows, &micro_batches, step, tap);
-        let Some(mut found) = found else {
+        let found = gradients::of_step(model, adapter, config, rows, &micro_batches, step, tap);
+        let Ok(mut found) = found else {
             training.diverged = Some(step);
             return Ok(training);
         };
@@ -204,56 +194,6 @@ fn train(
         }
     }
     Ok(training)
-}
-
-/// Summed loss and mean gradients of a step, as the training loop computes them; `None` if the loss
-/// is not finite.
-fn step_gradients(
-    model: &dyn Model,
-    adapter: &Adapter,
-    config: &TrainConfig,
-    rows: &[Example],
-    micro_batches: &StepRows,
-    step: usize,
-    tap: Option<Arc<dyn Tap>>,
-) -> Option<StepGradients> {
-    let batches = micro_batches.iter().map(|micro_batch| {
-        let rows = micro_batch.iter().filter_map(|&row| rows.get(row));
-        Batch::new(rows.map(|e| (&e.tokens[..], &e.supervised[..])))
-    });
-    let batches: Vec<Batch> = batches.collect();
-    let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
-    let factor = 1.0 / supervised.max(1) as f32;
-    let mut gradients: Accumulated = vec![None; adapter.parameters.len()];
-    let mut loss = 0f64;
-    for (index, batch) in batches.iter().enumerate() {
-        if batch.targets.is_empty() {
-            continue;
-        }
-        let key = pass::mix(config.seed, &format!("dropout/{step}/{index}"));
-        let pass = Pass {
-            tap: tap.clone(),
-            ..Pass::training(&model.device(), key)
-        };
-        let mean = gradients::accumulate(
-            model,
-            batch,
-            factor,
-            &pass,
-            config.activation_checkpointing,
-            &adapter.parameters,
-            &mut gradients,
-        );
-        if !mean.is_finite() {
-            return None;
-        }
-        loss += f64::from(mean) * supervised as f64;
-    }
-    Some(StepGradients {
-        loss,
-        supervised,
-        gradients,
-    })
 }
 
 /// The record of a trained adapter.
