@@ -28,8 +28,9 @@ pub struct Adapter {
     pub sites: Vec<String>,
     /// Products of two trained factors, in the order of the sites.
     pub pairs: Vec<Pair>,
-    /// Tensors that do not train and are saved along, in the order in which they were made.
-    pub fixed: Vec<Fixed>,
+    /// Tensors that do not train and are saved along, in the order in which they were made. They
+    /// belong to no site: their names in files stand after the adapter's prefix alone.
+    pub fixed: Vec<Parameter>,
 }
 
 /// Two trained factors whose scaled product `scaling * B A` moves a site's weight.
@@ -47,14 +48,6 @@ pub struct Pair {
     pub offset: Option<Factors>,
 }
 
-/// A tensor of an adapter that does not train.
-#[derive(Clone, Debug)]
-pub struct Fixed {
-    /// The tensor. Its name in files stands after the adapter's prefix alone, not after the model's
-    /// name, since it belongs to no site.
-    pub tensor: Parameter,
-}
-
 impl Adapter {
     /// Number of trained values.
     pub fn count(&self) -> usize {
@@ -66,7 +59,7 @@ impl Adapter {
 pub struct Scope<'a> {
     parameters: &'a mut Vec<Parameter>,
     pairs: &'a mut Vec<Pair>,
-    fixed: &'a mut Vec<Fixed>,
+    fixed: &'a mut Vec<Parameter>,
     device: burn::tensor::Device,
     start: &'a Start,
     largest: (usize, usize),
@@ -190,14 +183,12 @@ impl Scope<'_> {
         shape: Vec<usize>,
         start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
     ) -> Parameter {
-        if let Some(made) = self.fixed.iter().find(|f| f.tensor.name() == name) {
-            return made.tensor.clone();
+        if let Some(made) = self.fixed.iter().find(|f| f.name() == name) {
+            return made.clone();
         }
         let values = start(&mut random(self.start.seed, name));
         let tensor = Parameter::new(name, shape, values, &self.device);
-        self.fixed.push(Fixed {
-            tensor: tensor.clone(),
-        });
+        self.fixed.push(tensor.clone());
         tensor
     }
 

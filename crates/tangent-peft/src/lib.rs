@@ -16,7 +16,7 @@ pub mod setting;
 pub mod targets;
 pub mod trained;
 
-pub use adapter::{Adapter, Fixed, Pair, Scope, Start, attach, attach_from, check_patterns};
+pub use adapter::{Adapter, Pair, Scope, Start, attach, attach_from, check_patterns};
 pub use config::{AdapterConfig, BiasMode};
 pub use controller::Controller;
 pub use error::PeftError;

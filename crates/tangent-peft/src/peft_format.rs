@@ -97,11 +97,11 @@ fn fill(
         parameter.set(stored.values);
     }
     for fixed in &adapter.fixed {
-        let name = format!("{SHARED}{}", fixed.tensor.name());
+        let name = format!("{SHARED}{}", fixed.name());
         match tensors.remove(&name) {
             Some(stored) => {
-                check_shape(path, &name, fixed.tensor.shape(), &stored.shape)?;
-                fixed.tensor.set(stored.values);
+                check_shape(path, &name, fixed.shape(), &stored.shape)?;
+                fixed.set(stored.values);
             }
             None => missing.push(name),
         }
@@ -310,8 +310,8 @@ pub fn write(
     let own = (peft_type(adapter).tensors)(adapter).into_iter();
     let own = own.map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor));
     let fixed = adapter.fixed.iter().map(|fixed| {
-        let name = format!("{SHARED}{}", fixed.tensor.name());
-        (name, stored(&fixed.tensor))
+        let name = format!("{SHARED}{}", fixed.name());
+        (name, stored(fixed))
     });
     let mut outputs: BTreeMap<String, LazyTensor<'_>> = own.chain(fixed).collect();
     for site in &sites {

@@ -39,7 +39,7 @@ fn projections_are_as_large_as_the_largest_site_and_follow_from_their_key_alone(
             ..AdapterConfig::default()
         };
         let adapter = attach(&mut *model, &config, seed).unwrap();
-        let tensors = adapter.fixed.iter().map(|fixed| &fixed.tensor);
+        let tensors = adapter.fixed.iter();
         let tensors = tensors.map(|t| (t.name().to_owned(), t.shape().to_vec(), t.values()));
         tensors.collect::<Vec<_>>()
     };
