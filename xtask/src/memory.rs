@@ -78,6 +78,19 @@ const CASES: &[Case] = &[
         Data::Texts(128),
         "--base-dtype f32 --batch-size 2 --method full",
     ),
+    case("dora", Data::Texts(128), "--batch-size 4 --method dora"),
+    case("vera", Data::Texts(128), "--batch-size 4 --method vera"),
+    case("oft", Data::Texts(128), "--batch-size 4 --method oft"),
+    case(
+        "moved base",
+        Data::Texts(128),
+        "--batch-size 4 --init pissa",
+    ),
+    case(
+        "moments of weights",
+        Data::Texts(128),
+        "--batch-size 4 --optim lora-pro",
+    ),
     case("shared beginnings", Data::Sections, "--batch-size 8"),
     case(
         "real lengths",

@@ -142,6 +142,7 @@ fn form(group: &SiteGroup) -> String {
     match group.form {
         Form::Whole => "whole".to_owned(),
         Form::LowRank { rank } => format!("rank {rank}"),
+        Form::Adapted => "adapted".to_owned(),
         Form::Rows(1) => "1 row".to_owned(),
         Form::Rows(rows) => format!("{} rows", grouped(rows)),
         Form::Bias => "bias".to_owned(),

@@ -31,6 +31,7 @@ use rand_chacha::ChaCha8Rng;
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::Cost;
 use super::low_rank::{Product, checked_rank};
 use super::{Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
@@ -90,6 +91,7 @@ pub const METHOD: Method = Method {
         ),
     ],
     attach,
+    cost,
     control: Some(allocator::control),
     peft: Some(PeftType {
         name: "ADALORA",
@@ -133,9 +135,25 @@ fn attach(
     });
     Ok(Arc::new(AdaLora {
         triplets: (rank > 0).then_some(Triplets { a, e, b }),
-        scaling: (f64::from(config.alpha) / (start as f64 + 1e-5)) as f32,
+        scaling: scaling(config),
         dropout: config.dropout,
     }))
+}
+
+/// `s`, the same at every site.
+pub(crate) fn scaling(config: &AdapterConfig) -> f32 {
+    (f64::from(config.alpha) / (config.rank as f64 + 1e-5)) as f32
+}
+
+/// Beside the product's: `diag(E) A`, and two averages of the importance of every value.
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let rank = config.rank_at(&site.path)?;
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    Ok(Cost {
+        per_pass: rank * cols,
+        resident: 2 * rank * (rows + cols + 1),
+        ..Product::cost(rank, site, config.dropout)
+    })
 }
 
 /// Start values of A or B.

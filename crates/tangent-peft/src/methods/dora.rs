@@ -11,6 +11,9 @@
 //! Trained: A, B and m. At the start `m_i` is the norm of row i of W, so the model is unchanged.
 //! Paper: 2402.09353.
 //!
+//! A and B are a pair whose product moves V, so optimizer rules for pairs apply: what they do as full
+//! fine-tuning of the weight would, they do as full fine-tuning of V would, with m beside it.
+//!
 //! c is a constant of the backward pass, as in the paper's section 4.3, the authors' code and PEFT;
 //! with `detach_norm=false` gradients go through it and are exact. With dropout, x' being what is
 //! left of x, the authors' code and PEFT compute
@@ -34,6 +37,7 @@ use rayon::prelude::*;
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::Cost;
 use super::low_rank::{self, Pairing};
 use super::{Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
@@ -67,6 +71,7 @@ pub const METHOD: Method = Method {
         summary: "norms of rows are constants of the backward pass",
     }],
     attach,
+    cost,
     control: None,
     peft: Some(PeftType {
         name: "LORA",
@@ -103,6 +108,32 @@ fn attach(
         detach_norm: config.own(DETACH_NORM).is_set(),
         squares: OnceLock::new(),
     }))
+}
+
+/// Beside the product's: its result before its features get their lengths, and those lengths.
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    let rank = low_rank::product_rank(config, site)?;
+    let product = low_rank::cost(config, site)?;
+    let along = rank * rows * cols; // A W^T
+    let (norms, pass_work) = match config.own(DETACH_NORM).is_set() {
+        true => (0, along),
+        // What B is multiplied with to find them, and A A^T; the gradient of A goes back through W.
+        false => (product.per_pass + rank * (rows + rank), 2 * along),
+    };
+    Ok(Cost {
+        per_token: product.per_token + rows,
+        // c and m / c.
+        per_pass: product.per_pass + norms + 2 * rows,
+        // Squared norms of the base.
+        resident: product.resident + rows,
+        frozen_work: match config.dropout > 0.0 {
+            true => rows * cols,
+            false => 0,
+        },
+        pass_work,
+        ..product
+    })
 }
 
 /// Rows that are widened at a time to find their norms.
@@ -200,6 +231,10 @@ impl WeightAdapter for Dora {
         let ratio = self.ratio(self.norms(base, pass), pass);
         let (a, b) = self.pair.factors(pass);
         tangent_ops::gated_low_rank_linear(gate, up, base, a, b, self.pair.scaling) * ratio
+    }
+
+    fn row_lengths(&self) -> Option<&Parameter> {
+        Some(&self.magnitude)
     }
 }
 

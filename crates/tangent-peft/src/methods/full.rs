@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tangent_model::{Site, WeightAdapter};
 
-use super::Method;
+use super::{Method, cost};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -28,6 +28,7 @@ pub const METHOD: Method = Method {
     reads: &[],
     settings: &[],
     attach,
+    cost: cost::of_weight,
     control: None,
     peft: None,
 };

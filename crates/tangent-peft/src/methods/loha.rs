@@ -19,6 +19,7 @@ use burn::tensor::Tensor;
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::{Cost, Input};
 use super::low_rank::{Product, checked_rank};
 use super::lycoris::{self, uniform};
 use super::{Common, Method, PeftType, linear_only};
@@ -38,6 +39,7 @@ pub const METHOD: Method = Method {
     reads: &[Common::Rank, Common::Alpha, Common::Patterns],
     settings: &[],
     attach,
+    cost,
     control: None,
     peft: Some(PeftType {
         name: "LOHA",
@@ -82,6 +84,32 @@ fn attach(
     }))
 }
 
+/// Whether the dense product takes less than factors of rank `rank^2` do.
+fn is_dense(rank: usize, (rows, cols): (usize, usize)) -> bool {
+    rank * rank * (rows + cols) > rows * cols
+}
+
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let rank = config.rank_at(&site.path)?;
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    if is_dense(rank, (rows, cols)) {
+        return Ok(Cost {
+            // `A1 B1`, `A2 B2` and their scaled product.
+            per_pass: 3 * rows * cols,
+            trained_work: rows * cols,
+            // Two products, and two gradients of each.
+            pass_work: 6 * rank * rows * cols,
+            input: Input::Kept,
+            ..Cost::NOTHING
+        });
+    }
+    let pairs = rank * rank;
+    Ok(Cost {
+        per_pass: pairs * (rows + cols),
+        ..Product::cost(pairs, site, 0.0)
+    })
+}
+
 struct LoHa {
     a1: Parameter,
     b1: Parameter,
@@ -103,10 +131,10 @@ impl LoHa {
         let (a1, a2) = (pass.value(&self.a1), pass.value(&self.a2));
         let (b1, b2) = (pass.value(&self.b1), pass.value(&self.b2));
         let ([rows, rank], [_, cols]) = (a1.dims(), b1.dims());
-        let pairs = rank * rank;
-        if pairs * (rows + cols) > rows * cols {
+        if is_dense(rank, (rows, cols)) {
             return None;
         }
+        let pairs = rank * rank;
         let columns: Tensor<3> = a1.reshape([rows, rank, 1]) * a2.reshape([rows, 1, rank]);
         let inputs: Tensor<3> = b1.reshape([rank, 1, cols]) * b2.reshape([1, rank, cols]);
         Some(Product {

@@ -25,6 +25,7 @@ use serde_json::{Map, Value, json};
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::{Cost, Input};
 use super::lycoris::{self, uniform};
 use super::{Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
@@ -66,6 +67,7 @@ pub const METHOD: Method = Method {
         },
     ],
     attach,
+    cost,
     control: None,
     peft: Some(PeftType {
         name: "LOKR",
@@ -97,6 +99,21 @@ fn attach(
     scope: &mut Scope<'_>,
 ) -> Result<Arc<dyn WeightAdapter>, PeftError> {
     linear_only(METHOD.id, site)?;
+    let [first, second] = shapes(config, site)?;
+    let second_is_zero = starts_as_lycoris(config)?;
+    let (first_zero, second_zero) = match second_is_zero {
+        false => (Some(Part::Outer), None),
+        true => (None, Some(Part::Inner)),
+    };
+    Ok(Arc::new(LoKr {
+        first: Factor::new(site, scope, "lokr_w1", &first, first_zero),
+        second: Factor::new(site, scope, "lokr_w2", &second, second_zero),
+        scaling: config.scaling_at(&site.path)?,
+    }))
+}
+
+/// The shapes of W1 and W2.
+fn shapes(config: &AdapterConfig, site: &Site) -> Result<[Shape; 2], PeftError> {
     let rank = config.rank_at(&site.path)?;
     if rank == 0 {
         return Err(PeftError::Setting {
@@ -106,7 +123,6 @@ fn attach(
         });
     }
     let factor = decompose_factor(config)?;
-    let second_is_zero = starts_as_lycoris(config)?;
     let (l, k) = factorization(site.weight.rows(), factor);
     let (m, n) = factorization(site.weight.cols(), factor);
     let first = Shape {
@@ -119,15 +135,20 @@ fn attach(
         cols: n,
         rank: is_low(rank, k, n).then_some(rank),
     };
-    let (first_zero, second_zero) = match second_is_zero {
-        false => (Some(Part::Outer), None),
-        true => (None, Some(Part::Inner)),
-    };
-    Ok(Arc::new(LoKr {
-        first: Factor::new(site, scope, "lokr_w1", &first, first_zero),
-        second: Factor::new(site, scope, "lokr_w2", &second, second_zero),
-        scaling: config.scaling_at(&site.path)?,
-    }))
+    Ok([first, second])
+}
+
+/// The input X, what W1 is given, and what is between the parts of a low-rank factor.
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let [first, second] = shapes(config, site)?;
+    let (m, k) = (first.cols, second.rows);
+    let within = m * second.rank.unwrap_or(0) + k * first.rank.unwrap_or(0);
+    Ok(Cost {
+        input: Input::Kept,
+        per_token: m * k + within,
+        trained_work: m * second.work() + k * first.work(),
+        ..Cost::NOTHING
+    })
 }
 
 fn decompose_factor(config: &AdapterConfig) -> Result<Option<usize>, PeftError> {
@@ -188,6 +209,16 @@ struct Shape {
     cols: usize,
     /// The rank if it is a low-rank product.
     rank: Option<usize>,
+}
+
+impl Shape {
+    /// Multiply-adds of one vector.
+    fn work(&self) -> usize {
+        match self.rank {
+            None => self.rows * self.cols,
+            Some(rank) => rank * (self.rows + self.cols),
+        }
+    }
 }
 
 /// The factors of a low-rank product `A B`.

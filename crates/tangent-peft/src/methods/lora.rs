@@ -51,6 +51,7 @@ pub const METHOD: Method = Method {
     ],
     settings: &[],
     attach,
+    cost: low_rank::cost,
     control: None,
     peft: Some(PeftType {
         name: "LORA",

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use tangent_model::{Parameter, Pass, Site};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::{Cost, Input};
 use crate::adapter::{Adapter, Pair, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -88,6 +89,22 @@ pub(super) struct Product {
 }
 
 impl Product {
+    /// What a product of this rank takes at a site, its factors being there.
+    pub(super) fn cost(rank: usize, site: &Site, dropout: f32) -> Cost {
+        let (rows, cols) = (site.weight.rows(), site.weight.cols());
+        // The dropped input is a tensor of the site's own.
+        let (input, copy) = match dropout > 0.0 {
+            true => (Input::Unread, cols),
+            false => (Input::FormedAgain, 0),
+        };
+        Cost {
+            input,
+            per_token: rank + copy,
+            trained_work: rank * (rows + cols),
+            ..Cost::NOTHING
+        }
+    }
+
     /// `x W^T + scaling * (drop(x) A^T) B^T`.
     pub(super) fn linear(self, x: Tensor<2>, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
         let Self { a, b, scaling, .. } = self;
@@ -112,6 +129,32 @@ impl Product {
         }
         tangent_ops::gated_low_rank_linear(gate, up, base, self.a, self.b, self.scaling)
     }
+}
+
+/// Rank of the product at a linear site, with what is taken out of the base.
+pub(super) fn product_rank(config: &AdapterConfig, site: &Site) -> Result<usize, PeftError> {
+    let rank = config.rank_at(&site.path)?;
+    Ok(match init::find(&config.init)?.moves_base {
+        true => 2 * rank,
+        false => rank,
+    })
+}
+
+/// What the product of a [`Pairing`] takes.
+pub(super) fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let rank = product_rank(config, site)?;
+    let product = Product::cost(rank, site, config.dropout);
+    if !init::find(&config.init)?.moves_base {
+        return Ok(product);
+    }
+    let joined = rank * (site.weight.rows() + site.weight.cols());
+    Ok(Cost {
+        per_pass: joined,
+        // The constant factors, once as tensors and once for files, and the half of the gradients of
+        // the joined factors that is theirs: it is there as long as the other half.
+        resident: 3 * joined / 2,
+        ..product
+    })
 }
 
 /// The rank at a site, checked against its weight.

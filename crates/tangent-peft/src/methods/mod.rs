@@ -10,10 +10,12 @@ use crate::config::AdapterConfig;
 use crate::controller::Controller;
 use crate::error::PeftError;
 use crate::export::LazyTensor;
+use crate::name;
 use crate::peft_format::Fields;
 use crate::setting::Setting;
 
 pub mod adalora;
+pub mod cost;
 pub mod dora;
 pub mod full;
 pub mod loha;
@@ -24,6 +26,7 @@ mod lycoris;
 pub mod oft;
 pub mod vera;
 
+use cost::CostAt;
 pub(crate) use low_rank::checked_rank;
 
 /// Creates a site's parameters in the scope and what computes with them.
@@ -53,6 +56,9 @@ pub struct Method {
     pub settings: &'static [Setting],
     /// Attaches to one site.
     pub attach: Attach,
+    /// What it takes at one site, by which plans are made; [`cost::of_definition`] for a method
+    /// without fast paths.
+    pub cost: CostAt,
     /// What it does between steps, beyond the optimizer's work.
     pub control: Option<Control>,
     /// How its adapters stand in PEFT's files; `None` if the result is no adapter.
@@ -113,13 +119,13 @@ pub const METHODS: &[Method] = &[
 /// # Errors
 /// If there is none.
 pub fn find(id: &str) -> Result<&'static Method, PeftError> {
-    METHODS
-        .iter()
-        .find(|m| m.id == id)
-        .ok_or_else(|| PeftError::UnknownMethod {
-            name: id.to_owned(),
-            known: METHODS.iter().map(|m| m.id).collect::<Vec<_>>().join(", "),
-        })
+    name::find(METHODS, id, |method| method.id).map_err(PeftError::UnknownMethod)
+}
+
+/// The ids of the methods that read a common setting, separated by commas.
+pub fn readers(setting: Common) -> String {
+    let reading = METHODS.iter().filter(|m| m.reads.contains(&setting));
+    reading.map(|m| m.id).collect::<Vec<_>>().join(", ")
 }
 
 /// Refuses sites that are no linear maps.

@@ -30,6 +30,7 @@ use serde_json::{Map, Value, json};
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::{Cost, Input};
 use super::{Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
@@ -81,6 +82,7 @@ pub const METHOD: Method = Method {
         },
     ],
     attach,
+    cost,
     control: None,
     peft: Some(PeftType {
         name: "OFT",
@@ -111,10 +113,7 @@ fn attach(
 ) -> Result<Arc<dyn WeightAdapter>, PeftError> {
     linear_only(METHOD.id, site)?;
     let size = block_size(config, site)?;
-    let cayley = match config.own(SERIES).is_set() {
-        true => Cayley::Series(config.whole(TERMS, 2, "must be a whole number of at least 2")?),
-        false => Cayley::Exact,
-    };
+    let cayley = cayley(config)?;
     let blocks = site.weight.cols() / size;
     let count = size * (size - 1) / 2;
     let shape = vec![blocks, count];
@@ -123,6 +122,29 @@ fn attach(
         upper: scope.parameter(site, "oft_R.weight", shape, |_| vec![0.0; blocks * count]),
         rotations,
     }))
+}
+
+/// How rotations follow from Q.
+fn cayley(config: &AdapterConfig) -> Result<Cayley, PeftError> {
+    Ok(match config.own(SERIES).is_set() {
+        true => Cayley::Series(config.whole(TERMS, 2, "must be a whole number of at least 2")?),
+        false => Cayley::Exact,
+    })
+}
+
+/// The input and the blocks; the rotated input is not kept.
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let (size, cayley) = (block_size(config, site)?, cayley(config)?);
+    let blocks = site.weight.cols() * size;
+    Ok(Cost {
+        input: Input::Kept,
+        per_pass: cayley.kept() * blocks,
+        // Of one block: where its entries are in the triangle, their signs, the identity.
+        resident: 3 * size * size,
+        trained_work: blocks,
+        pass_work: cayley.products() * blocks * size,
+        ..Cost::NOTHING
+    })
 }
 
 /// Inputs of a block at a site.

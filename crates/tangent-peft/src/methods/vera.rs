@@ -25,6 +25,7 @@ use serde_json::{Map, Value, json};
 use tangent_model::{Parameter, Pass, Site, WeightAdapter, pass};
 use tangent_ops::FrozenMatrix;
 
+use super::cost::Cost;
 use super::low_rank::Product;
 use super::{Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
@@ -58,6 +59,7 @@ pub const METHOD: Method = Method {
         },
     ],
     attach,
+    cost,
     control: None,
     peft: Some(PeftType {
         name: "VERA",
@@ -103,6 +105,15 @@ fn attach(
         cols,
         dropout: config.dropout,
     }))
+}
+
+/// Beside the product's: `diag(d) A` and `diag(b) B`. The projections themselves are of no site.
+fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
+    let sides = site.weight.rows() + site.weight.cols();
+    Ok(Cost {
+        per_pass: config.rank * sides,
+        ..Product::cost(config.rank, site, config.dropout)
+    })
 }
 
 /// He's uniform numbers of a `(rows, cols)` projection.

@@ -6,7 +6,7 @@
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
-pub(super) const PROCESS_BYTES: u64 = 89_000_000;
+pub(super) const PROCESS_BYTES: u64 = 62_000_000;
 
 /// Resident bytes of the tokenizer for every token of the vocabulary.
 pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
@@ -16,14 +16,17 @@ pub(super) const ROW_BYTES: u64 = 160;
 
 /// Bytes of activations that the allocator takes for every byte asked of it: large buffers are
 /// rounded up to its classes of sizes.
-pub(super) const ALLOCATOR_SHARE: f64 = 1.05;
+pub(super) const ALLOCATOR_SHARE: f64 = 1.08;
 
 /// The same for trained tensors, their gradients and moments, which are smaller and live longer.
 pub(super) const TRAINED_SHARE: f64 = 1.03;
 
-/// Bytes that the allocator takes beside each large weight that was copied or converted when the
-/// model was opened.
-pub(super) const COPY_ROUNDING: u64 = 100_000;
+/// Share of the largest buffer of a run, the logits of a chunk, that the allocator takes a second
+/// time: freed once, its room is in pieces when as much is asked for again.
+pub(super) const LOGITS_AGAIN: f64 = 0.8;
+
+/// The part of that which serves the layers when their turn in the backward pass comes.
+pub(super) const LOGITS_REUSED: f64 = 0.4;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.

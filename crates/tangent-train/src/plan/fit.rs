@@ -13,7 +13,7 @@ impl Draft<'_> {
     /// The rows of every step stay the same, and with them what is computed.
     ///
     /// # Errors
-    /// If no such settings fit, or the optimizer does not exist.
+    /// If no such settings fit, and as [`plan`](Self::plan).
     pub fn fit(&self, config: &TrainConfig, limit: u64) -> Result<Plan, TrainError> {
         let predictor = Predictor::new(self, config)?;
         let typed = predictor.plan(config, &Survey::new(self.train, config));

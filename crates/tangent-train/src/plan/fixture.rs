@@ -1,6 +1,6 @@
 //! Tiny models, adapters and rows of the planner's tests.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use tangent_model::family::Model;
 use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
@@ -56,7 +56,10 @@ pub(super) fn rows(lengths: &[usize]) -> Vec<Example> {
     lengths.iter().enumerate().map(row).collect()
 }
 
-/// A run without held-out rows.
+/// What [`draft`] takes for the adapter's settings: it does not matter where it is attached.
+static LORA: LazyLock<AdapterConfig> = LazyLock::new(|| lora(&["all-linear"]));
+
+/// A run of LoRA or full fine-tuning without held-out rows.
 pub(super) fn draft<'a>(
     model: &'a dyn Model,
     trained: &'a [TrainedSite],
@@ -65,7 +68,7 @@ pub(super) fn draft<'a>(
     Draft {
         model,
         trained,
-        dropout: 0.0,
+        adapter: &LORA,
         train,
         eval: &[],
     }

@@ -1,14 +1,15 @@
 //! The memory model: what is resident at the moments of a run when most is.
 
 use serde_json::{Value, json};
-use tangent_model::family::{Activation, Model};
+use tangent_model::family::Model;
 use tangent_ops::FrozenMatrix;
 use tangent_ops::cross_entropy::CHUNK;
 
 use super::calibration as measured;
+use super::kept::Kept;
 use super::metered;
 use super::survey::{MicroBatch, Survey};
-use super::trained::{lowest_layer, trains_embedding};
+use super::trained::{Costed, costs, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated_tokens};
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -26,7 +27,8 @@ const DENSE_LOGITS: usize = 4;
 pub struct Memory {
     /// Frozen weights as they are held, pages of mapped files included.
     pub base_weights: u64,
-    /// Trained tensors with their gradients and the optimizer's state.
+    /// Trained tensors with their gradients and the optimizer's state, and what the method holds
+    /// beside them.
     pub trained: u64,
     /// Activations that are kept for the backward pass, and what it needs beside them.
     pub activations: u64,
@@ -64,43 +66,6 @@ pub(super) fn with_margin(bytes: u64) -> u64 {
     (bytes as f64 * (1.0 + measured::MARGIN)).ceil() as u64
 }
 
-/// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
-/// sites; `tracked` says whether its input wants a gradient, `metered` whether the meter is read.
-fn kept_features(
-    activations: &[Activation],
-    trained: &[&TrainedSite],
-    mut tracked: bool,
-    dropout: bool,
-    metered: bool,
-) -> usize {
-    let mut features = 0;
-    for activation in activations {
-        let mut keeps = activation.kept && tracked;
-        let readers = trained
-            .iter()
-            .filter(|site| activation.read_by.contains(&site.name()));
-        let mut trains = false;
-        for site in readers {
-            trains = true;
-            keeps |= metered && !(activation.formed_again && tracked);
-            match site.form {
-                Form::Whole => keeps = true,
-                // The dropped input is a tensor of the site's own.
-                Form::LowRank { rank } if dropout => features += rank + activation.width,
-                Form::LowRank { rank } => {
-                    features += rank;
-                    // Where nothing before it is kept, there is nothing to form it from.
-                    keeps |= !(activation.formed_again && tracked);
-                }
-                Form::Rows(_) | Form::Bias => {}
-            }
-        }
-        tracked |= trains;
-        features += if keeps { activation.width } else { 0 };
-    }
-    features
-}
-
 /// A model with what trains in it, in the numbers that memory depends on.
 pub(super) struct MemoryModel {
     layers: usize,
@@ -110,16 +75,18 @@ pub(super) struct MemoryModel {
     vocabulary: usize,
     /// Features of the widest activation.
     widest: usize,
-    /// Features that each layer keeps of a token.
-    kept: Vec<usize>,
-    /// How the head trains, and whether its tensor is the embedding's.
-    head: Option<Form>,
+    kept: Kept,
+    /// How the head trains, the values that it keeps of a target, and whether its tensor is the
+    /// embedding's.
+    head: Option<(Form, usize)>,
     shared_head: bool,
     parameters: u64,
-    /// Those of low-rank products.
+    /// Those of adapted sites.
     thin_parameters: u64,
     /// Values of the optimizer's state.
     state: u64,
+    /// Values that the method holds beside its trained ones.
+    held: u64,
     /// Values of the gradients that the meter keeps until the step is done: with one micro-batch a
     /// step, and with several.
     metered: [u64; 2],
@@ -132,41 +99,33 @@ pub(super) struct MemoryModel {
 impl MemoryModel {
     pub fn new(draft: &Draft<'_>, config: &TrainConfig) -> Result<Self, TrainError> {
         let (model, trained) = (draft.model, draft.trained);
-        let activations = model.activations();
+        let costs = costs(draft)?;
+        let widths = model.activations().into_iter().map(|a| a.width);
         let head = model.head();
         let layers = model.layers();
-        let lowest = lowest_layer(trained, layers);
-        let kept = (0..layers).map(|index| {
-            if index < lowest {
-                return 0;
-            }
-            let own = trained.iter().filter(|site| site.layer == Some(index));
-            let own: Vec<&TrainedSite> = own.collect();
-            let tracked = index > lowest || trains_embedding(trained);
-            let metered = config.meter_every > 0;
-            kept_features(&activations, &own, tracked, draft.dropout > 0.0, metered)
-        });
-        let head_site = trained.iter().find(|site| site.path == head.path);
+        let head_site = costs.iter().find(|(site, _)| site.path == head.path);
         let parameters: usize = trained.iter().map(|site| site.parameters).sum();
         let rule = optim::find(&config.optimizer)?;
         rule.check_pairs(trained.iter().any(|site| site.pair.is_some()))?;
         let state = trained
             .iter()
             .map(|site| rule.state_values(site.parameters, site.pair) as u64);
-        let low_rank = |site: &&TrainedSite| matches!(site.form, Form::LowRank { .. });
-        let thin = trained.iter().filter(low_rank).map(|site| site.parameters);
+        let thin = |site: &&TrainedSite| matches!(site.form, Form::LowRank { .. } | Form::Adapted);
+        let thin = trained.iter().filter(thin).map(|site| site.parameters);
+        let held = |(site, cost): &Costed<'_>| (site.shared + cost.resident) as u64;
         Ok(Self {
             layers,
-            lowest,
+            lowest: lowest_layer(trained, layers),
             hidden: head.weight.cols(),
             vocabulary: model.vocabulary(),
-            widest: activations.iter().map(|a| a.width).max().unwrap_or(0),
-            kept: kept.collect(),
-            head: head_site.map(|site| site.form),
-            shared_head: head_site.is_some_and(|site| site.parameters == 0),
+            widest: widths.max().unwrap_or(0),
+            kept: Kept::new(draft, &costs, config.meter_every > 0),
+            head: head_site.map(|(site, cost)| (site.form, cost.per_token)),
+            shared_head: head_site.is_some_and(|(site, _)| site.parameters == 0),
             parameters: parameters as u64,
             thin_parameters: thin.sum::<usize>() as u64,
             state: state.sum(),
+            held: costs.iter().map(held).sum(),
             metered: [false, true].map(|several| metered::values(trained, config, several)),
             base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
@@ -192,19 +151,26 @@ impl MemoryModel {
     /// ones will take the place of activations, of small ones about half find none of their size.
     fn start_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
         let tokens = survey.largest.tokens;
-        let at_loss = tokens * self.held_at_loss(checkpointing);
-        let at_layer = tokens * self.held_at_layer(checkpointing);
+        let (of_all, of_layer) = match checkpointing {
+            true => (0, self.kept.formed_in_layer),
+            false => (self.kept.formed, self.kept.formed),
+        };
+        let at_loss = tokens * self.held_at_loss(checkpointing) + of_all;
+        let at_layer = tokens * self.held_at_layer(checkpointing) + of_layer;
         let loss = self.loss_bytes(survey.largest);
+        let logits = loss.max(self.evaluation().loss);
+        let part = |share: f64| (logits as f64 * share) as u64;
         let vectors = 1 + self.earlier(survey);
-        let values = self.parameters * vectors + self.state;
+        let values = self.parameters * vectors + self.state + self.held;
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(values + self.thin_parameters / 2)
                 + VALUE * self.earlier(survey) * self.metered_values(survey),
             // The chunk of the loss is free again when the first layer's turn comes.
-            activations: activation_bytes(at_loss)
-                .max(activation_bytes(at_layer).saturating_sub(loss)),
-            loss,
+            activations: activation_bytes(at_loss).max(
+                activation_bytes(at_layer).saturating_sub(loss + part(measured::LOGITS_REUSED)),
+            ),
+            loss: loss + part(measured::LOGITS_AGAIN),
             fixed: self.fixed_bytes,
         }
     }
@@ -219,7 +185,7 @@ impl MemoryModel {
         };
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * vectors + self.state + second)
+            trained: trained_bytes(self.parameters * vectors + self.state + self.held + second)
                 + VALUE * self.metered_values(survey),
             activations: activation_bytes(survey.largest.tokens * self.working()),
             loss: 0,
@@ -232,7 +198,7 @@ impl MemoryModel {
         let positions = self.evaluated.min(CHUNK);
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * 2 + self.state),
+            trained: trained_bytes(self.parameters * 2 + self.state + self.held),
             activations: activation_bytes(self.evaluated * self.working()),
             loss: VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64,
             fixed: self.fixed_bytes,
@@ -254,7 +220,7 @@ impl MemoryModel {
     fn held_at_loss(&self, checkpointing: bool) -> usize {
         match checkpointing {
             true => (self.layers + 1) * self.hidden,
-            false => self.kept.iter().sum::<usize>() + self.hidden,
+            false => self.kept.features.iter().sum::<usize>() + self.hidden,
         }
     }
 
@@ -262,9 +228,9 @@ impl MemoryModel {
     /// is most.
     fn held_at_layer(&self, checkpointing: bool) -> usize {
         if !checkpointing {
-            return self.kept.iter().sum::<usize>() + self.working();
+            return self.kept.features.iter().sum::<usize>() + self.working();
         }
-        let layers = self.kept.iter().enumerate().skip(self.lowest);
+        let layers = self.kept.features.iter().enumerate().skip(self.lowest);
         // Inputs of the layers below; the layer's own is among what it keeps.
         let held = layers.map(|(index, kept)| index * self.hidden + kept);
         // Its output, and the gradient that is pushed through it.
@@ -284,8 +250,8 @@ impl MemoryModel {
         let chunk = positions * (self.vocabulary + 2 * self.hidden);
         let values = match self.head {
             None => states + chunk,
-            Some(Form::Whole) => states + chunk + self.vocabulary * self.hidden,
-            Some(_) => states + DENSE_LOGITS * batch.targets * self.vocabulary,
+            Some((Form::Whole, _)) => states + chunk + self.vocabulary * self.hidden,
+            Some((_, kept)) => states + batch.targets * (DENSE_LOGITS * self.vocabulary + kept),
         };
         VALUE * values as u64
     }
@@ -310,15 +276,8 @@ fn weight_bytes(model: &dyn Model) -> u64 {
     let sites = model.sites();
     let own = sites.iter().filter(|site| site.tied_to.is_none());
     let matrices = own.flat_map(|site| std::iter::once(&site.weight).chain(&site.bias));
-    let resident = matrices.map(|matrix| match matrix.is_mapped() {
-        true => matrix_bytes(matrix),
-        // The pages that it was made of are given back.
-        false => {
-            let bytes = matrix_bytes(matrix);
-            bytes + (bytes / 4).min(measured::COPY_ROUNDING)
-        }
-    });
-    resident.sum()
+    // The pages that a copy was made of are given back.
+    matrices.map(matrix_bytes).sum()
 }
 
 fn fixed_bytes(draft: &Draft<'_>) -> u64 {
@@ -337,44 +296,12 @@ mod tests {
     use super::*;
     use crate::config::Batching;
 
-    /// Features that the layers keep, counted by hand against `fixture::model`'s sizes.
-    #[track_caller]
-    fn check_kept(targets: &[&str], dropout: f32, want: [usize; 2]) {
-        let mut model = fixture::model("llama/tied_gqa");
-        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(targets));
-        let draft = Draft {
-            dropout,
-            ..fixture::draft(&*model, &trained, &[])
-        };
-        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-        assert_eq!(memory.kept, want, "{targets:?}");
-    }
-
     #[test]
-    fn layers_keep_what_their_backward_passes_read() {
-        // x, h, q, k, v, o, x2, h2, gate, up and seven ranks; the lowest layer's x wants nothing.
-        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 48 + 48 + 7 * 4;
-        check_kept(&["all-linear"], 0.0, [all - 32, all]);
-        // Nothing below; no o, no h2.
-        let queries = 32 + 32 + 16 + 16 + 32 + 48 + 48 + 4;
-        check_kept(&["model.layers.1.*q_proj"], 0.0, [0, queries]);
-        // Above it, normalization, attention and gate keep their inputs all the same.
-        let passed = 32 + 32 + 16 + 16 + 32 + 48 + 48;
-        check_kept(&["model.layers.0.*q_proj"], 0.0, [queries, passed]);
-        // Nothing that the product could be formed from is kept in the lowest layer.
-        check_kept(&["model.layers.1.*down_proj"], 0.0, [0, 48 + 4]);
-        // With dropout h itself is not kept, a dropped copy is.
-        check_kept(&["model.layers.1.*q_proj"], 0.1, [0, queries]);
-    }
-
-    #[test]
-    fn full_fine_tuning_keeps_every_input() {
+    fn full_fine_tuning_holds_four_copies() {
         let model = fixture::model("llama/tied_gqa");
         let trained = TrainedSite::whole_model(&*model);
         let draft = fixture::draft(&*model, &trained, &[]);
         let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 3 * 48;
-        assert_eq!(memory.kept, [all, all]);
         assert!(memory.shared_head);
         // Values, gradients and two moments.
         let end = memory.end_of_backward(&Survey::default());
@@ -422,6 +349,63 @@ mod tests {
         assert!(matches!(refused, Err(TrainError::NoPairs { .. })));
     }
 
+    #[test]
+    fn methods_hold_what_they_say_beside_what_trains() {
+        // Inputs and outputs of a layer's seven linear maps.
+        let (inputs, outputs) = (5 * 32 + 32 + 48, 32 + 2 * 16 + 32 + 2 * 48 + 32);
+        let sides = inputs + outputs;
+        for (method, init, want) in [
+            ("lora", "kaiming", 0),
+            // Constant factors twice, and their part of the gradients of both.
+            ("lora", "pissa", 2 * 3 * 4 * sides),
+            ("dora", "kaiming", 2 * outputs),
+            ("adalora", "kaiming", 2 * 2 * 4 * (sides + 7)),
+            // Two projections for all.
+            ("vera", "kaiming", 2 * 4 * 48),
+        ] {
+            let mut model = fixture::model("llama/tied_gqa");
+            let config = tangent_peft::AdapterConfig {
+                method: method.into(),
+                ..fixture::lora(&["all-linear"])
+            };
+            let (trained, _) = fixture::attached(&mut *model, &config);
+            let adapter = tangent_peft::AdapterConfig {
+                init: init.into(),
+                ..config
+            };
+            let draft = Draft {
+                adapter: &adapter,
+                ..fixture::draft(&*model, &trained, &[])
+            };
+            let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+            assert_eq!(memory.held, want as u64, "{method} {init}");
+            let end = memory.end_of_backward(&Survey::default());
+            let values = 4 * memory.parameters + memory.held;
+            assert_eq!(end.trained, trained_bytes(values), "{method} {init}");
+        }
+    }
+
+    #[test]
+    fn what_sites_form_is_there_for_all_layers_or_for_one() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let config = tangent_peft::AdapterConfig {
+            method: "vera".into(),
+            ..fixture::lora(&["all-linear"])
+        };
+        let (trained, _) = fixture::attached(&mut *model, &config);
+        let draft = Draft {
+            adapter: &config,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+        let of_layer = 4 * (240 + 224);
+        for (checkpointing, formed) in [(false, 2 * of_layer), (true, of_layer)] {
+            // Without a token nothing else is kept.
+            let start = memory.start_of_backward(&Survey::default(), checkpointing);
+            assert_eq!(start.activations, activation_bytes(formed));
+        }
+    }
+
     fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
         let mut model = fixture::model("llama/tied_gqa");
         let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
@@ -447,26 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn the_meter_keeps_inputs_beside_dropped_copies() {
-        let mut model = fixture::model("llama/tied_gqa");
-        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
-        let draft = Draft {
-            dropout: 0.1,
-            ..fixture::draft(&*model, &trained, &[])
-        };
-        let kept = |meter_every: usize| {
-            let config = TrainConfig {
-                meter_every,
-                ..TrainConfig::default()
-            };
-            MemoryModel::new(&draft, &config).unwrap().kept
-        };
-        // The inputs of q, k and v, of o, and of gate and up.
-        assert_eq!(kept(10)[1], kept(0)[1] + 32 + 32 + 32);
-    }
-
-    #[test]
-    fn mapped_weights_count_as_stored_and_copies_with_their_rounding() {
+    fn weights_count_as_they_are_held() {
         let model = fixture::model("llama/tied_gqa");
         // All of the stored model is f32.
         let stored = 4 * super::super::values(&*model) as u64;

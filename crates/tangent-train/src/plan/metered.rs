@@ -1,9 +1,37 @@
-//! What the meter keeps of a step beside all else.
+//! What the meter takes beside all else: gradients of weights in memory, and its work.
 
 use tangent_model::SiteKind;
 
+use super::survey::Survey;
 use super::{Form, TrainedSite};
 use crate::config::TrainConfig;
+
+/// Passes over a site's weight, or as much work, where two factors and more move it: what they are
+/// added to, what is left of the gradient, and a system that is solved in a few products.
+const WITH_FACTORS: f64 = 10.0;
+
+/// The same by least squares: dozens of products, each of two evaluations of the weight and a
+/// derivative.
+const LEAST_SQUARES: f64 = 200.0;
+
+/// Whether the meter reads a site: linear maps that a method adapts.
+pub(super) fn is_read(site: &TrainedSite) -> bool {
+    let adapted = site.parameters > 0 && !matches!(site.form, Form::Rows(_) | Form::Bias);
+    match site.kind {
+        SiteKind::Linear => adapted,
+        // The loss goes around a head that trains itself.
+        SiteKind::Head => adapted && site.form != Form::Whole,
+        SiteKind::Embedding | SiteKind::Norm => false,
+    }
+}
+
+/// The rank of two factors that are all that moves the site's weight: then its gradient is reduced
+/// at once to what they need.
+fn rank_of_factors(site: &TrainedSite) -> Option<usize> {
+    let own = site.parameters - site.replaced.min(site.parameters);
+    let pair = site.pair.filter(|pair| own == pair.a() + pair.b())?;
+    Some(pair.rank)
+}
 
 /// Values of the gradients of weights that the meter keeps until a step is done. With one
 /// micro-batch, those of sites with two factors are reduced one by one, and the largest counts.
@@ -11,23 +39,56 @@ pub(super) fn values(trained: &[TrainedSite], config: &TrainConfig, several: boo
     if config.meter_every == 0 {
         return 0;
     }
-    let measured = |site: &&TrainedSite| match site.kind {
-        SiteKind::Linear => site.parameters > 0,
-        // The loss goes around a head that trains itself.
-        SiteKind::Head => site.parameters > 0 && site.form != Form::Whole,
-        SiteKind::Embedding | SiteKind::Norm => false,
-    };
-    let matrices = trained.iter().filter(measured);
     let (mut kept, mut largest) = (0, 0);
-    for site in matrices {
-        let (rows, cols) = site.shape;
-        let own = site.parameters - site.replaced.min(site.parameters);
-        let factors = matches!(site.form, Form::LowRank { rank } if own == rank * (rows + cols));
-        largest = largest.max(rows * cols);
-        kept += if factors && !several { 0 } else { rows * cols };
+    for site in trained.iter().filter(|site| is_read(site)) {
+        let weight = site.shape.0 * site.shape.1;
+        let reduced = rank_of_factors(site).is_some() && !several;
+        largest = largest.max(weight);
+        kept += if reduced { 0 } else { weight };
     }
     // The one that is being formed.
     (kept + largest) as u64
+}
+
+/// The work of readings.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Work {
+    /// Steps from one reading to the next; 0 without readings.
+    every: usize,
+    /// Multiply-adds of a token of a step that is read: the gradients of the weights.
+    pub of_token: f64,
+    /// Multiply-adds that a reading takes whatever the tokens are.
+    pub of_reading: f64,
+    /// Values of weights that a reading passes over.
+    pub evaluated: f64,
+}
+
+impl Work {
+    /// The work of a run.
+    pub fn new(trained: &[TrainedSite], config: &TrainConfig) -> Self {
+        let mut work = Self {
+            every: config.meter_every,
+            ..Self::default()
+        };
+        for site in trained.iter().filter(|site| is_read(site)) {
+            let weight = (site.shape.0 * site.shape.1) as f64;
+            work.of_token += weight;
+            match (site.form, rank_of_factors(site)) {
+                (Form::Whole, _) => {}
+                // The products with what either factor spans.
+                (_, Some(rank)) => work.of_reading += 2.0 * rank as f64 * weight,
+                (_, None) if site.pair.is_some() => work.evaluated += WITH_FACTORS * weight,
+                (_, None) => work.evaluated += LEAST_SQUARES * weight,
+            }
+        }
+        work
+    }
+
+    /// Readings in the mean over the steps of a run.
+    pub fn readings_a_step(&self, survey: &Survey) -> f64 {
+        let all = survey.total_steps.checked_div(self.every).unwrap_or(0);
+        all as f64 / survey.total_steps.max(1) as f64
+    }
 }
 
 #[cfg(test)]
@@ -35,22 +96,69 @@ mod tests {
     use super::super::fixture;
     use super::*;
 
+    fn every(meter_every: usize) -> TrainConfig {
+        TrainConfig {
+            meter_every,
+            ..TrainConfig::default()
+        }
+    }
+
+    /// Values of q and o, k and v, three of the feed-forward, in two layers.
+    const ALL: u64 = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48);
+
     #[test]
     fn gradients_are_kept_that_cannot_be_reduced() {
         let mut model = fixture::model("llama/tied_gqa");
         let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
-        let metered = TrainConfig {
-            meter_every: 10,
-            ..TrainConfig::default()
-        };
-        // q and o, k and v, three of the feed-forward, in two layers.
-        let all = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48);
+        let metered = every(10);
         assert_eq!(values(&trained, &metered, false), 32 * 48);
-        assert_eq!(values(&trained, &metered, true), all + 32 * 48);
+        assert_eq!(values(&trained, &metered, true), ALL + 32 * 48);
         assert_eq!(values(&trained, &TrainConfig::default(), true), 0);
         let whole = TrainedSite::whole_model(&*model);
-        assert_eq!(values(&whole, &metered, false), all + 32 * 48);
+        assert_eq!(values(&whole, &metered, false), ALL + 32 * 48);
         let (head, _) = fixture::attached(&mut *model, &fixture::lora(&["lm_head"]));
         assert_eq!(values(&head, &metered, false), 96 * 32);
+        // Lengths of rows move the weight as well, vectors around projections do alone.
+        for method in ["dora", "vera"] {
+            let config = tangent_peft::AdapterConfig {
+                method: method.into(),
+                ..fixture::lora(&["all-linear"])
+            };
+            let (trained, _) = fixture::attached(&mut *model, &config);
+            assert_eq!(values(&trained, &metered, false), ALL + 32 * 48, "{method}");
+        }
+    }
+
+    #[test]
+    fn a_reading_takes_a_product_a_site_and_what_its_form_needs() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let all = ALL as f64;
+        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+        let work = Work::new(&trained, &every(10));
+        let want = Work {
+            every: 10,
+            of_token: all,
+            of_reading: 2.0 * 4.0 * all,
+            evaluated: 0.0,
+        };
+        assert_eq!(work, want);
+        let survey = Survey {
+            total_steps: 25,
+            ..Survey::default()
+        };
+        assert_eq!(work.readings_a_step(&survey), 2.0 / 25.0);
+        assert_eq!(Work::default().readings_a_step(&survey), 0.0);
+        let whole = TrainedSite::whole_model(&*model);
+        let work = Work::new(&whole, &every(1));
+        assert_eq!((work.of_token, work.of_reading), (all, 0.0));
+        for (method, passes) in [("dora", WITH_FACTORS), ("vera", LEAST_SQUARES)] {
+            let config = tangent_peft::AdapterConfig {
+                method: method.into(),
+                ..fixture::lora(&["all-linear"])
+            };
+            let (trained, _) = fixture::attached(&mut *model, &config);
+            let work = Work::new(&trained, &every(1));
+            assert_eq!((work.of_reading, work.evaluated), (0.0, passes * all));
+        }
     }
 }

@@ -9,6 +9,7 @@ mod calibration;
 mod fit;
 #[cfg(test)]
 mod fixture;
+mod kept;
 mod memory;
 mod metered;
 mod survey;
@@ -18,6 +19,7 @@ mod trained;
 use serde_json::{Value, json};
 use tangent_model::DistinctTokens;
 use tangent_model::family::Model;
+use tangent_peft::AdapterConfig;
 
 use crate::config::{Batching, TrainConfig};
 use crate::data::Example;
@@ -54,8 +56,8 @@ pub struct Draft<'a> {
     pub model: &'a dyn Model,
     /// What trains.
     pub trained: &'a [TrainedSite],
-    /// Probability of dropping a feature of the adapter's input.
-    pub dropout: f32,
+    /// The settings of the adapter that the run trains.
+    pub adapter: &'a AdapterConfig,
     /// Rows to train on.
     pub train: &'a [Example],
     /// Rows to evaluate on; may be empty.
@@ -66,7 +68,7 @@ impl Draft<'_> {
     /// What a run with these settings takes.
     ///
     /// # Errors
-    /// If the optimizer does not exist.
+    /// If the optimizer or the method does not exist, or a setting of the adapter is out of range.
     pub fn plan(&self, config: &TrainConfig) -> Result<Plan, TrainError> {
         let survey = Survey::new(self.train, config);
         Ok(Predictor::new(self, config)?.plan(config, &survey))
@@ -105,7 +107,7 @@ pub struct Plan {
     /// Floating-point operations of a step in the mean, those of a product counted and everything
     /// else turned into as many as take the same time.
     pub flops_per_step: f64,
-    /// The same of the whole run, evaluations included.
+    /// The same of the whole run, evaluations and what start values see of the data included.
     pub flops: f64,
 }
 
@@ -115,7 +117,8 @@ impl Plan {
         self.flops_per_step / (rate * calibration::STEP_EFFICIENCY)
     }
 
-    /// Seconds of the run, evaluations included, loading and saving not.
+    /// Seconds of the run, evaluations and the pass over data before it included; decompositions of
+    /// weights, loading and saving not.
     pub fn seconds(&self, rate: f64) -> f64 {
         self.flops / (rate * calibration::STEP_EFFICIENCY)
     }
@@ -156,6 +159,7 @@ impl SiteGroup {
         let (form, amount) = match self.form {
             Form::Whole => ("whole", None),
             Form::LowRank { rank } => ("low_rank", Some(rank)),
+            Form::Adapted => ("adapted", None),
             Form::Rows(rows) => ("rows", Some(rows)),
             Form::Bias => ("bias", None),
         };
@@ -215,14 +219,18 @@ struct Predictor<'a> {
     draft: &'a Draft<'a>,
     memory: MemoryModel,
     work: Work,
+    /// Operations before the first step.
+    start: f64,
 }
 
 impl<'a> Predictor<'a> {
     fn new(draft: &'a Draft<'a>, config: &TrainConfig) -> Result<Self, TrainError> {
+        let work = Work::new(draft, config)?;
         Ok(Self {
             draft,
             memory: MemoryModel::new(draft, config)?,
-            work: Work::new(draft),
+            start: work.of_start(draft, config)?,
+            work,
         })
     }
 
@@ -249,7 +257,8 @@ impl<'a> Predictor<'a> {
             mean_micro_batch: survey.tokens as f64 / survey.micro_batches.max(1) as f64,
             memory: self.memory.predict(survey, checkpointing),
             flops_per_step,
-            flops: flops_per_step * survey.total_steps as f64
+            flops: self.start
+                + flops_per_step * survey.total_steps as f64
                 + evaluations * self.work.of_evaluation(draft.eval),
         }
     }

@@ -62,6 +62,13 @@ impl Survey {
         survey
     }
 
+    /// These micro-batches alone.
+    pub fn of(train: &[Example], batches: &StepRows) -> Self {
+        let mut survey = Self::default();
+        survey.add(train, batches);
+        survey
+    }
+
     fn add(&mut self, train: &[Example], step: &StepRows) {
         let before = self.micro_batches;
         for rows in step {

@@ -6,15 +6,22 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 use tangent_model::{Site, SiteKind};
 use tangent_ops::{FrozenMatrix, frozen_linear};
+use tangent_peft::init::{self, Needs};
+use tangent_peft::methods::cost::Cost;
 
 use super::calibration as measured;
+use super::metered;
 use super::survey::{Survey, pairs, targets};
-use super::trained::lowest_layer;
+use super::trained::{costs, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated_tokens};
+use crate::config::TrainConfig;
 use crate::data::Example;
+use crate::error::TrainError;
+use crate::evidence::Evidence;
+use crate::optim::{self, Rule};
 
-/// A model with what trains in it, in the numbers that time depends on: values of weights, each a
-/// multiplication and an addition a token.
+/// A model with what trains in it, in the numbers that time depends on: multiply-adds, most of them
+/// of a token, one for each value of a weight.
 pub(super) struct Work {
     /// Linear maps of all layers.
     layers: f64,
@@ -22,20 +29,27 @@ pub(super) struct Work {
     upper: f64,
     /// Those whose weights train themselves.
     whole: f64,
-    /// Low-rank products.
-    low_rank: f64,
+    /// What methods do with what trains, forward.
+    trained: f64,
+    /// What they do with frozen weights once more, forward.
+    frozen: f64,
+    /// What they do once a pass, whatever its tokens are, forward and backward.
+    pass: f64,
+    /// Values that they form once a pass.
+    formed: f64,
     /// The head.
     head: f64,
     head_trains: bool,
     /// Features of the queries of all layers, and of the layers through which gradients flow.
     queries: f64,
     upper_queries: f64,
-    /// Trained values.
-    parameters: f64,
+    /// Operations of a step's update.
+    update: f64,
+    meter: metered::Work,
 }
 
 impl Work {
-    pub fn new(draft: &Draft<'_>) -> Self {
+    pub fn new(draft: &Draft<'_>, config: &TrainConfig) -> Result<Self, TrainError> {
         let (model, trained) = (draft.model, draft.trained);
         let layers = model.layers();
         let lowest = lowest_layer(trained, layers);
@@ -45,40 +59,90 @@ impl Work {
             let maps = maps.filter(|s| s.layer.is_some_and(|layer| layer >= from));
             maps.map(|s| values(s)).sum()
         };
+        let whole = linear_maps(trained).filter(|s| s.form == Form::Whole);
+        let costs = costs(draft)?;
+        let own = costs
+            .iter()
+            .filter(|(site, _)| site.kind == SiteKind::Linear);
+        let sum = |of: fn(&Cost) -> usize| -> f64 {
+            let parts = own.clone().map(|(_, cost)| of(cost) as f64);
+            parts.sum()
+        };
         let shape = model.attention_shape();
         let query = (shape.heads * shape.head_dim) as f64;
         let head = model.head();
-        Self {
+        let rule = optim::find(&config.optimizer)?;
+        Ok(Self {
             layers: linear(0),
             upper: linear(lowest),
-            whole: trained_values(trained, |form| form == Form::Whole),
-            low_rank: trained_values(trained, |form| matches!(form, Form::LowRank { .. })),
+            whole: whole.map(|s| s.parameters as f64).sum(),
+            trained: sum(|cost| cost.trained_work),
+            frozen: sum(|cost| cost.frozen_work),
+            pass: sum(|cost| cost.pass_work),
+            formed: sum(|cost| cost.per_pass),
             head: values(head),
             head_trains: trained
                 .iter()
                 .any(|s| s.path == head.path && s.form == Form::Whole),
             queries: query * layers as f64,
             upper_queries: query * (layers - lowest) as f64,
-            parameters: trained.iter().map(|s| s.parameters as f64).sum(),
-        }
+            update: trained.iter().map(|site| update(rule, site)).sum(),
+            meter: metered::Work::new(trained, config),
+        })
     }
 
     /// Operations of the steps of a survey.
     pub fn of_steps(&self, survey: &Survey, checkpointing: bool) -> f64 {
-        // A micro-batch has a cost of its own.
-        let tokens =
-            survey.tokens as f64 + measured::MICRO_BATCH_TOKENS * survey.micro_batches as f64;
         let again = if checkpointing { 1.0 } else { 0.0 };
-        // Forward, backward to the inputs, to the weights; low-rank products do all three.
-        let weights = self.layers + (1.0 + again) * self.upper + self.whole;
-        let low_rank = (3.0 + again) * self.low_rank;
+        // Forward, backward to the inputs, to the weights; what trains of methods does all three.
+        let own = self.whole + (3.0 + again) * self.trained + (2.0 + again) * self.frozen;
+        let readings = self.meter.readings_a_step(survey);
+        let passes = self.passes(survey, again, own + readings * self.meter.of_token);
+        // Values that a pass forms are read and written about as often as the optimizer's.
+        let forming = 2.0 * self.pass + measured::OPTIMIZER_FLOPS * self.formed;
+        let reading =
+            2.0 * self.meter.of_reading + measured::OPTIMIZER_FLOPS * self.meter.evaluated;
+        passes
+            + forming * survey.micro_batches as f64
+            + (self.update + readings * reading) * survey.steps as f64
+    }
+
+    /// Operations of the passes of a survey, with so much of a token's own in the layers; those
+    /// above the lowest one that trains are computed `again` so many times.
+    fn passes(&self, survey: &Survey, again: f64, own: f64) -> f64 {
+        let weights = self.layers + (1.0 + again) * self.upper;
         let passes = if self.head_trains { 3.0 } else { 2.0 };
         let head = passes * self.head * survey.targets as f64;
         // Scores and their sums with values; the backward pass forms the scores again and has
         // four products more. Half of all pairs are visible.
         let attention = 2.0 * self.queries + (5.0 + 2.0 * again) * self.upper_queries;
-        let optimizer = measured::OPTIMIZER_FLOPS * self.parameters * survey.steps as f64;
-        2.0 * (tokens * (weights + low_rank) + head) + attention * survey.pairs + optimizer
+        2.0 * (tokens(survey) * (weights + own) + head) + attention * survey.pairs
+    }
+
+    /// Operations of what start values see of the data before the first step. What is decomposed is
+    /// not counted.
+    ///
+    /// # Errors
+    /// If the initialization does not exist, or the number of its rows is out of range.
+    pub fn of_start(&self, draft: &Draft<'_>, config: &TrainConfig) -> Result<f64, TrainError> {
+        let needs = init::find(&draft.adapter.init)?.needs;
+        if needs == Needs::Nothing {
+            return Ok(0.0);
+        }
+        let evidence = Evidence::first(draft.train, config, init::rows(draft.adapter)?);
+        let survey = Survey::of(draft.train, &evidence.batches);
+        let sum = |of: fn((usize, usize)) -> usize| -> f64 {
+            let adapted = linear_maps(draft.trained);
+            let adapted = adapted.filter(|site| matches!(site.form, Form::LowRank { .. }));
+            adapted.map(|site| of(site.shape) as f64).sum()
+        };
+        if needs == Needs::Gradient {
+            // As with activation checkpointing; where few inputs are kept, once more.
+            let again = if evidence.sparse { 2.0 } else { 1.0 };
+            return Ok(self.passes(&survey, again, sum(|(d_out, d_in)| d_out * d_in)));
+        }
+        let weights = self.layers + sum(|(_, d_in)| d_in * d_in);
+        Ok(2.0 * (tokens(&survey) * weights + self.queries * survey.pairs))
     }
 
     /// Operations of an evaluation of these rows.
@@ -87,17 +151,34 @@ impl Work {
         let tokens = evaluated_tokens(rows).sum::<usize>() as f64;
         let share = tokens / given.max(1) as f64;
         let supervised: usize = rows.iter().map(targets).sum();
-        let layers = tokens * (self.layers + self.low_rank);
+        let layers = tokens * (self.layers + self.trained);
         let attention = self.queries * pairs(rows) * share;
         2.0 * (layers + supervised as f64 * self.head + attention)
     }
 }
 
-/// Trained values of linear maps in layers.
-fn trained_values(trained: &[TrainedSite], of: fn(Form) -> bool) -> f64 {
-    let linear = trained.iter().filter(|s| s.kind == SiteKind::Linear);
-    let chosen = linear.filter(|s| of(s.form));
-    chosen.map(|s| s.parameters as f64).sum()
+/// Operations of the update of one site.
+fn update(rule: &Rule, site: &TrainedSite) -> f64 {
+    let state = rule.state_values(site.parameters, site.pair);
+    // Measured with AdamW, which has two values of state for each that it moves.
+    let moved = site.parameters.max(state / 2) as f64;
+    // What a rule keeps of a pair comes from products of its factors with gradients, as wide as the
+    // rank, there and back.
+    let products = match (&rule.pair, site.pair) {
+        (Some(_), Some(pair)) => 2 * pair.rank * rule.state_values(pair.a() + pair.b(), Some(pair)),
+        _ => 0,
+    };
+    measured::OPTIMIZER_FLOPS * moved + 2.0 * products as f64
+}
+
+/// Tokens of a survey; a micro-batch has a cost of its own.
+fn tokens(survey: &Survey) -> f64 {
+    survey.tokens as f64 + measured::MICRO_BATCH_TOKENS * survey.micro_batches as f64
+}
+
+/// Trained linear maps in layers.
+fn linear_maps(trained: &[TrainedSite]) -> impl Iterator<Item = &TrainedSite> {
+    trained.iter().filter(|s| s.kind == SiteKind::Linear)
 }
 
 fn values(site: &Site) -> f64 {
@@ -125,25 +206,46 @@ pub fn measured_rate(device: &Device) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use tangent_peft::AdapterConfig;
+
     use super::super::fixture;
     use super::*;
-    use crate::config::TrainConfig;
 
-    /// Operations of the steps over two rows of 10 tokens, without what is measured.
-    fn flops(config: &tangent_peft::AdapterConfig, checkpointing: bool) -> f64 {
+    /// Does something with the work of a run over two rows of 10 tokens; other start values than
+    /// those of `config` are attached.
+    fn with<T>(
+        config: &AdapterConfig,
+        train: &TrainConfig,
+        act: impl FnOnce(&Draft<'_>, Work) -> T,
+    ) -> T {
         let mut model = fixture::model("llama/tied_gqa");
-        let (trained, _) = fixture::attached(&mut *model, config);
+        let plain = AdapterConfig {
+            init: AdapterConfig::default().init,
+            ..config.clone()
+        };
+        let (trained, _) = fixture::attached(&mut *model, &plain);
         let rows = fixture::rows(&[10, 10]);
-        let survey = Survey::new(&rows, &TrainConfig::default());
-        let work = Work {
-            parameters: 0.0,
-            ..Work::new(&fixture::draft(&*model, &trained, &rows))
+        let draft = Draft {
+            adapter: config,
+            ..fixture::draft(&*model, &trained, &rows)
         };
-        let survey = Survey {
-            micro_batches: 0,
-            ..survey
-        };
-        work.of_steps(&survey, checkpointing)
+        let work = Work::new(&draft, train).unwrap();
+        act(&draft, work)
+    }
+
+    /// Operations of the steps, without what is measured.
+    fn flops(config: &AdapterConfig, checkpointing: bool) -> f64 {
+        with(config, &TrainConfig::default(), |draft, work| {
+            let survey = Survey {
+                micro_batches: 0,
+                ..Survey::new(draft.train, &TrainConfig::default())
+            };
+            let work = Work {
+                update: 0.0,
+                ..work
+            };
+            work.of_steps(&survey, checkpointing)
+        })
     }
 
     #[test]
@@ -169,6 +271,114 @@ mod tests {
         // Biases and normalizations are all that is left.
         let got = flops(&fixture::full(), false);
         assert!((got / (steps * want) - 1.0).abs() < 1e-12, "{got}");
+    }
+
+    /// What a layer's queries take with a method, as `(trained, frozen, pass, formed)`.
+    fn of_queries(config: &AdapterConfig) -> (f64, f64, f64, f64) {
+        with(config, &TrainConfig::default(), |_, work| {
+            (work.trained, work.frozen, work.pass, work.formed)
+        })
+    }
+
+    #[test]
+    fn methods_take_what_they_say() {
+        let of = |method: &str| AdapterConfig {
+            method: method.into(),
+            ..fixture::lora(&["model.layers.1.*q_proj"])
+        };
+        assert_eq!(of_queries(&of("lora")), (256.0, 0.0, 0.0, 0.0));
+        let moved = AdapterConfig {
+            init: "milora".into(),
+            ..of("lora")
+        };
+        assert_eq!(of_queries(&moved), (512.0, 0.0, 0.0, 512.0));
+        let dropped = AdapterConfig {
+            dropout: 0.1,
+            ..of("dora")
+        };
+        let along = 4.0 * 1024.0;
+        assert_eq!(of_queries(&dropped), (256.0, 1024.0, along, 64.0));
+        assert_eq!(of_queries(&of("vera")), (256.0, 0.0, 0.0, 256.0));
+        // What they take is part of a step: two applications of the base, and norms once a pass.
+        with(&dropped, &TrainConfig::default(), |draft, work| {
+            let survey = Survey::new(draft.train, &TrainConfig::default());
+            let without = Work {
+                frozen: 0.0,
+                pass: 0.0,
+                ..Work::new(draft, &TrainConfig::default()).unwrap()
+            };
+            let more = work.of_steps(&survey, false) - without.of_steps(&survey, false);
+            let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
+            let want = 3.0 * (4.0 * tokens * 1024.0 + 2.0 * along);
+            assert!((more / want - 1.0).abs() < 1e-9, "{more} {want}");
+        });
+    }
+
+    #[test]
+    fn updates_are_those_of_their_state() {
+        let config = fixture::lora(&["q_proj"]);
+        // Two weights of (32, 32), each with factors of 256 values.
+        for (optimizer, moved, products) in [
+            ("adamw", 256, 0),
+            ("sgd", 256, 0),
+            ("lora-pro", 1024, 4 * 4 * 1024),
+            ("lora-pro-sgd", 256, 0),
+            ("altlora+", 3 * 256 / 2, 2 * 4 * 3 * 256),
+            ("lora-rite", 256 + 16, 2 * 4 * (2 * 256 + 32)),
+        ] {
+            let train = TrainConfig {
+                optimizer: optimizer.into(),
+                ..TrainConfig::default()
+            };
+            let update = with(&config, &train, |_, work| work.update);
+            let one = measured::OPTIMIZER_FLOPS * f64::from(moved) + 2.0 * f64::from(products);
+            assert_eq!(update, 2.0 * one, "{optimizer}");
+        }
+    }
+
+    #[test]
+    fn a_reading_adds_a_product_to_its_step() {
+        let config = fixture::lora(&["model.layers.1.*q_proj"]);
+        let of_steps = |meter_every: usize| {
+            let train = TrainConfig {
+                meter_every,
+                ..TrainConfig::default()
+            };
+            with(&config, &train, |draft, work| {
+                work.of_steps(&Survey::new(draft.train, &train), false)
+            })
+        };
+        // Three steps: one of them is read, or all are.
+        for (every, readings) in [(4, 0.0), (2, 1.0), (1, 3.0)] {
+            let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
+            let want = readings * 2.0 * (tokens * 1024.0 + 2.0 * 4.0 * 1024.0);
+            let more = of_steps(every) - of_steps(0);
+            assert!((more - want).abs() <= 1e-9 * of_steps(0), "{more} {want}");
+        }
+    }
+
+    #[test]
+    fn start_values_see_the_data_first() {
+        let start = |init: &str| {
+            let config = AdapterConfig {
+                init: init.into(),
+                ..fixture::lora(&["q_proj"])
+            };
+            with(&config, &TrainConfig::default(), |draft, work| {
+                work.of_start(draft, &TrainConfig::default()).unwrap()
+            })
+        };
+        assert_eq!(start("pissa"), 0.0);
+        let layers = f64::from(2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48));
+        let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
+        let queries = 2.0 * 1024.0;
+        let (pairs, head) = (200.0 * 64.0, f64::from(96 * 32 * 18));
+        // A forward pass, and second moments.
+        let want = 2.0 * tokens * (layers + queries) + 2.0 * pairs;
+        assert!((start("eva") / want - 1.0).abs() < 1e-12);
+        // Two, the gradients of inputs, and those of the weights.
+        let want = 2.0 * tokens * (3.0 * layers + queries) + 4.0 * head + 9.0 * pairs;
+        assert!((start("lora-ga") / want - 1.0).abs() < 1e-12);
     }
 
     #[test]

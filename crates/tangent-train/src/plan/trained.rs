@@ -2,8 +2,11 @@
 
 use tangent_model::family::Model;
 use tangent_model::{Parameter, Site, SiteKind};
-use tangent_peft::Adapter;
+use tangent_peft::methods::cost::Cost;
+use tangent_peft::methods::{self, Common};
+use tangent_peft::{Adapter, PeftError};
 
+use super::Draft;
 use crate::optim::PairShape;
 
 /// How a site trains.
@@ -11,11 +14,13 @@ use crate::optim::PairShape;
 pub enum Form {
     /// Its weight itself.
     Whole,
-    /// A product of two thin matrices beside its frozen weight.
+    /// A method of thin matrices beside its frozen weight.
     LowRank {
-        /// The thin side.
+        /// Their thin side.
         rank: usize,
     },
+    /// A method without a rank beside its frozen weight.
+    Adapted,
     /// Some rows of an embedding.
     Rows(usize),
     /// Its bias alone.
@@ -39,6 +44,8 @@ pub struct TrainedSite {
     pub parameters: usize,
     /// Frozen values that they take the place of.
     pub replaced: usize,
+    /// Values that do not train and that all sites of the adapter share, counted at the first one.
+    pub shared: usize,
     /// Sizes of the factors, where some optimizers move two of them together.
     pub pair: Option<PairShape>,
 }
@@ -58,6 +65,7 @@ impl TrainedSite {
             form,
             parameters,
             replaced,
+            shared: 0,
             pair: None,
         }
     }
@@ -70,7 +78,7 @@ impl TrainedSite {
             let own = |p: &&Parameter| p.name().starts_with(&prefix);
             let own: Vec<&Parameter> = adapter.parameters.iter().filter(own).collect();
             let form = match own.is_empty() {
-                false => form(site, &own),
+                false => form(site, &own, adapter),
                 // A tied head trains as its embedding does.
                 true => trained
                     .iter()
@@ -79,14 +87,18 @@ impl TrainedSite {
             };
             let parameters: usize = own.iter().map(|p| p.count()).sum();
             let replaced = match form {
-                Form::LowRank { .. } => bias_count(&own),
-                _ => parameters,
+                Form::LowRank { .. } | Form::Adapted => bias_count(&own),
+                Form::Whole | Form::Rows(_) | Form::Bias => parameters,
             };
             let pair = adapter.pairs.iter().find(|pair| pair.site == site.path);
             trained.push(Self {
                 pair: pair.map(|pair| PairShape::of(pair, &adapter.parameters)),
                 ..Self::new(site, form, parameters, replaced)
             });
+        }
+        let is_adapted = |site: &&mut Self| adapter.sites.contains(&site.path);
+        if let Some(first) = trained.iter_mut().find(is_adapted) {
+            first.shared = adapter.fixed.iter().map(Parameter::count).sum();
         }
         trained
     }
@@ -109,28 +121,49 @@ impl TrainedSite {
     }
 }
 
-fn form(site: &Site, own: &[&Parameter]) -> Form {
+fn form(site: &Site, own: &[&Parameter], adapter: &Adapter) -> Form {
     let weight = format!("{}.weight", site.path);
     if own.iter().any(|p| p.name() == weight) {
         return Form::Whole;
     }
-    let matrices: Vec<&[usize]> = own
-        .iter()
-        .map(|p| p.shape())
-        .filter(|shape| shape.len() == 2)
-        .collect();
-    match &matrices[..] {
-        [] => Form::Bias,
-        [rows] => Form::Rows(rows.first().copied().unwrap_or(0)),
-        [first, ..] => Form::LowRank {
-            rank: first.iter().copied().min().unwrap_or(0),
-        },
+    if adapter.sites.contains(&site.path) {
+        let config = &adapter.config;
+        return match adapter.method.reads.contains(&Common::Rank) {
+            // Patterns that do not parse are refused before anything is attached.
+            true => Form::LowRank {
+                rank: config.rank_at(&site.path).unwrap_or(config.rank),
+            },
+            false => Form::Adapted,
+        };
+    }
+    match own.iter().find(|p| p.shape().len() == 2) {
+        Some(rows) => Form::Rows(rows.shape().first().copied().unwrap_or(0)),
+        None => Form::Bias,
     }
 }
 
 fn bias_count(own: &[&Parameter]) -> usize {
     let biases = own.iter().filter(|p| p.name().ends_with(".bias"));
     biases.map(|p| p.count()).sum()
+}
+
+/// A trained site and what it takes beside its trained values.
+pub(super) type Costed<'a> = (&'a TrainedSite, Cost);
+
+/// What the trained sites take, as the method of the draft says.
+pub(super) fn costs<'a>(draft: &Draft<'a>) -> Result<Vec<Costed<'a>>, PeftError> {
+    let method = methods::find(&draft.adapter.method)?;
+    let sites = draft.model.sites();
+    let at = |path: &str| sites.iter().find(|site| site.path == path);
+    let cost = |site: &TrainedSite| match (site.form, at(&site.path)) {
+        (Form::Whole, _) => Ok(Cost::OF_WEIGHT),
+        (Form::LowRank { .. } | Form::Adapted, Some(at)) => (method.cost)(draft.adapter, at),
+        (_, _) => Ok(Cost::NOTHING),
+    };
+    let trained = draft.trained.iter();
+    trained
+        .map(|site| cost(site).map(|cost| (site, cost)))
+        .collect()
 }
 
 /// The first layer with something to train, 0 if the embedding trains; the number of layers if
@@ -197,7 +230,7 @@ impl SiteGroup {
 
 #[cfg(test)]
 mod tests {
-    use tangent_peft::attach;
+    use tangent_peft::{SettingValue, attach};
 
     use super::super::fixture;
     use super::*;
@@ -255,5 +288,46 @@ mod tests {
         assert_eq!(told, want);
         let count: usize = trained.iter().map(|site| site.parameters).sum();
         assert_eq!(count, adapter.count());
+    }
+
+    #[test]
+    fn every_method_has_its_form() {
+        for method in tangent_peft::METHODS {
+            let mut model = fixture::model("llama/tied_gqa");
+            let config = tangent_peft::AdapterConfig {
+                method: method.id.into(),
+                ..match method.whole_model {
+                    true => fixture::full(),
+                    false => fixture::lora(&["q_proj", "down_proj"]),
+                }
+            };
+            let own = [("oft_block_size".to_owned(), SettingValue::Number(8.0))];
+            let config = tangent_peft::AdapterConfig {
+                own: match method.id {
+                    "oft" => own.into(),
+                    _ => config.own,
+                },
+                ..config
+            };
+            let (trained, adapter) = fixture::attached(&mut *model, &config);
+            let want = match method.id {
+                "full" => Form::Whole,
+                "oft" => Form::Adapted,
+                _ => Form::LowRank { rank: 4 },
+            };
+            let of_method = trained.iter().filter(|s| adapter.sites.contains(&s.path));
+            assert!(of_method.clone().count() > 0);
+            assert!(of_method.clone().all(|s| s.form == want), "{}", method.id);
+            // VeRA's projections, (4, 48) and (32, 4).
+            let shared: usize = trained.iter().map(|site| site.shared).sum();
+            let want = if method.id == "vera" {
+                4 * 48 + 32 * 4
+            } else {
+                0
+            };
+            assert_eq!(shared, want, "{}", method.id);
+            let count: usize = trained.iter().map(|site| site.parameters).sum();
+            assert_eq!(count, adapter.count());
+        }
     }
 }

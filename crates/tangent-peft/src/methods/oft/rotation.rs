@@ -10,6 +10,36 @@ pub(super) enum Cayley {
     Series(usize),
 }
 
+impl Cayley {
+    /// Matrices of every block that are kept for the backward pass, the rotation among them.
+    pub(super) fn kept(&self) -> usize {
+        match self {
+            // The inverse besides.
+            Self::Exact => 2,
+            // Powers of Q up to the last but one.
+            Self::Series(terms) => last_power(*terms),
+        }
+    }
+
+    /// Products of matrices of a block in a forward and a backward pass.
+    pub(super) fn products(&self) -> usize {
+        match self {
+            // The inverse, two products with it, and the gradient of each.
+            Self::Exact => 5,
+            // A product for each power, and two gradients of it.
+            Self::Series(terms) => 3 * (last_power(*terms) - 1),
+        }
+    }
+}
+
+/// The exponent of the last power in a series of so many terms.
+fn last_power(terms: usize) -> usize {
+    match terms {
+        ..=2 => 1,
+        _ => (terms - 1).max(3),
+    }
+}
+
 /// The map from upper triangles to rotations of one size.
 pub(super) struct Rotations {
     size: usize,
@@ -64,10 +94,7 @@ impl Rotations {
 /// three have the fourth as well.
 fn series(q: Tensor<3>, identity: Tensor<3>, terms: usize) -> Tensor<3> {
     let mut sum = identity + q.clone() * 2.0;
-    let last = match terms {
-        ..=2 => 1,
-        _ => (terms - 1).max(3),
-    };
+    let last = last_power(terms);
     let mut power = q.clone();
     for exponent in 2..=last {
         power = power.matmul(q.clone());

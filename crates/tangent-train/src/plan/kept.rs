@@ -1,0 +1,204 @@
+//! What the layers keep from the forward to the backward pass.
+
+use tangent_model::family::Activation;
+use tangent_peft::methods::cost::Input;
+
+use super::trained::{Costed, lowest_layer, trains_embedding};
+use super::{Draft, metered};
+
+/// What is kept for the backward pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// Features of every token, layer by layer.
+    pub features: Vec<usize>,
+    /// Values that sites form once a pass.
+    pub formed: usize,
+    /// The most of them that a layer has.
+    pub formed_in_layer: usize,
+}
+
+impl Kept {
+    /// What is kept with the draft's sites at these costs; `is_metered` says whether the meter is
+    /// read.
+    pub fn new(draft: &Draft<'_>, trained: &[Costed<'_>], is_metered: bool) -> Self {
+        let (activations, layers) = (draft.model.activations(), draft.model.layers());
+        let lowest = lowest_layer(draft.trained, layers);
+        let embedding_trains = trains_embedding(draft.trained);
+        let layer = |index: usize| -> (usize, usize) {
+            if index < lowest {
+                return (0, 0);
+            }
+            let own = trained.iter().filter(|(site, _)| site.layer == Some(index));
+            let own: Vec<Costed<'_>> = own.copied().collect();
+            let is_tracked = index > lowest || embedding_trains;
+            let features = features(&activations, &own, is_tracked, is_metered);
+            (features, own.iter().map(|(_, cost)| cost.per_pass).sum())
+        };
+        let (features, formed): (Vec<usize>, Vec<usize>) = (0..layers).map(layer).unzip();
+        Self {
+            features,
+            formed: trained.iter().map(|(_, cost)| cost.per_pass).sum(),
+            formed_in_layer: formed.into_iter().max().unwrap_or(0),
+        }
+    }
+}
+
+/// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
+/// sites; `is_tracked` says whether its input wants a gradient.
+fn features(
+    activations: &[Activation],
+    trained: &[Costed<'_>],
+    mut is_tracked: bool,
+    is_metered: bool,
+) -> usize {
+    let mut features = 0;
+    for activation in activations {
+        let mut keeps = activation.kept && is_tracked;
+        // Where nothing before it is kept, there is nothing to form it from.
+        let formed_again = activation.formed_again && is_tracked;
+        let readers = trained
+            .iter()
+            .filter(|(site, _)| activation.read_by.contains(&site.name()));
+        let mut trains = false;
+        for (site, cost) in readers {
+            trains = true;
+            features += cost.per_token;
+            keeps |= match cost.input {
+                Input::Unread => false,
+                Input::Kept => true,
+                Input::FormedAgain => !formed_again,
+            };
+            keeps |= is_metered && metered::is_read(site) && !formed_again;
+        }
+        is_tracked |= trains;
+        features += if keeps { activation.width } else { 0 };
+    }
+    features
+}
+
+#[cfg(test)]
+mod tests {
+    use tangent_peft::{AdapterConfig, SettingValue, attach};
+
+    use super::super::trained::costs;
+    use super::super::{TrainedSite, fixture};
+    use super::*;
+
+    /// What is kept with an adapter of these settings.
+    fn kept(config: &AdapterConfig, is_metered: bool) -> Kept {
+        let mut model = fixture::model("llama/tied_gqa");
+        // Only what is attached is read of it, and start values count for nothing there.
+        let plain = AdapterConfig {
+            init: AdapterConfig::default().init,
+            ..config.clone()
+        };
+        let adapter = attach(&mut *model, &plain, 1).unwrap();
+        let trained = TrainedSite::of_adapter(&*model, &adapter);
+        let draft = Draft {
+            adapter: config,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        Kept::new(&draft, &costs(&draft).unwrap(), is_metered)
+    }
+
+    /// Features that the layers keep, counted by hand against `fixture::model`'s sizes.
+    #[track_caller]
+    fn check_lora(targets: &[&str], dropout: f32, want: [usize; 2]) {
+        let config = AdapterConfig {
+            dropout,
+            ..fixture::lora(targets)
+        };
+        assert_eq!(kept(&config, false).features, want, "{targets:?}");
+    }
+
+    #[test]
+    fn layers_keep_what_their_backward_passes_read() {
+        // x, h, q, k, v, o, x2, h2, gate, up and seven ranks; the lowest layer's x wants nothing.
+        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 48 + 48 + 7 * 4;
+        check_lora(&["all-linear"], 0.0, [all - 32, all]);
+        // Nothing below; no o, no h2.
+        let queries = 32 + 32 + 16 + 16 + 32 + 48 + 48 + 4;
+        check_lora(&["model.layers.1.*q_proj"], 0.0, [0, queries]);
+        // Above it, normalization, attention and gate keep their inputs all the same.
+        let passed = 32 + 32 + 16 + 16 + 32 + 48 + 48;
+        check_lora(&["model.layers.0.*q_proj"], 0.0, [queries, passed]);
+        // Nothing that the product could be formed from is kept in the lowest layer.
+        check_lora(&["model.layers.1.*down_proj"], 0.0, [0, 48 + 4]);
+        // With dropout h itself is not kept, a dropped copy is.
+        check_lora(&["model.layers.1.*q_proj"], 0.1, [0, queries]);
+    }
+
+    /// Inputs of a layer's seven linear maps, and their outputs.
+    const INPUTS: usize = 5 * 32 + 32 + 48;
+    const OUTPUTS: usize = 32 + 2 * 16 + 32 + 2 * 48 + 32;
+    /// What a layer keeps for any method that reads its inputs: x, h, q, k, v, o, x2, h2, gate, up.
+    const READ: usize = 6 * 32 + 2 * 16 + 2 * 48;
+
+    /// Features of the upper layer, and values that are formed in a layer, with everything adapted.
+    #[track_caller]
+    fn check(config: &AdapterConfig, want: (usize, usize)) {
+        let kept = kept(config, false);
+        // The input of the lowest layer wants no gradient.
+        assert_eq!(kept.features, [want.0 - 32, want.0], "{config:?}");
+        assert_eq!(kept.formed_in_layer, want.1, "{config:?}");
+        assert_eq!(kept.formed, 2 * want.1);
+    }
+
+    #[test]
+    fn methods_keep_what_they_say() {
+        let of = |method: &str, rank: usize| AdapterConfig {
+            method: method.into(),
+            rank,
+            ..fixture::lora(&["all-linear"])
+        };
+        let sides = INPUTS + OUTPUTS;
+        check(&of("lora", 4), (READ + 7 * 4, 0));
+        check(&of("dora", 4), (READ + 7 * 4 + OUTPUTS, 2 * OUTPUTS));
+        check(&of("adalora", 4), (READ + 7 * 4, 4 * INPUTS));
+        check(&of("vera", 6), (READ + 7 * 6, 6 * sides));
+        check(&of("loha", 2), (READ + 7 * 4, 4 * sides));
+        // With rank 4 keys and values are dense: three matrices each, and nothing between factors.
+        let dense = 2 * 3 * 16 * 32;
+        let others = 16 * (sides - 2 * (16 + 32));
+        check(&of("loha", 4), (READ + 5 * 16, others + dense));
+        // X is (4, 8) and read as (4, 8), or as (4, 4) for keys and values; that of down is (6, 8).
+        // The product of gate and up is kept.
+        let turned = 4 * 32 + 2 * 16 + 48;
+        check(&of("lokr", 4), (READ + 48 + turned, 0));
+        let within = 2 * (6 * 4 + 6);
+        check(&of("lokr", 2), (READ + 48 + turned + within, 0));
+        let rotation = AdapterConfig {
+            own: [("oft_block_size".to_owned(), SettingValue::Number(8.0))].into(),
+            ..of("oft", 1)
+        };
+        check(&rotation, (READ + 48, 4 * 8 * INPUTS));
+        // Both products, from joined factors.
+        let moved = AdapterConfig {
+            init: "pissa".into(),
+            ..of("lora", 4)
+        };
+        check(&moved, (READ + 7 * 8, 8 * sides));
+    }
+
+    #[test]
+    fn dropout_keeps_copies_and_no_inputs() {
+        let dropped = AdapterConfig {
+            dropout: 0.1,
+            method: "dora".into(),
+            ..fixture::lora(&["all-linear"])
+        };
+        // Not h, o and h2.
+        let want = READ - 3 * 32 + INPUTS + 7 * 4 + OUTPUTS;
+        check(&dropped, (want, 2 * OUTPUTS));
+        // The meter reads the inputs of q, k and v, of o, and of gate and up.
+        assert_eq!(kept(&dropped, true).features[1], want + 3 * 32);
+    }
+
+    #[test]
+    fn full_fine_tuning_keeps_every_input() {
+        let kept = kept(&fixture::full(), false);
+        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 3 * 48;
+        assert_eq!(kept.features, [all, all]);
+        assert_eq!(kept.formed, 0);
+    }
+}
