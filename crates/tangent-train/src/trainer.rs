@@ -2,16 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
 use tangent_model::{LanguageModel, pass};
-use tangent_ops::Tap;
 use tangent_ops::profile::{self, Kind};
-use tangent_peft::{Adapter, Controller, export};
+use tangent_peft::{Adapter, export};
 
 use crate::checkpoint::{self, Progress};
 use crate::config::TrainConfig;
@@ -20,13 +18,12 @@ use crate::error::TrainError;
 use crate::eval::{EvalReport, evaluate};
 use crate::event::{Event, LogEntry};
 use crate::evidence;
-use crate::gradients::{self, Accumulated, StepGradients};
 use crate::memory;
-use crate::meter::{self, Meter};
 use crate::metrics::Metrics;
-use crate::optim::Optimizer;
 use crate::run_report;
-use crate::sampler::{StepRows, epoch_steps, total_steps};
+use crate::sampler::epoch_steps;
+use crate::step::Stepper;
+use crate::twin::Beside;
 
 /// Everything that a run needs.
 pub struct Run<'a> {
@@ -90,18 +87,15 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     let begun = Instant::now();
     let config = run.config;
     config.validate()?;
-    let mut optimizer = Optimizer::for_adapter(config, run.adapter)?;
-    meter::check(config.meter_every, &*run.opened.model)?;
+    let mut stepper = Stepper::new(&*run.opened.model, run.adapter, config, run.train)?;
     if run.adapter.method.whole_model {
         // Known now rather than at the first checkpoint.
         export::check_exportable(run.opened)?;
     }
-    let total = total_steps(run.train, config);
-    let warmup = config.warmup_steps(total);
-    let control = run.adapter.method.control;
-    let mut controller = control.map(|c| c(run.adapter, total)).transpose()?;
-    let (_lock, mut progress) = begin(run, &mut optimizer, controller.as_deref_mut(), total)?;
+    let total = stepper.total();
+    let (_lock, mut progress) = begin(run, &mut stepper)?;
     let mut metrics = Metrics::open(&run.output, &progress)?;
+    let mut twin = Beside::open(run)?;
     on_event(&Event::Start {
         step: progress.global_step,
         total,
@@ -122,51 +116,34 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             steps = epoch_steps(run.train, config, progress.epoch_index);
         }
         let clock = Instant::now();
-        let rows = &steps[progress.step_in_epoch];
-        let rate =
-            config.learning_rate * config.schedule.factor(progress.global_step, warmup, total);
         let step = progress.global_step + 1;
-        let every = |n: usize| n > 0 && step.is_multiple_of(n);
-        let measure = || Meter::begin(&*run.opened.model, run.adapter, rows.len());
-        let meter = every(config.meter_every).then(measure);
-        let tap = meter.as_ref().map(Meter::tap);
-        let StepGradients {
-            loss,
-            supervised,
-            tokens,
-            mut gradients,
-        } = step_gradients(run, rows, step, tap)?;
-        let norm = profile::span("update", Kind::Phase, || {
-            if let Some(controller) = &mut controller {
-                controller.before_step(run.adapter, &mut gradients);
-            }
-            let norm = finite_norm(run, &gradients, rows, step)?;
-            gradients::clip(&mut gradients, norm, config.max_grad_norm);
-            optimizer.step(rate as f32, &gradients);
-            if let Some(controller) = &mut controller {
-                controller.after_step(run.adapter, &gradients, step);
-            }
-            Ok::<_, TrainError>(norm)
-        })?;
-
+        let taken = stepper.take(step, &steps[progress.step_in_epoch])?;
         progress.global_step = step;
         progress.step_in_epoch += 1;
         progress.epoch =
             progress.epoch_index as f64 + progress.step_in_epoch as f64 / steps.len() as f64;
-        progress.window.add(loss, supervised, tokens);
-        progress.total.add(loss, supervised, tokens);
-        if let Some(meter) = meter {
-            let reading = profile::span("meter", Kind::Phase, || meter.finish());
+        progress
+            .window
+            .add(taken.loss, taken.supervised, taken.tokens);
+        progress
+            .total
+            .add(taken.loss, taken.supervised, taken.tokens);
+        if let Some(reading) = taken.reading {
             metrics.log_reading(&progress, reading, on_event)?;
         }
         let seconds = clock.elapsed().as_secs_f64();
-        window.add(tokens, seconds);
-        overall.add(tokens, seconds);
+        window.add(taken.tokens, seconds);
+        overall.add(taken.tokens, seconds);
+        if let Some(twin) = &mut twin {
+            let loss = taken.loss / taken.supervised.max(1) as f64;
+            twin.after_step(&progress, loss, &metrics)?;
+        }
 
+        let every = |n: usize| n > 0 && step.is_multiple_of(n);
         let last = step == total;
         let evaluates = !run.eval.is_empty() && (every(config.eval_steps) || last);
         if every(config.logging_steps) || evaluates || last {
-            let mut entry = entry(&progress, window).with_step(rate, norm);
+            let mut entry = entry(&progress, window).with_step(taken.rate, taken.norm);
             if evaluates {
                 let report = evaluation(run)?;
                 if progress.best_metric.is_none_or(|best| report.loss < best) {
@@ -181,13 +158,13 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
             metrics.log(&mut progress, entry, on_event)?;
         }
         if every(config.save_steps) || (last && config.save_steps > 0) {
-            save(run, &progress, &optimizer, controller.as_deref(), on_event)?;
+            save(run, &progress, &stepper, on_event)?;
             saved = Some(step);
         }
     }
     let outcome = if progress.global_step < total {
         if saved != Some(progress.global_step) {
-            save(run, &progress, &optimizer, controller.as_deref(), on_event)?;
+            save(run, &progress, &stepper, on_event)?;
         }
         Outcome::Interrupted
     } else {
@@ -230,51 +207,6 @@ fn evaluation(run: &Run<'_>) -> Result<EvalReport, TrainError> {
     profile::span("evaluation", Kind::Phase, || {
         evaluate(&*run.opened.model, run.eval)
     })
-}
-
-/// Gradients of a step; a loss that is not finite is an error that names the rows.
-fn step_gradients(
-    run: &Run<'_>,
-    rows: &StepRows,
-    step: usize,
-    tap: Option<Arc<dyn Tap>>,
-) -> Result<StepGradients, TrainError> {
-    let model = &*run.opened.model;
-    gradients::of_step(model, run.adapter, run.config, run.train, rows, step, tap)
-        .map_err(|index| not_finite(run, &rows[index], step, "the loss".into()))
-}
-
-/// The norm of the gradients, or which tensor's is not finite.
-fn finite_norm(
-    run: &Run<'_>,
-    gradients: &Accumulated,
-    rows: &StepRows,
-    step: usize,
-) -> Result<f64, TrainError> {
-    let norm = gradients::global_norm(gradients);
-    if norm.is_finite() {
-        return Ok(norm);
-    }
-    let culprit = run
-        .adapter
-        .parameters
-        .iter()
-        .zip(gradients)
-        .find(|(_, g)| g.as_ref().is_some_and(|g| g.iter().any(|v| !v.is_finite())));
-    let what = match culprit {
-        Some((parameter, _)) => format!("the gradient of {}", parameter.name()),
-        None => "the norm of all gradients".to_owned(),
-    };
-    Err(not_finite(run, &rows.concat(), step, what))
-}
-
-fn not_finite(run: &Run<'_>, rows: &[usize], step: usize, what: String) -> TrainError {
-    let names = rows.iter().map(|&r| run.train[r].origin.to_string());
-    TrainError::NotFinite {
-        step,
-        what,
-        rows: names.collect::<Vec<_>>().join(", "),
-    }
 }
 
 /// Puts the result into the output folder; an earlier result stays until the new one is written.
@@ -341,15 +273,10 @@ pub(crate) fn lock(output: &Path) -> Result<fs::File, TrainError> {
 }
 
 /// The lock of the output folder, and the progress of a new run or of the run that is resumed.
-fn begin(
-    run: &Run<'_>,
-    optimizer: &mut Optimizer,
-    controller: Option<&mut (dyn Controller + 'static)>,
-    total: usize,
-) -> Result<(fs::File, Progress), TrainError> {
+fn begin(run: &Run<'_>, stepper: &mut Stepper<'_>) -> Result<(fs::File, Progress), TrainError> {
     let record = run.output.join("run.json");
     let new = Progress {
-        max_steps: total,
+        max_steps: stepper.total(),
         settings: run.settings.clone(),
         ..Progress::default()
     };
@@ -384,7 +311,8 @@ fn begin(
     };
     let progress = checkpoint::read_progress(&path)?;
     refuse_changes(&path, &progress.settings, &run.settings)?;
-    checkpoint::restore(&path, step, optimizer, controller)?;
+    let controller = stepper.controller.as_deref_mut();
+    checkpoint::restore(&path, step, &mut stepper.optimizer, controller)?;
     Ok((lock, progress))
 }
 
@@ -415,15 +343,14 @@ pub(crate) fn refuse_changes(path: &Path, then: &Value, now: &Value) -> Result<(
 fn save(
     run: &Run<'_>,
     progress: &Progress,
-    optimizer: &Optimizer,
-    controller: Option<&dyn Controller>,
+    stepper: &Stepper<'_>,
     on_event: &mut dyn FnMut(&Event),
 ) -> Result<(), TrainError> {
     let path = checkpoint::save(
         &run.output,
         progress,
-        optimizer,
-        controller,
+        &stepper.optimizer,
+        stepper.controller.as_deref(),
         run.opened,
         run.adapter,
         &run.base,

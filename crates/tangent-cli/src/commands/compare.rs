@@ -70,8 +70,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         stop: &stop,
     };
     say(format_args!(
-        "{} methods on {}: {} rows to train on, {} to choose learning rates by, {} to compare on",
-        setup.recipes.len(),
+        "{} on {}: {} rows to train on, {} to choose learning rates by, {} to compare on",
+        match setup.recipes.len() {
+            1 => "1 method".to_owned(),
+            count => format!("{count} methods"),
+        },
         opened.path.display(),
         train.len(),
         validation.len(),
@@ -160,7 +163,7 @@ impl Screen {
             Event::Ready(contender) => {
                 let size = match contender.variant.size {
                     0 => String::new(),
-                    size => format!("rank {size}, "),
+                    size => format!("{} {size}, ", contender.recipe.size_name()),
                 };
                 self.line(&format!(
                     "{}: {size}{} trained parameters, {} steps",

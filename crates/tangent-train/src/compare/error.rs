@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use tangent_model::folder::FolderError;
 use tangent_peft::PeftError;
+use tangent_peft::name::Unknown;
 
 use crate::error::TrainError;
 
@@ -12,13 +13,8 @@ use crate::error::TrainError;
 #[non_exhaustive]
 pub enum CompareError {
     /// A recipe that does not exist.
-    #[error("--methods {name}: there is no such recipe; recipes: {known}")]
-    UnknownRecipe {
-        /// What was asked for.
-        name: String,
-        /// All recipes.
-        known: String,
-    },
+    #[error("--methods: recipe {}; recipes: {}", .0, .0.known)]
+    UnknownRecipe(Unknown),
     /// A recipe that was asked for twice.
     #[error("--methods: {name} is named twice; keep one")]
     Twice {
@@ -47,8 +43,16 @@ pub enum CompareError {
         /// What it must be.
         why: &'static str,
     },
+    /// A recipe that does not fit the model or the shared settings.
+    #[error("{recipe}: {source}; or leave {recipe} out of --methods")]
+    Recipe {
+        /// Id of the recipe.
+        recipe: &'static str,
+        /// What does not fit.
+        source: Box<PeftError>,
+    },
     /// A budget that no recipe can keep to.
-    #[error("no recipe can keep to the budget: {why}")]
+    #[error("no recipe can keep to the budget: {why}; give a larger --budget or other --methods")]
     Budget {
         /// What each of them needs.
         why: String,

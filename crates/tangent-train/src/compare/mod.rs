@@ -22,6 +22,7 @@ mod runs;
 mod search;
 mod session;
 mod standing;
+mod table;
 #[cfg(test)]
 mod tests;
 

@@ -2,7 +2,7 @@
 //! recipe is one line in [`RECIPES`].
 
 use tangent_peft::methods::{self, Common};
-use tangent_peft::{AdapterConfig, PeftError, SettingValue};
+use tangent_peft::{AdapterConfig, PeftError, SettingValue, name};
 
 use super::error::CompareError;
 use crate::config::TrainConfig;
@@ -31,8 +31,24 @@ enum Size {
     /// Its rank.
     Rank,
     /// A setting of the method that counts something from 2 on.
-    Setting(&'static str),
+    Setting {
+        /// Name of the setting.
+        name: &'static str,
+        /// What it is, for tables.
+        words: &'static str,
+    },
 }
+
+/// What a recipe's rank is called in tables.
+pub const RANK: &str = "rank";
+
+/// What the size of OFT's blocks is called in tables.
+pub const BLOCK_SIZE: &str = "block size";
+
+const BLOCKS: Size = Size::Setting {
+    name: "oft_block_size",
+    words: BLOCK_SIZE,
+};
 
 /// Settings that all recipes begin with.
 #[derive(Clone, Debug, Default)]
@@ -77,7 +93,7 @@ pub const RECIPES: &[Recipe] = &[
     recipe("vera", "vectors around random projections", "vera", 3e-3, |_, _| {}),
     recipe("loha", "two low-rank products, elementwise", "loha", 1e-3, |_, _| {}),
     recipe("lokr", "Kronecker product of small matrices", "lokr", 1e-3, |_, _| {}),
-    recipe("oft", "rotations of inputs", "oft", 3e-4, |a, _| nearest(a)).sized_by("oft_block_size"),
+    recipe("oft", "rotations of inputs", "oft", 3e-4, |a, _| nearest(a)).sized_by(BLOCKS),
     recipe("full", "full fine-tuning", "full", 2e-5, |_, _| {}),
 ];
 
@@ -131,11 +147,16 @@ fn nearest(adapter: &mut AdapterConfig) {
 }
 
 impl Recipe {
-    /// The recipe, sized by a setting of its method.
-    const fn sized_by(self, setting: &'static str) -> Self {
-        Self {
-            size: Size::Setting(setting),
-            ..self
+    /// The recipe, sized by something else than a rank.
+    const fn sized_by(self, size: Size) -> Self {
+        Self { size, ..self }
+    }
+
+    /// What its size is: a rank, or what its method has in the place of one.
+    pub fn size_name(&self) -> &'static str {
+        match self.size {
+            Size::Rank => RANK,
+            Size::Setting { words, .. } => words,
         }
     }
 
@@ -143,7 +164,7 @@ impl Recipe {
     pub(super) fn least_size(&self) -> usize {
         match self.size {
             Size::Rank => 1,
-            Size::Setting(_) => 2,
+            Size::Setting { .. } => 2,
         }
     }
 
@@ -161,7 +182,7 @@ impl Recipe {
         adapter.method = method.id.into();
         adapter.rank = match self.size {
             Size::Rank => size.or(shared.rank).unwrap_or(method.rank),
-            Size::Setting(_) => method.rank,
+            Size::Setting { .. } => method.rank,
         };
         adapter.alpha = shared.alpha.unwrap_or(2.0 * adapter.rank as f32);
         if !method.reads.contains(&Common::Dropout) {
@@ -171,7 +192,7 @@ impl Recipe {
         let size = match self.size {
             _ if method.whole_model => 0,
             Size::Rank => adapter.rank,
-            Size::Setting(name) => {
+            Size::Setting { name, .. } => {
                 let size = size.unwrap_or_else(|| adapter.own(name).number() as usize);
                 set(&mut adapter, name, SettingValue::Number(size as f64));
                 size
@@ -192,11 +213,8 @@ impl Recipe {
 pub fn find(names: &[String]) -> Result<Vec<&'static Recipe>, CompareError> {
     let mut found: Vec<&'static Recipe> = vec![];
     for name in names {
-        let recipe = RECIPES.iter().find(|r| r.id == name);
-        let recipe = recipe.ok_or_else(|| CompareError::UnknownRecipe {
-            name: name.clone(),
-            known: RECIPES.iter().map(|r| r.id).collect::<Vec<_>>().join(", "),
-        })?;
+        let recipe = name::find(RECIPES, name, |recipe| recipe.id);
+        let recipe = recipe.map_err(CompareError::UnknownRecipe)?;
         if found.iter().any(|r| r.id == recipe.id) {
             return Err(CompareError::Twice { name: recipe.id });
         }
@@ -269,6 +287,8 @@ mod tests {
         let oft = of("oft", Some(16));
         assert_eq!(oft.adapter.own["oft_block_size"].number(), 16.0);
         assert_eq!(of("oft", None).size, 32);
+        let name = |name: &str| find(&[name.to_owned()]).unwrap()[0].size_name();
+        assert_eq!((name("lora"), name("oft")), ("rank", "block size"));
         assert_eq!(of("full", Some(6)).size, 0);
     }
 
@@ -277,9 +297,11 @@ mod tests {
         let names = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
         let text = find(&names(&["lora", "lorra"])).unwrap_err().to_string();
         assert!(
-            text.contains("lorra") && text.contains("lora, rslora"),
+            text.contains("did you mean \"lora\"?") && text.contains("lora, rslora"),
             "{text}"
         );
+        let found = find(&names(&["lora_ga+lora_pro"])).unwrap();
+        assert_eq!(found[0].id, "lora-ga+lora-pro");
         let text = find(&names(&["dora", "dora"])).unwrap_err().to_string();
         assert!(text.contains("dora is named twice"), "{text}");
     }

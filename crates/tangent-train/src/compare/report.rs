@@ -2,18 +2,16 @@
 
 use serde_json::Value;
 
-use super::bootstrap::{Estimate, RESAMPLES};
+use super::bootstrap::RESAMPLES;
 use super::charts::{self, NATS};
 use super::standing::{LEVEL, Standing, Standings};
-use super::{Budget, Finding, Rates, Setup, Skipped};
-use crate::plan::{grouped, megabytes};
-use crate::report::{Page, number};
+use super::table::{self, counted};
+use super::{Budget, Finding, Rates, Recipe, Setup, Skipped};
+use crate::plan::grouped;
+use crate::report::{HeatMap, Page, number};
 
 /// Name of the page in the output folder.
 pub const REPORT: &str = "compare.html";
-
-/// What stands for a value that is not there.
-const NOTHING: &str = "-";
 
 /// A comparison as it stands.
 #[derive(Clone, Debug)]
@@ -25,76 +23,6 @@ pub struct Report {
     findings: Vec<Finding>,
     /// What was compared, a sentence each.
     what: Vec<String>,
-}
-
-/// A column of the table: its header, and a standing's cell.
-type Column = (&'static str, fn(&Standing) -> String);
-
-/// Every column; those without a value anywhere are left out.
-const COLUMNS: &[Column] = &[
-    ("method", |s| s.recipe.to_owned()),
-    ("rank", |s| {
-        if s.rank > 0 {
-            s.rank.to_string()
-        } else {
-            NOTHING.into()
-        }
-    }),
-    ("loss", |s| estimate(s.loss, |e| format!("{:.4}", e.mean))),
-    ("95 % interval", |s| {
-        estimate(s.loss, |e| format!("{:.4} to {:.4}", e.low, e.high))
-    }),
-    ("group", |s| s.group.clone()),
-    ("p best", |s| p_value(s.p_best)),
-    ("p lora", |s| p_value(s.p_lora)),
-    ("gap closed", |s| {
-        estimate(s.gap_closed, |e| format!("{:.0} %", 100.0 * e.mean))
-    }),
-    ("interval of gap", |s| {
-        estimate(s.gap_closed, |e| percent(e, 0))
-    }),
-    ("accuracy", |s| {
-        estimate(s.accuracy, |e| format!("{:.1} %", 100.0 * e.mean))
-    }),
-    ("interval of accuracy", |s| {
-        estimate(s.accuracy, |e| percent(e, 1))
-    }),
-    ("parameters", |s| match s.parameters {
-        0 => NOTHING.into(),
-        count => grouped(count),
-    }),
-    ("memory", |s| {
-        s.predicted_peak_bytes.map_or(NOTHING.into(), megabytes)
-    }),
-    ("s/step", |s| {
-        s.seconds_per_step.map_or(NOTHING.into(), number)
-    }),
-    ("kappa", |s| {
-        s.kappa.map_or(NOTHING.into(), |k| format!("{k:.3}"))
-    }),
-    ("rate", |s| s.learning_rate.map_or(NOTHING.into(), number)),
-    ("tuning", |s| match s.tuning_runs {
-        0 => NOTHING.into(),
-        runs => format!("{runs} runs, {} steps", grouped(s.tuning_steps)),
-    }),
-    ("note", |s| s.note.clone().unwrap_or_default()),
-];
-
-fn estimate(estimate: Option<Estimate>, text: fn(Estimate) -> String) -> String {
-    estimate.map_or(NOTHING.into(), text)
-}
-
-fn percent(e: Estimate, decimals: usize) -> String {
-    let (low, high) = (100.0 * e.low, 100.0 * e.high);
-    format!("{low:.decimals$} to {high:.decimals$} %")
-}
-
-fn p_value(p: Option<f64>) -> String {
-    match p {
-        None => NOTHING.into(),
-        Some(p) if p < 0.001 => "<0.001".into(),
-        Some(p) => format!("{p:.3}"),
-    }
 }
 
 impl Report {
@@ -115,7 +43,7 @@ impl Report {
 
     /// The table and what it means, for a terminal.
     pub fn text(&self) -> String {
-        let (headers, rows) = self.table();
+        let (headers, rows) = table::of(&self.standings.rows);
         let lines = std::iter::once(&headers).chain(&rows);
         let width = |column: usize| {
             let cells = lines.clone().filter_map(|line| line.get(column));
@@ -130,7 +58,10 @@ impl Report {
             text.push('\n');
         }
         let (told, explained) = (self.conclusions(), self.explanations());
-        for sentence in told.iter().chain(&self.what).chain(&explained) {
+        let headline = self.headline().into_iter().map(|line| format!("{line}\n"));
+        let headline: Vec<String> = headline.collect();
+        let told = headline.iter().chain(&told);
+        for sentence in told.chain(&self.what).chain(&explained) {
             text.push_str(&format!("\n{sentence}"));
         }
         text.push('\n');
@@ -148,19 +79,33 @@ impl Report {
 
     /// The report as a page.
     pub fn html(&self) -> String {
-        let mut page = Page::new("Fine-tuning methods compared");
+        let title = "Fine-tuning methods compared";
+        let mut page = match self.headline() {
+            Some(headline) => Page::new(format!("{title}: {headline}")),
+            None => Page::new(title),
+        };
         for sentence in self.conclusions() {
             page.paragraph(&sentence);
         }
-        let (headers, rows) = self.table();
+        let (headers, rows) = table::of(&self.standings.rows);
         page.table(&headers, &rows);
         for sentence in self.what.iter().chain(&self.explanations()) {
             page.paragraph(sentence);
         }
         page.heading("Learning curves");
+        let finals = self.findings.iter().flat_map(|finding| &finding.finals);
+        let diverged = finals.filter(|run| run.diverged.is_some()).count();
+        let ended = match diverged {
+            0 => String::new(),
+            runs => format!(
+                " {} diverged, where the line of the method ends.",
+                counted(runs, "run")
+            ),
+        };
+        let caption = "Training loss with the rate that was found, mean over seeds; shaded from \
+                       the lowest to the highest seed.";
         page.figure(
-            "Training loss with the rate that was found, mean over seeds; shaded from the lowest \
-             to the highest seed.",
+            &format!("{caption}{ended}"),
             &charts::curves(&self.findings).svg(),
         );
         page.heading("Quality against cost");
@@ -170,12 +115,21 @@ impl Report {
         }
         if self.findings.iter().any(|f| !f.sensitivity.is_empty()) {
             page.heading("Learning rates");
+            let trials = self.findings.iter().flat_map(charts::own_trials);
+            let diverged = trials.filter(|trial| !trial.score.is_finite()).count();
+            let left_out = match diverged {
+                0 => String::new(),
+                1 => " 1 run diverged and is not shown.".to_owned(),
+                runs => format!(" {} diverged and are not shown.", counted(runs, "run")),
+            };
+            let caption = "Loss on the validation rows after the first rung of each search, by \
+                           rate.";
             page.figure(
-                "Loss on the validation rows after the first rung of each search, by rate.",
+                &format!("{caption}{left_out}"),
                 &charts::rates(&self.findings).svg(),
             );
-            for (name, chart) in charts::ranks(&self.findings) {
-                page.figure(&format!("{name}: {RANK_CAPTION}"), &chart.svg());
+            for (recipe, chart) in charts::ranks(&self.findings) {
+                page.figure(&size_caption(recipe, &chart), &chart.svg());
             }
             page.heading("Searches");
             let headers = ["method", "rate", "steps", "validation loss"];
@@ -184,19 +138,28 @@ impl Report {
         page.finish()
     }
 
-    fn table(&self) -> (Vec<String>, Vec<Vec<String>>) {
-        let rows = &self.standings.rows;
-        let told = |column: &&Column| {
-            let mut cells = rows.iter().map(column.1);
-            cells.any(|cell| !cell.is_empty() && cell != NOTHING)
-        };
-        let columns: Vec<&Column> = COLUMNS.iter().filter(told).collect();
-        let headers = columns.iter().map(|column| column.0.to_owned()).collect();
-        let cells = |row: &Standing| -> Vec<String> {
-            let cells = columns.iter().map(|column| (column.1)(row));
-            cells.collect()
-        };
-        (headers, rows.iter().map(cells).collect())
+    /// Who is best, in short: `a ~ b < c`, a and b cannot be told apart, c is worse. `None` where
+    /// nothing is compared.
+    fn headline(&self) -> Option<String> {
+        let best = &self.standings.best;
+        let compared = self.standings.rows.iter().filter(|row| row.loss.is_some());
+        let worse = compared.map(|row| row.recipe);
+        let worse: Vec<&str> = worse.filter(|name| !best.contains(name)).collect();
+        if best.len() + worse.len() < 2 {
+            return None;
+        }
+        let more = best.len().saturating_sub(NAMED);
+        let mut names: Vec<String> = best.iter().map(|name| (*name).to_owned()).collect();
+        if more > 1 {
+            names.truncate(NAMED);
+            names.push(format!("{more} more"));
+        }
+        let group = names.join(" ~ ");
+        Some(match worse.len() {
+            0 => group,
+            1..=NAMED => format!("{group} < {}", worse.join(", ")),
+            others => format!("{group} < {others} others"),
+        })
     }
 
     /// What was found, in sentences.
@@ -254,9 +217,10 @@ impl Report {
                 seeds.join(", ")
             ),
             format!(
-                "group: methods that share a letter cannot be told apart. p best, p lora: of the \
-                 difference to the lowest loss and to lora; all p are corrected for all pairs \
-                 (Holm), below {LEVEL} is a difference."
+                "group: methods that share a letter cannot be told apart; in short, a ~ b < c: b \
+                 cannot be told apart from a, which has the lowest loss, and c is worse. p best, p \
+                 lora: of the difference to the lowest loss and to lora; all p are corrected for \
+                 all pairs (Holm), below {LEVEL} is a difference."
             ),
             "rate: the learning rate that the search found. tuning: runs and steps of the search, \
              on validation rows taken out of the training rows, with the first seed."
@@ -302,24 +266,46 @@ impl Report {
     }
 }
 
-const RANK_CAPTION: &str = "loss on the validation rows after a quarter of the steps, at each rank \
-                            and learning rate; hatched runs diverged.";
+/// Most methods that are named on one side of a headline.
+const NAMED: usize = 4;
+
+/// What a heat map of a recipe's sizes and learning rates shows.
+fn size_caption(recipe: &Recipe, map: &HeatMap) -> String {
+    let (name, size) = (recipe.id, recipe.size_name());
+    let mut caption = format!(
+        "{name}: loss on the validation rows after a quarter of the steps, at each {size} and \
+         learning rate; hatched runs diverged."
+    );
+    let values = map.panels.iter().flat_map(|panel| &panel.values);
+    let values = values.flatten().flatten();
+    if let Some((_, high)) = map.range {
+        let beyond = values.filter(|value| **value > high).count();
+        let losses = match beyond {
+            1 => "1 loss has".to_owned(),
+            count => format!("{count} losses have"),
+        };
+        let end = number(high);
+        caption.push_str(&format!(" {losses} the color of {end} and lie above."));
+    }
+    caption
+}
 
 /// What is compared, in sentences.
 fn what(setup: &Setup<'_>, findings: &[Finding]) -> Vec<String> {
     let data = &setup.data;
     let budget = match setup.budget {
         Budget::Length => String::new(),
+        Budget::Minutes(1.0) => ", as many as take 1 minute".to_owned(),
         Budget::Minutes(minutes) => format!(", as many as take {minutes} minutes"),
         Budget::Parameters(limit) => {
-            format!(", at most {} trained parameters", grouped(limit))
+            format!(", at most {}", counted(limit, "trained parameter"))
         }
     };
     let steps = findings.iter().map(|f| f.contender.steps);
     let (least, most) = (steps.clone().min().unwrap_or(0), steps.max().unwrap_or(0));
     let steps = match least == most {
-        true => grouped(most),
-        false => format!("{} to {}", grouped(least), grouped(most)),
+        true => counted(most, "step"),
+        false => format!("{} to {} steps", grouped(least), grouped(most)),
     };
     let rates = match &setup.rates {
         Rates::Auto => "five around each method's usual one, more where an end is best".to_owned(),
@@ -330,21 +316,20 @@ fn what(setup: &Setup<'_>, findings: &[Finding]) -> Vec<String> {
             .join(", "),
     };
     vec![format!(
-        "Runs of {steps} steps{budget}; {} training rows, {} validation rows, {} evaluation \
-             rows. Learning rates: {rates}.",
-        grouped(data.train.len()),
-        grouped(data.validation.len()),
-        grouped(data.eval.len()),
+        "Runs of {steps}{budget}; {}, {}, {}. Learning rates: {rates}.",
+        counted(data.train.len(), "training row"),
+        counted(data.validation.len(), "validation row"),
+        counted(data.eval.len(), "evaluation row"),
     )]
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::bootstrap::Estimate;
     use super::*;
 
-    #[test]
-    fn columns_without_a_value_are_left_out() {
-        let standing = |recipe, loss: f64| Standing {
+    fn standing(recipe: &'static str, loss: f64) -> Standing {
+        Standing {
             recipe,
             loss: Some(Estimate {
                 mean: loss,
@@ -354,23 +339,32 @@ mod tests {
             group: "a".into(),
             parameters: 1234,
             ..Standing::default()
-        };
+        }
+    }
+
+    fn report(rows: Vec<Standing>, best: Vec<&'static str>) -> Report {
+        Report {
+            standings: Standings {
+                rows,
+                seeds: vec![42],
+                no_gap: Some("it needs both lora and full"),
+                best,
+            },
+            complete: false,
+            findings: vec![],
+            what: vec![],
+        }
+    }
+
+    #[test]
+    fn columns_without_a_value_are_left_out() {
         let left_out = Standing {
             recipe: "vera",
             note: Some("not finished".into()),
             ..Standing::default()
         };
-        let report = Report {
-            standings: Standings {
-                rows: vec![standing("lora", 1.0), standing("dora", 1.25), left_out],
-                seeds: vec![42],
-                no_gap: Some("it needs both lora and full"),
-                best: vec!["lora", "dora"],
-            },
-            complete: false,
-            findings: vec![],
-            what: vec![],
-        };
+        let rows = vec![standing("lora", 1.0), standing("dora", 1.25), left_out];
+        let report = report(rows, vec!["lora", "dora"]);
         let text = report.text();
         let lines: Vec<&str> = text.lines().collect();
         let header: Vec<&str> = lines[0].split_whitespace().collect();
@@ -398,5 +392,59 @@ mod tests {
         assert!(html.contains("cannot be told apart from: dora."));
         assert_eq!(html, report.html());
         assert_eq!(report.to_json()["complete"], false);
+    }
+
+    #[test]
+    fn the_head_says_in_short_who_is_best() {
+        static NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        let head = |best: usize, worse: usize| {
+            let names = NAMES.iter().take(best + worse);
+            let rows = names.map(|&name| standing(name, 1.0)).collect();
+            report(rows, NAMES[..best].to_vec()).headline()
+        };
+        for (best, worse, want) in [
+            (1, 1, "a < b"),
+            (2, 0, "a ~ b"),
+            (3, 2, "a ~ b ~ c < d, e"),
+            (1, 4, "a < b, c, d, e"),
+            (1, 5, "a < 5 others"),
+            (5, 1, "a ~ b ~ c ~ d ~ e < f"),
+            (6, 2, "a ~ b ~ c ~ d ~ 2 more < g, h"),
+        ] {
+            assert_eq!(head(best, worse).as_deref(), Some(want));
+        }
+        assert_eq!((head(0, 0), head(1, 0)), (None, None));
+        let tied = report(vec![standing("a", 1.0), standing("b", 1.0)], vec!["a", "b"]);
+        assert!(tied.text().contains("\na ~ b\n"));
+        let title = "<h1>Fine-tuning methods compared: a ~ b</h1>";
+        assert!(tied.html().contains(title));
+    }
+
+    #[test]
+    fn numbers_agree_with_what_they_count_and_cells_with_numbers_do_not_wrap() {
+        let one = Standing {
+            tuning_runs: 1,
+            tuning_steps: 1,
+            ..standing("lora", 1.0)
+        };
+        let several = Standing {
+            p_best: Some(0.0),
+            size: 32,
+            size_name: "block size",
+            tuning_runs: 3,
+            tuning_steps: 1200,
+            ..standing("oft", 2.0)
+        };
+        let report = report(vec![one, several], vec!["lora"]);
+        let text = report.text();
+        for words in ["1 run, 1 step\n", "3 runs, 1,200 steps\n", "block size"] {
+            assert!(text.contains(words), "{words:?}: {text}");
+        }
+        assert!(!text.contains("rank"), "{text}");
+        let html = report.html();
+        for cell in ["&lt;0.001", "0.9000 to 1.1000", "32"] {
+            let cell = format!("<td class=\"number\">{cell}</td>");
+            assert!(html.contains(&cell), "{cell}");
+        }
     }
 }

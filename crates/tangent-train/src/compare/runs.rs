@@ -11,16 +11,16 @@ use tangent_peft::{Adapter, AdapterConfig, Start, attach_from};
 use super::error::CompareError;
 use super::ledger::Record;
 use super::ranks::detach;
+use crate::checkpoint::Sums;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
 use crate::eval::{EvalReport, RowScore, evaluate_rows};
 use crate::evidence::{self, Evidence};
-use crate::gradients;
-use crate::meter::{self, Meter};
-use crate::optim::Optimizer;
+use crate::meter;
 use crate::plan::{Draft, TrainedSite};
-use crate::sampler::{epoch_steps, total_steps};
+use crate::sampler::epoch_steps;
+use crate::step::Stepper;
 
 /// Points of a learning curve, about.
 const POINTS: usize = 40;
@@ -123,13 +123,6 @@ struct Training {
     kappa: Vec<(usize, f64)>,
 }
 
-/// Summed loss over some steps.
-#[derive(Default)]
-struct Window {
-    loss: f64,
-    supervised: usize,
-}
-
 fn train(
     model: &dyn Model,
     adapter: &Adapter,
@@ -138,59 +131,39 @@ fn train(
     stop: &AtomicBool,
     on_step: &mut dyn FnMut(usize, f64),
 ) -> Result<Training, CompareError> {
-    let total = total_steps(rows, config);
-    let warmup = config.warmup_steps(total);
-    let mut optimizer = Optimizer::for_adapter(config, adapter)?;
-    let control = adapter.method.control;
-    let mut controller = control.map(|control| control(adapter, total)).transpose()?;
+    let mut stepper = Stepper::new(model, adapter, config, rows)?;
+    let total = stepper.total();
     let mut training = Training {
         steps: total,
         ..Training::default()
     };
-    let mut window = Window::default();
+    let mut window = Sums::default();
     let steps = (0u64..).flat_map(|epoch| epoch_steps(rows, config, epoch));
-    for (done, micro_batches) in steps.take(total).enumerate() {
+    for (step, micro_batches) in (1..).zip(steps.take(total)) {
         if stop.load(Ordering::Relaxed) {
             return Err(CompareError::Stopped);
         }
-        let (clock, step) = (Instant::now(), done + 1);
-        let measured = config.meter_every > 0 && step.is_multiple_of(config.meter_every);
-        let meter = measured.then(|| Meter::begin(model, adapter, micro_batches.len()));
-        let tap = meter.as_ref().map(Meter::tap);
-        let found = gradients::of_step(model, adapter, config, rows, &micro_batches, step, tap);
-        let Ok(mut found) = found else {
-            training.diverged = Some(step);
-            return Ok(training);
+        let clock = Instant::now();
+        let taken = match stepper.take(step, &micro_batches) {
+            Err(TrainError::NotFinite { .. }) => {
+                training.diverged = Some(step);
+                return Ok(training);
+            }
+            taken => taken?,
         };
-        if let Some(controller) = &mut controller {
-            controller.before_step(adapter, &mut found.gradients);
-        }
-        let norm = gradients::global_norm(&found.gradients);
-        if !norm.is_finite() {
-            training.diverged = Some(step);
-            return Ok(training);
-        }
-        gradients::clip(&mut found.gradients, norm, config.max_grad_norm);
-        let rate = config.learning_rate * config.schedule.factor(done, warmup, total);
-        optimizer.step(rate as f32, &found.gradients);
-        if let Some(controller) = &mut controller {
-            controller.after_step(adapter, &found.gradients, step);
-        }
-        if let Some(kappa) = meter.and_then(|meter| meter.finish().kappa()) {
-            training.kappa.push((step, kappa));
-        }
-        let seconds = match measured {
-            true => &mut training.metered_seconds,
-            false => &mut training.seconds,
+        let seconds = match taken.reading {
+            Some(_) => &mut training.metered_seconds,
+            None => &mut training.seconds,
         };
         seconds.push(clock.elapsed().as_secs_f64());
-        window.loss += found.loss;
-        window.supervised += found.supervised;
-        on_step(step, found.loss / found.supervised.max(1) as f64);
+        if let Some(kappa) = taken.reading.and_then(|reading| reading.kappa()) {
+            training.kappa.push((step, kappa));
+        }
+        window.add(taken.loss, taken.supervised, taken.tokens);
+        on_step(step, taken.loss / taken.supervised.max(1) as f64);
         if step.is_multiple_of(total.div_ceil(POINTS)) || step == total {
-            let mean = window.loss / window.supervised.max(1) as f64;
-            training.curve.push((step, mean));
-            window = Window::default();
+            training.curve.push((step, window.mean_loss()));
+            window = Sums::default();
         }
     }
     Ok(training)
@@ -255,7 +228,7 @@ fn predicted_peak(
     let draft = Draft {
         model,
         trained: &trained,
-        dropout: adapter.config.dropout,
+        adapter: &adapter.config,
         train: data.train,
         eval: data.eval,
     };

@@ -8,7 +8,7 @@ use tangent_peft::{PeftError, init};
 use super::error::CompareError;
 use super::ledger::{Ledger, Record};
 use super::ranks::{self, Fit};
-use super::recipe::Recipe;
+use super::recipe::{Recipe, Shared, Variant};
 use super::runs::{self, RunPlan, Starts};
 use super::search::{self, Grid, Search, Trial};
 use super::{Budget, Contender, Event, Finding, LEAST_STEPS, Rates, Setup, Skipped};
@@ -132,20 +132,16 @@ impl<'a, 'b> Session<'a, 'b> {
         recipe: &'static Recipe,
     ) -> Result<Result<Contender, String>, CompareError> {
         let shared = &self.setup.shared;
-        let mut size = None;
-        if let Budget::Parameters(limit) = self.setup.budget {
-            match ranks::largest(self.model, recipe, shared, limit)? {
-                Fit::Size(largest) => size = Some(largest),
-                Fit::Least(least) => {
-                    return Ok(Err(format!("it trains at least {least} parameters")));
-                }
+        let sized = sized(self.model, recipe, shared, self.setup.budget);
+        let (variant, parameters) = match sized {
+            Ok(Ok(sized)) => sized,
+            Ok(Err(why)) => return Ok(Err(why)),
+            Err(source) => {
+                let (recipe, source) = (recipe.id, Box::new(source));
+                return Err(CompareError::Recipe { recipe, source });
             }
-        }
-        let variant = recipe.variant(shared, size)?;
-        variant.adapter.validate()?;
+        };
         variant.train.validate()?;
-        init::check(&variant.adapter, &self.model.sites())?;
-        let parameters = ranks::parameters(self.model, &variant.adapter)?;
         let mut contender = Contender {
             recipe,
             variant,
@@ -351,6 +347,30 @@ impl<'a, 'b> Session<'a, 'b> {
         });
         format!("{:016x}", pass::mix(0, &decides.to_string()))
     }
+}
+
+/// The settings of a recipe of a size within the budget and how much they train, or why there is
+/// none.
+fn sized(
+    model: &mut dyn Model,
+    recipe: &Recipe,
+    shared: &Shared,
+    budget: Budget,
+) -> Result<Result<(Variant, usize), String>, PeftError> {
+    let mut size = None;
+    if let Budget::Parameters(limit) = budget {
+        match ranks::largest(model, recipe, shared, limit)? {
+            Fit::Size(largest) => size = Some(largest),
+            Fit::Least(least) => {
+                return Ok(Err(format!("it trains at least {least} parameters")));
+            }
+        }
+    }
+    let variant = recipe.variant(shared, size)?;
+    variant.adapter.validate()?;
+    init::check(&variant.adapter, &model.sites())?;
+    let parameters = ranks::parameters(model, &variant.adapter)?;
+    Ok(Ok((variant, parameters)))
 }
 
 /// The runs of a search's shortest rung, ascending by rate.

@@ -4,6 +4,7 @@
 use serde_json::{Value, json};
 
 use super::bootstrap::{Bootstrap, Estimate, RESAMPLES, groups, holm};
+use super::recipe::{BLOCK_SIZE, RANK};
 use super::runs::median;
 use super::{Finding, Record, Skipped};
 use crate::eval::RowScore;
@@ -24,7 +25,9 @@ pub struct Standing {
     /// Why it is not compared, if it is not.
     pub note: Option<String>,
     /// Rank, or the size in its place; 0 where there is none.
-    pub rank: usize,
+    pub size: usize,
+    /// What the size is, such as `rank`.
+    pub size_name: &'static str,
     /// The learning rate that was found.
     pub learning_rate: Option<f64>,
     /// Whether a better rate may lie beyond those that were tried.
@@ -134,11 +137,17 @@ impl Standings {
 }
 
 impl Standing {
+    /// The size, if it is a size of this name.
+    pub(super) fn size_as(&self, name: &str) -> Option<usize> {
+        (self.size > 0 && self.size_name == name).then_some(self.size)
+    }
+
     fn to_json(&self) -> Value {
         json!({
             "method": self.recipe,
             "note": self.note,
-            "rank": (self.rank > 0).then_some(self.rank),
+            "rank": self.size_as(RANK),
+            "block_size": self.size_as(BLOCK_SIZE),
             "learning_rate": self.learning_rate,
             "learning_rate_at_edge": self.at_edge,
             "tuning_runs": self.tuning_runs,
@@ -181,7 +190,8 @@ fn standing(finding: &Finding) -> Standing {
     Standing {
         recipe: contender.recipe.id,
         note: note(finding),
-        rank: contender.variant.size,
+        size: contender.variant.size,
+        size_name: contender.recipe.size_name(),
         learning_rate: search.and_then(|s| s.best),
         at_edge: search.is_some_and(|s| s.at_edge),
         tuning_runs: search.map_or(0, |s| s.trials.len()),
@@ -429,8 +439,15 @@ mod tests {
         assert!(dora.p_best.unwrap() < LEVEL && pissa.p_lora.unwrap() < LEVEL);
         assert_eq!((dora.kappa, dora.seconds_per_step), (Some(0.5), Some(2.0)));
         assert!(vera.note.as_ref().unwrap().contains("at least 9"));
+        assert_eq!((full.size_as(RANK), lora.size_as(RANK)), (None, Some(8)));
         let json = standings.to_json();
         assert_eq!(json["methods"][0]["method"], "full");
+        let oft = Standings::of(&[finding("oft", 1.0)], &[]).to_json();
+        let oft = &oft["methods"][0];
+        assert_eq!(
+            (&oft["rank"], &oft["block_size"]),
+            (&Value::Null, &json!(32))
+        );
         assert_eq!(json["methods"][4]["eval_loss"], Value::Null);
     }
 

@@ -125,7 +125,7 @@ fn a_comparison_that_is_there_is_not_made_again() {
     let (lora, full) = (of("lora"), of("full"));
     assert!(lora.kappa.is_some_and(|kappa| kappa > 0.0 && kappa < 1.0));
     assert!(full.kappa.is_some_and(|kappa| (kappa - 1.0).abs() < 1e-9));
-    assert_eq!((lora.rank, full.rank, lora.tuning_runs), (2, 0, 3));
+    assert_eq!((lora.size, full.size, lora.tuning_runs), (2, 0, 3));
     assert_eq!(report.standings.seeds, [1, 2]);
     assert!(place.model.sites().iter().all(|site| !site.is_trained()));
 
@@ -186,7 +186,7 @@ fn ranks_and_budgets_are_kept_to() {
         panic!("two rows");
     };
     assert_eq!(
-        (lora.rank, lora.parameters, lora.kappa),
+        (lora.size, lora.parameters, lora.kappa),
         (3, 3 * each, None)
     );
     assert!(full.note.as_ref().unwrap().contains("trains at least"));
@@ -207,6 +207,7 @@ fn ranks_and_budgets_are_kept_to() {
         text.contains("no recipe can keep to the budget: lora: it trains"),
         "{text}"
     );
+    assert!(text.contains("give a larger --budget"), "{text}");
     let too_short = |setup: &mut Setup<'_>| setup.budget = Budget::Minutes(1e-9);
     let text = place.compare(too_short, |_, _| {}).unwrap_err().to_string();
     assert!(text.contains("take longer"), "{text}");
@@ -246,6 +247,21 @@ fn what_cannot_be_compared_is_refused() {
     let short = |setup: &mut Setup<'_>| setup.shared.train.length = Length::Steps(7);
     let text = place.compare(short, |_, _| {}).unwrap_err().to_string();
     assert!(text.contains("steps=7: must be at least 8"), "{text}");
+    // What does not fit the model is told before anything trains, with who does not.
+    let mut place = Place::new();
+    let mut began = false;
+    let wide = |setup: &mut Setup<'_>| {
+        setup.recipes = find(&["lora".to_owned(), "lora_ga".to_owned()]).unwrap();
+        setup.shared.rank = Some(9);
+    };
+    let refused = place.compare(wide, |event, _| {
+        began |= matches!(event, Event::Begin { .. });
+    });
+    let text = refused.unwrap_err().to_string();
+    for part in ["lora-ga: ", "18 singular vectors", "--methods"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(!began);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Axes: where values go along a line, "nice" ticks, and numbers as short text.
 
 /// What an axis or a color bar shows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Axis {
     /// The quantity, such as `Loss`.
     pub title: String,
@@ -9,6 +9,9 @@ pub struct Axis {
     pub unit: String,
     /// Whether equal distances are equal ratios. Such an axis has positive values only.
     pub log: bool,
+    /// Where the axis ends, if larger values shall not decide that; they are drawn at its end, and
+    /// the chart says how many.
+    pub ceiling: Option<f64>,
 }
 
 impl Axis {
@@ -18,6 +21,7 @@ impl Axis {
             title: title.into(),
             unit: unit.into(),
             log: false,
+            ceiling: None,
         }
     }
 
@@ -27,6 +31,35 @@ impl Axis {
             log: true,
             ..Self::linear(title, unit)
         }
+    }
+
+    /// The axis, which ends there.
+    pub fn up_to(self, ceiling: Option<f64>) -> Self {
+        Self { ceiling, ..self }
+    }
+
+    /// The value, or the end of the axis if it lies beyond.
+    pub(super) fn held(&self, value: f64) -> f64 {
+        match self.ceiling {
+            Some(ceiling) if value > ceiling => ceiling,
+            _ => value,
+        }
+    }
+
+    /// What a chart says of the values that lie beyond the end; nothing if there are none.
+    pub(super) fn beyond_note(&self, values: impl Iterator<Item = f64>) -> Option<String> {
+        let ceiling = self.ceiling?;
+        let beyond = values.filter(|value| self.shows(*value) && *value > ceiling);
+        let (values, are) = match beyond.count() {
+            0 => return None,
+            1 => ("1 value".to_string(), "is"),
+            count => (format!("{count} values"), "are"),
+        };
+        let end = number(ceiling);
+        Some(format!(
+            "{values} above {end} {are} drawn at the end of the axis: {}",
+            self.title
+        ))
     }
 
     /// Title, unit and kind, as they stand beside the axis.
@@ -51,9 +84,12 @@ impl Axis {
 /// larger numbers would overflow.
 const LARGEST: f64 = 1e300;
 const LARGEST_POWER: i32 = 300;
-/// Magnitudes below count as zero, spans below this share of the values as none.
+/// Magnitudes below count as zero.
 const LEAST: f64 = 1e-290;
-const LEAST_SPAN: f64 = 1e-9;
+/// Spans below this share of the values count as none, and so do these parts of a power of ten:
+/// labels that told such values apart would be longer than they are worth.
+const LEAST_SPAN: f64 = 1e-4;
+const LEAST_LOG_SPAN: f64 = 1e-3;
 /// Free space at both ends, as a share of the values' span.
 const PADDING: f64 = 0.04;
 
@@ -100,7 +136,7 @@ impl Scale {
         if log {
             let (low, high) = (low.log10(), high.log10());
             let span = high - low;
-            let padding = if span > LEAST_SPAN {
+            let padding = if span > LEAST_LOG_SPAN {
                 span * PADDING
             } else {
                 0.5
@@ -329,6 +365,49 @@ mod tests {
         assert_eq!(decade, ["1e-4", "2e-4", "5e-4", "0.001"]);
         let part = labels(log_scale(2.1, 2.9), 8);
         assert_eq!(part, ["2.2", "2.4", "2.6", "2.8"]);
+    }
+
+    #[test]
+    fn nearly_constant_values_have_short_labels() {
+        let covering = |values: [f64; 2], log| labels(Scale::covering(values, log), 6);
+        assert_eq!(
+            covering([0.697_147, 0.697_149], false),
+            ["0.65", "0.70", "0.75"]
+        );
+        for (low, share) in [
+            (2.3, 2e-4),
+            (7.1e-5, 3e-5),
+            (1_234_567.0, 1e-6),
+            (81.0, 1e-3),
+        ] {
+            for log in [false, true] {
+                let labels = covering([low, low * (1.0 + share)], log);
+                assert!(labels.len() >= 2);
+                let short = |label: &String| label.len() <= 8;
+                assert!(labels.iter().all(short), "{low} {share} {log}: {labels:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_beyond_the_end_are_held_and_told() {
+        let axis = Axis::linear("Loss", "nats").up_to(Some(2.0));
+        assert_eq!([1.0, 2.0, 9.0].map(|v| axis.held(v)), [1.0, 2.0, 2.0]);
+        assert!(axis.held(f64::NAN).is_nan());
+        let told = |values: &[f64]| axis.beyond_note(values.iter().copied());
+        assert_eq!(told(&[1.0, 2.0, f64::NAN, f64::INFINITY]), None);
+        assert_eq!(
+            told(&[3.0]).unwrap(),
+            "1 value above 2 is drawn at the end of the axis: Loss"
+        );
+        assert!(
+            told(&[3.0, 1.0, 4.0])
+                .unwrap()
+                .starts_with("2 values above 2 are")
+        );
+        let open = Axis::linear("Loss", "nats");
+        assert_eq!(open.held(9.0), 9.0);
+        assert_eq!(open.beyond_note([9.0].into_iter()), None);
     }
 
     #[test]

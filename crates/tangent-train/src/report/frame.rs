@@ -19,8 +19,14 @@ pub struct Side<'a> {
 impl<'a> Side<'a> {
     /// An axis for `values`; those that it cannot show are ignored.
     pub fn new(axis: &'a Axis, values: impl IntoIterator<Item = f64>) -> Self {
-        let scale = Scale::covering(values, axis.log);
+        let held = values.into_iter().map(|value| axis.held(value));
+        let scale = Scale::covering(held, axis.log);
         Self { axis, scale }
+    }
+
+    /// Where a value is, between 0 and 1.
+    fn place(&self, value: f64) -> f64 {
+        self.scale.place(self.axis.held(value))
     }
 }
 
@@ -57,7 +63,7 @@ impl<'a> Frame<'a> {
 
     /// Where a point goes whose values the axes can show.
     pub fn at(&self, (x, y): (f64, f64)) -> Point {
-        let (across, up) = (self.x.scale.place(x), self.y.scale.place(y));
+        let (across, up) = (self.x.place(x), self.y.place(y));
         (
             self.area.left + across * self.area.width(),
             self.area.bottom - up * self.area.height(),

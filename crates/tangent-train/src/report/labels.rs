@@ -1,4 +1,5 @@
-//! Labels beside points, each where it covers neither marks nor other labels.
+//! Where labels go: beside points, each where it covers neither marks nor other labels, and in
+//! columns.
 
 use super::svg::{Area, Point, Svg, coordinate, shorten, text_width};
 
@@ -92,6 +93,26 @@ fn side(share: f64) -> f64 {
     if share == 0.0 { 0.0 } else { share.signum() }
 }
 
+/// Ascending places at least `gap` apart and near the wanted, ascending ones; between `top` and
+/// `bottom` if there is room.
+pub fn spread(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
+    let mut next = top;
+    let mut places: Vec<f64> = wanted
+        .iter()
+        .map(|&wanted| {
+            let place = wanted.max(next);
+            next = place + gap;
+            place
+        })
+        .collect();
+    let mut limit = bottom;
+    for place in places.iter_mut().rev() {
+        *place = (*place).min(limit);
+        limit = *place - gap;
+    }
+    places
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::well_formed::check;
@@ -149,5 +170,15 @@ mod tests {
         assert_eq!((line.number("x1"), line.number("y1")), (200.0, 150.0));
         let everywhere = place_labels(&[("a", (200.0, 150.0))], vec![BOUNDS], &BOUNDS);
         assert!(everywhere.is_empty());
+    }
+
+    #[test]
+    fn labels_are_spread() {
+        assert_eq!(
+            spread(&[1.0, 1.0, 50.0], 10.0, 0.0, 100.0),
+            [1.0, 11.0, 50.0]
+        );
+        assert_eq!(spread(&[99.0, 100.0], 10.0, 0.0, 100.0), [90.0, 100.0]);
+        assert_eq!(spread(&[], 10.0, 0.0, 100.0), [0.0; 0]);
     }
 }

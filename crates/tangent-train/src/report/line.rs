@@ -2,6 +2,7 @@
 
 use super::axis::Axis;
 use super::frame::{Frame, Side, WIDTH, draw_notes, dropped_note};
+use super::labels::spread;
 use super::marks::Mark;
 use super::svg::{LINE, Point, Svg, path, text_width};
 
@@ -66,7 +67,7 @@ impl LineChart {
             Vec::new()
         };
         let rows = legend.last().map_or(0.0, |(_, y)| y + LINE);
-        let notes: Vec<String> = dropped_note(self.dropped()).into_iter().collect();
+        let notes = self.notes();
         let notes_top = frame.bottom() + rows;
         let height = notes_top + LINE * notes.len() as f64 + 4.0;
 
@@ -89,6 +90,16 @@ impl LineChart {
         }
         draw_notes(&mut svg, notes_top, WIDTH, &notes);
         svg.finish()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let points = || self.series.iter().flat_map(|series| &series.points);
+        let notes = [
+            self.x.beyond_note(points().map(|point| point.0)),
+            self.y.beyond_note(points().map(|point| point.1)),
+            dropped_note(self.dropped()),
+        ];
+        notes.into_iter().flatten().collect()
     }
 
     fn shows(&self, (x, y): (f64, f64)) -> bool {
@@ -276,26 +287,6 @@ fn legend_places(names: &[String]) -> Vec<Point> {
     places
 }
 
-/// Ascending places at least `gap` apart and near the wanted, ascending ones; between `top` and
-/// `bottom` if there is room.
-fn spread(wanted: &[f64], gap: f64, top: f64, bottom: f64) -> Vec<f64> {
-    let mut next = top;
-    let mut places: Vec<f64> = wanted
-        .iter()
-        .map(|&wanted| {
-            let place = wanted.max(next);
-            next = place + gap;
-            place
-        })
-        .collect();
-    let mut limit = bottom;
-    for place in places.iter_mut().rev() {
-        *place = (*place).min(limit);
-        limit = *place - gap;
-    }
-    places
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::well_formed::{Element, check};
@@ -402,6 +393,30 @@ mod tests {
     }
 
     #[test]
+    fn an_axis_that_ends_earlier_shows_the_rest_at_its_end() {
+        let usual = series("usual", &[(0.0, 2.0), (1.0, 1.5), (2.0, 1.0)]);
+        let astray = series("astray", &[(0.0, 2.0), (1.0, 900.0), (2.0, 1e7)]);
+        let mut chart = chart(vec![usual, astray]);
+        chart.series[1].band = vec![(1.0, 3.0), (800.0, 1e3), (1e6, 1e8)];
+        chart.y = chart.y.up_to(Some(2.5));
+        let names = chart.names();
+        let frame = chart.frame(&names);
+        // What is usual takes most of the height.
+        let height = frame.at((0.0, 1.0)).1 - frame.at((0.0, 2.0)).1;
+        assert!(height > 0.5 * frame.area.height(), "{height}");
+        assert_eq!(frame.at((2.0, 1e7)).1, frame.at((2.0, 2.5)).1);
+        let elements = drawn(&chart);
+        let told = "2 values above 2.5 are drawn at the end of the axis: Loss";
+        assert!(elements.iter().any(|e| e.text == told));
+        // Titles have what they are.
+        let title = elements
+            .iter()
+            .find(|e| e.text.starts_with("astray\nStep: 2"));
+        assert_eq!(title.unwrap().text, "astray\nStep: 2\nLoss: 1e7");
+        assert_eq!(chart.dropped(), 0);
+    }
+
+    #[test]
     fn few_series_have_labels_and_all_are_in_the_legend() {
         for count in [1, 2, 6, 7, 40] {
             let many = (0..count).map(|i| series(&format!("run {i}"), &[(0.0, 1.0), (1.0, 1.0)]));
@@ -466,15 +481,5 @@ mod tests {
         assert!(thin.iter().any(|b| b.high == 9.0) && thin.iter().any(|b| b.low == -9.0));
         let marks = drawn(&chart(vec![series("a", &spiked)]));
         assert!(marks.iter().filter(|e| e.name == "title").count() <= MARKERS);
-    }
-
-    #[test]
-    fn labels_are_spread() {
-        assert_eq!(
-            spread(&[1.0, 1.0, 50.0], 10.0, 0.0, 100.0),
-            [1.0, 11.0, 50.0]
-        );
-        assert_eq!(spread(&[99.0, 100.0], 10.0, 0.0, 100.0), [90.0, 100.0]);
-        assert_eq!(spread(&[], 10.0, 0.0, 100.0), [0.0; 0]);
     }
 }

@@ -24,6 +24,8 @@
 //! - The same data give the same bytes: coordinates have two decimals, nothing is random.
 //! - All data make a chart. Values without a place, such as NaN or zero on a logarithmic axis, are
 //!   left out, counted by `dropped`, and said below the chart.
+//! - Values of another scale can be held at the end of an axis ([`Axis::up_to`]), so that the others
+//!   stay apart; the chart says how many are.
 //! - Text and axes have the color of the text around the chart; colors of marks have enough
 //!   contrast on light and on dark paper. Series also differ in dashes and markers, for print.
 //! - Texts of charts and pages are plain text and are escaped; only `svg` of [`Page::figure`] is

@@ -22,7 +22,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { box-sizing: border-box; max-width: 1100px; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.2rem 0 0.6rem; }
-h1, h2, p, figcaption, td { overflow-wrap: anywhere; }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
 p { max-width: 46rem; margin: 0.6rem 0; white-space: pre-line; }
 figure { margin: 1.5rem 0; }
 figure svg { display: block; max-width: 100%; height: auto; }
@@ -32,6 +32,7 @@ table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; }
 th { border-bottom-width: 2px; }
+td:first-child { white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 @media print {
   :root { color-scheme: light; }
@@ -39,6 +40,7 @@ th.number, td.number { text-align: right; white-space: nowrap; font-variant-nume
   figure, tr { break-inside: avoid; }
   h1, h2 { break-after: avoid; }
   .table { overflow-x: visible; }
+  td { overflow-wrap: anywhere; }
 }
 ";
 
@@ -152,11 +154,12 @@ fn is_numeric<'a>(cells: impl Iterator<Item = &'a String>) -> bool {
     found
 }
 
-/// A number, or one and its uncertainty, and perhaps a short unit after a space: `1,024`, `-2e-5`,
-/// `12 %`, `3.1 ± 0.2`, `1.5 GiB`.
+/// A number, a limit of one, one and its uncertainty, or two as a range, and perhaps a short unit
+/// after a space: `1,024`, `-2e-5`, `<0.001`, `12 %`, `3.1 ± 0.2`, `0.9 to 1.1`, `1.5 GiB`.
 fn is_number(text: &str) -> bool {
     let digits = |part: &str| {
-        let part = part.trim().trim_end_matches(['%', '×']);
+        let part = part.trim().trim_start_matches(['<', '>', '≤', '≥']);
+        let part = part.trim_end_matches(['%', '×']);
         let part = part.replace(',', "").replace('−', "-");
         part.trim().parse::<f64>().is_ok()
     };
@@ -164,7 +167,8 @@ fn is_number(text: &str) -> bool {
         Some((number, unit)) if is_unit(unit) => number,
         _ => text,
     };
-    number.split('±').all(digits)
+    let ends = number.split(" to ");
+    ends.flat_map(|end| end.split('±')).all(digits)
 }
 
 fn is_unit(text: &str) -> bool {
@@ -251,12 +255,34 @@ mod tests {
     #[test]
     fn numbers_are_told_from_text() {
         for number in [
-            "0", "-1.5", "2e-5", "12 %", "12%", "1,024", "3 ± 1", "−2", "1.2×", "5 ms",
+            "0",
+            "-1.5",
+            "2e-5",
+            "12 %",
+            "12%",
+            "1,024",
+            "3 ± 1",
+            "−2",
+            "1.2×",
+            "5 ms",
+            "<0.001",
+            "0.9 to 1.1",
+            "-3 to 12 %",
         ] {
             assert!(is_number(number), "{number}");
         }
         for text in [
-            "lora", "q_proj", "7 of 9", "1.2.3", "± lora", "step 5", "%", "8 a 9",
+            "lora",
+            "q_proj",
+            "7 of 9",
+            "1.2.3",
+            "± lora",
+            "step 5",
+            "%",
+            "8 a 9",
+            "<",
+            "to",
+            "1 to many",
         ] {
             assert!(!is_number(text), "{text}");
         }

@@ -139,6 +139,9 @@ impl ScatterChart {
         if left_out > 0 {
             notes.push(format!("Labels left out for lack of room: {left_out}"));
         }
+        let values = || self.points.iter();
+        notes.extend(self.x.beyond_note(values().map(|point| point.x)));
+        notes.extend(self.y.beyond_note(values().map(|point| point.y)));
         notes.extend(dropped_note(self.dropped()));
         notes
     }
@@ -381,6 +384,24 @@ mod tests {
                 assert!(y > area.top && y < area.bottom, "{bar:?}");
             }
         }
+    }
+
+    #[test]
+    fn points_beyond_the_end_of_an_axis_are_at_its_end() {
+        let mut chart = chart(vec![
+            point("a", 1.0, 2.0),
+            point("b", 2.0, 2.1),
+            point("c", 3.0, 1e4),
+        ]);
+        chart.points[2].error = Some((2.05, 1e5));
+        chart.y = chart.y.up_to(Some(2.2));
+        let shown: Vec<&ScatterPoint> = chart.points.iter().collect();
+        let frame = chart.frame(&shown);
+        let [a, b, c] = [2.0, 2.1, 1e4].map(|y| frame.at((1.0, y)).1);
+        assert!(c >= frame.area.top && c < b, "{c}");
+        assert!(a - b > 0.3 * frame.area.height(), "{a} {b}");
+        let told = "1 value above 2.2 is drawn at the end of the axis: Loss";
+        assert!(drawn(&chart).iter().any(|e| e.text == told));
     }
 
     #[test]

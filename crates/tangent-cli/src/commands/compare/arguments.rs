@@ -56,7 +56,8 @@ pub struct Args {
     /// Runs of each method with its learning rate, each with a seed of its own from --seed on.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub seeds: usize,
-    /// Further ranks at which the learning rates are tried, for a quarter of the steps.
+    /// Further ranks (of oft: block sizes) at which the learning rates are tried, for a quarter of
+    /// the steps.
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "RANKS")]
     pub ranks: Vec<NonZeroUsize>,
     /// Readings of the meter (kappa) in each full run with the first seed; 0 takes none. CPU only.
