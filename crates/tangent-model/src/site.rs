@@ -59,6 +59,13 @@ pub trait WeightAdapter: Send + Sync {
     fn replacement(&self, _pass: &Pass) -> Option<Tensor<2>> {
         None
     }
+
+    /// The trained lengths `m: (d_out)` of the rows, where the definition is
+    /// `W'_i = m_i V_i / |V_i|` and V is what the site's pair of factors alone would make of the
+    /// frozen weight.
+    fn row_lengths(&self) -> Option<&Parameter> {
+        None
+    }
 }
 
 /// The frozen weight as a dense constant.

@@ -44,7 +44,10 @@ pub use rms_norm::rms_norm;
 pub use rotary::Rotary;
 pub use segments::{Segment, Segments};
 pub use swiglu::swiglu;
-pub use tap::{Tap, gated_tap, tap, weight_gradient};
+pub use tap::{
+    Tap, add_weight_gradient, gated_tap, norm2_is_cheaper, tap, weight_gradient,
+    weight_gradient_into, weight_gradient_norm2,
+};
 pub use thin_matrix::{ThinMatrix, thin_outer};
 
 use burn::tensor::{Device, Tensor, TensorData};

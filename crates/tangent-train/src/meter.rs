@@ -23,6 +23,7 @@
 //! | trained at the site | how `kappa` is found |
 //! |---|---|
 //! | two factors of a product | in closed form, from orthonormal bases (`factors.rs`) |
+//! | the same, and lengths of rows | from thin products and a small system (`lengths.rs`) |
 //! | the weight | 1 |
 //! | anything else | by least squares over the parameters (`implicit.rs`) |
 //!
@@ -31,16 +32,19 @@
 //! bit.
 //!
 //! Cost of a measured step: one more product a site, `2 tokens d_out d_in` operations, which is
-//! half of what a frozen weight costs. Without a closed form, some hundred evaluations of the
-//! site's weight and of its derivatives besides. Memory: if the step has one micro-batch, a site's
-//! `G` as `f32` while it is reduced to what its factors need. With several, or without a closed
-//! form, all `G` are kept until the step is done, as many values as the measured weights have.
-//! Plans know.
+//! half of what a frozen weight costs. Where tokens are few, two factors in a step of one
+//! micro-batch need no `G` but the inner products of its tokens, `tokens^2 (d_out + d_in)`
+//! operations, if that is less. By least squares, some hundred evaluations of the site's weight and
+//! of its derivatives besides. Memory: if the step has one micro-batch, a site's `G` as `f32` while
+//! it is reduced to what its factors need. With several, or where there is more than two factors,
+//! all `G` are kept until the step is done, as many values as the measured weights have. Plans know.
 
+mod basis;
 mod collector;
 mod factors;
 mod gmres;
 mod implicit;
+mod lengths;
 pub mod ranks;
 
 use std::collections::BTreeSet;
@@ -56,9 +60,11 @@ use tangent_peft::{Adapter, Pair};
 
 use crate::error::TrainError;
 
+use basis::{Factors, norm2};
 use collector::{Collector, Evidence};
-use factors::{Bases, FactorValues, Parts, norm2};
+use factors::{Bases, Parts};
 use implicit::Definition;
+use lengths::Directed;
 
 /// How close one site's step was to full fine-tuning.
 #[derive(Clone, Debug, PartialEq)]
@@ -131,6 +137,8 @@ fn digits(value: Option<f64>) -> Value {
 enum Freedom<'a> {
     /// Those of two factors of a product.
     Factors(&'a Pair),
+    /// Those of two factors of a product that is added to directions, and of the lengths of rows.
+    Lengths(&'a Pair),
     /// All: it is a trained tensor itself.
     Whole,
     /// Those of its definition.
@@ -201,11 +209,10 @@ impl<'a> Meter<'a> {
     /// whose parameters have moved. Parameters are as they were given when it returns.
     pub fn finish(self) -> Reading {
         let device = self.model.device();
-        let readings = self.sites.iter().filter_map(|measured| {
-            let evidence = self.collector.take(&measured.site.path)?;
-            let found = match evidence {
-                Evidence::Parts(parts) => measured.by_factors(&parts),
-                Evidence::Gradient(g) => measured.by_gradient(&g, &device),
+        let read = |measured: &Measured<'_>| -> Option<SiteReading> {
+            let found = match self.collector.take(&measured.site.path)? {
+                (Evidence::Parts(parts), bases) => measured.by_factors(bases?, &parts),
+                (Evidence::Gradient(g), _) => measured.by_gradient(&g, &device),
             }?;
             Some(SiteReading {
                 site: measured.site.path.clone(),
@@ -213,6 +220,21 @@ impl<'a> Meter<'a> {
                 cosine: found.cosine.map(|c| c.clamp(-1.0, 1.0)),
                 gradient_norm: found.gradient_norm,
             })
+        };
+        // Least squares use all threads themselves, and most memory.
+        let by_itself = |measured: &Measured<'_>| matches!(measured.freedom, Freedom::Implicit);
+        let side_by_side: Vec<Option<SiteReading>> = self
+            .sites
+            .par_iter()
+            .map(|measured| match by_itself(measured) {
+                true => None,
+                false => read(measured),
+            })
+            .collect();
+        let readings = self.sites.iter().zip(side_by_side);
+        let readings = readings.filter_map(|(measured, found)| match by_itself(measured) {
+            true => read(measured),
+            false => found,
         });
         Reading {
             sites: readings.collect(),
@@ -240,22 +262,35 @@ impl<'a> Measured<'a> {
         let is_own = |p: &Parameter| p.name().starts_with(&prefix) && !p.name().ends_with(".bias");
         let numbered = adapter.parameters.iter().enumerate();
         let own: Vec<(usize, &Parameter)> = numbered.filter(|(_, p)| is_own(p)).collect();
-        let is_all = |pair: &&Pair| {
-            let factor = |(index, _): &(usize, &Parameter)| [pair.a, pair.b].contains(index);
-            pair.site == site.path && own.len() == 2 && own.iter().all(factor)
+        let own_pair = |pair: &&Pair| {
+            let is_own = |index: usize| own.iter().any(|(own, _)| *own == index);
+            pair.site == site.path && is_own(pair.a) && is_own(pair.b)
         };
-        let pair = adapter.pairs.iter().find(is_all);
-        let (freedom, parameters) = match (pair, attached.replacement(pass), site.kind) {
+        let pair = adapter.pairs.iter().find(own_pair);
+        let is_factor = |index: usize| pair.is_some_and(|pair| [pair.a, pair.b].contains(&index));
+        let others = own.iter().filter(|(index, _)| !is_factor(*index));
+        let others: Vec<&Parameter> = others.map(|(_, parameter)| *parameter).collect();
+        let lengths = attached.row_lengths();
+        let is_lengths = |p: &Parameter| lengths.is_some_and(|lengths| lengths.name() == p.name());
+        let factors = |pair: &Pair| -> Option<Vec<&'a Parameter>> {
+            let factors = [pair.a, pair.b].map(|index| adapter.parameters.get(index));
+            factors.into_iter().collect()
+        };
+        let replaced = attached.replacement(pass).is_some();
+        let (freedom, parameters) = match (pair, &others[..], site.kind) {
             (_, _, SiteKind::Embedding | SiteKind::Norm) => return None,
             // Its loss goes around the linear map.
-            (_, Some(_), SiteKind::Head) => return None,
-            (_, Some(_), SiteKind::Linear) => (Freedom::Whole, values_of(&own)),
-            (Some(pair), None, _) if attached.is_additive() => {
-                let factors = [pair.a, pair.b].map(|index| adapter.parameters.get(index));
-                let factors: Option<Vec<&Parameter>> = factors.into_iter().collect();
-                (Freedom::Factors(pair), factors?)
+            (_, _, SiteKind::Head) if replaced => return None,
+            (_, _, SiteKind::Linear) if replaced => (Freedom::Whole, values_of(&own)),
+            (Some(pair), [], _) if attached.is_additive() => {
+                (Freedom::Factors(pair), factors(pair)?)
             }
-            (_, None, _) => (Freedom::Implicit, values_of(&own)),
+            (Some(pair), [one], _) if is_lengths(one) => {
+                let mut parameters = factors(pair)?;
+                parameters.push(*one);
+                (Freedom::Lengths(pair), parameters)
+            }
+            _ => (Freedom::Implicit, values_of(&own)),
         };
         (!parameters.is_empty()).then(|| Self {
             site,
@@ -281,19 +316,36 @@ impl<'a> Measured<'a> {
         self.parameters.iter().map(|p| p.values()).collect()
     }
 
-    fn by_factors(&self, parts: &Parts) -> Option<Found> {
+    fn by_factors(&self, bases: &Bases, parts: &Parts) -> Option<Found> {
         let Freedom::Factors(pair) = self.freedom else {
             return None;
         };
         let after = self.after();
         let (before, after) = (factors(&self.before)?, factors(&after)?);
         let scaling = f64::from(pair.scaling);
-        let (inner, change_norm) = parts.change(self.shape(), &before, &after, scaling);
+        let (inner, change_norm) = bases.change(parts, &before, &after, scaling);
         let gradient_norm = parts.norm2.sqrt();
         (gradient_norm != 0.0).then(|| Found {
-            kappa: parts.captured / parts.norm2,
+            kappa: bases.captured(parts) / parts.norm2,
             cosine: cosine(inner, change_norm, gradient_norm),
             gradient_norm,
+        })
+    }
+
+    /// What is found where rows have trained lengths.
+    fn by_lengths(&self, pair: &Pair, g: &[f32]) -> Option<Found> {
+        let after = self.after();
+        let ([.., before_lengths], [.., after_lengths]) = (&self.before[..], &after[..]) else {
+            return None;
+        };
+        let (before, after) = (factors(&self.before)?, factors(&after)?);
+        let directed = Directed::new(&self.site.weight, pair, before, before_lengths);
+        let (inner, change_norm) = directed.change(g, &after, after_lengths);
+        let norm2 = norm2(g);
+        Some(Found {
+            kappa: directed.captured(g) / norm2,
+            cosine: cosine(inner, change_norm, norm2.sqrt()),
+            gradient_norm: norm2.sqrt(),
         })
     }
 
@@ -302,12 +354,15 @@ impl<'a> Measured<'a> {
         if gradient_norm == 0.0 {
             return None;
         }
+        if let Freedom::Lengths(pair) = self.freedom {
+            return self.by_lengths(pair, g);
+        }
         let after = self.after();
         let pairs = after.iter().flatten().zip(self.before.iter().flatten());
         let moved: Vec<f64> = pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
         let (kappa, change) = match self.freedom {
             Freedom::Whole => (1.0, moved),
-            Freedom::Factors(_) | Freedom::Implicit => {
+            Freedom::Factors(_) | Freedom::Lengths(_) | Freedom::Implicit => {
                 let near = Definition::new(self.site, &self.parameters, &self.before, device)?;
                 let found = (near.captured(g), near.push(&moved));
                 for (parameter, values) in self.parameters.iter().zip(after) {
@@ -329,9 +384,10 @@ fn values_of<'a>(numbered: &[(usize, &'a Parameter)]) -> Vec<&'a Parameter> {
     numbered.iter().map(|(_, parameter)| *parameter).collect()
 }
 
-fn factors(values: &[Vec<f32>]) -> Option<FactorValues<'_>> {
+/// The factors, which come first.
+fn factors(values: &[Vec<f32>]) -> Option<Factors<'_>> {
     match values {
-        [a, b] => Some(FactorValues { a, b }),
+        [a, b, ..] => Some(Factors { a, b }),
         _ => None,
     }
 }

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod start;
+mod twin;
 
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -19,6 +20,7 @@ use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
 use tangent_train::plan::{Draft, Plan, TrainedSite, megabytes, memory_size};
 use tangent_train::trainer::{self, Outcome, Run};
+use tangent_train::twin::{Readiness, TwinOf};
 
 use crate::device::DeviceName;
 use crate::failure::Failure;
@@ -71,6 +73,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         None => typed,
     };
     let settings = prepared.settings(&args.run, &config);
+    let sites = prepared.sites();
     let Prepared {
         mut opened,
         adapter_config,
@@ -79,8 +82,27 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         eval,
         ..
     } = prepared;
+    let (early, never) = (
+        config.twin.map(|_| stop_flag()).transpose()?,
+        AtomicBool::new(false),
+    );
+    let of = TwinOf {
+        sites: &sites,
+        rows: &train,
+        config: &config,
+        settings: &settings,
+        output: &args.output,
+        resume: args.resume,
+        stop: early.as_deref().unwrap_or(&never),
+    };
+    let readiness = twin::prepare(&mut *opened.model, &of)?;
+    if readiness == Readiness::Stopped {
+        return Ok(ExitCode::from(130));
+    }
     let adapter = match adapter {
-        Some(adapter) if adapter.config == adapter_config => adapter,
+        Some(adapter) if adapter.config == adapter_config && readiness != Readiness::Trained => {
+            adapter
+        }
         counted => {
             drop(counted);
             let resumed = args.resume.then_some((&*args.output, &settings));
@@ -93,7 +115,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             )?
         }
     };
-    let stop = stop_flag()?;
+    let stop = early.map_or_else(stop_flag, Ok)?;
     let base = args.run.model.model.to_string_lossy().into_owned();
     let run = Run {
         opened: &opened,
@@ -178,7 +200,7 @@ impl Prepared {
         let draft = Draft {
             model: &*self.opened.model,
             trained: &self.trained,
-            dropout: self.adapter_config.dropout,
+            adapter: &self.adapter_config,
             train: &self.train,
             eval: &self.eval,
         };

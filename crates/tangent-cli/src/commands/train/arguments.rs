@@ -9,9 +9,9 @@ use serde_json::Value;
 use tangent_peft::methods::Common;
 use tangent_peft::{AdapterConfig, BiasMode, Targets, init, methods, setting};
 use tangent_train::Schedule;
-use tangent_train::config::{Batching, Length, TrainConfig, Warmup};
+use tangent_train::config::{Batching, Length, TrainConfig, TwinConfig, Warmup};
 use tangent_train::data::TrainOn;
-use tangent_train::optim::{Hyper, LoraPlus};
+use tangent_train::optim::{self, Hyper, LoraPlus};
 
 use crate::failure::Failure;
 use crate::open::ModelArgs;
@@ -208,6 +208,14 @@ pub struct SavingArgs {
     /// report.html: every=N; CPU only.
     #[arg(long, value_name = "every=N")]
     pub meter: Option<MeterSteps>,
+    /// Before the run, train a twin by full fine-tuning on the rows of the first N steps, and tell
+    /// how the adapter differs from it in twin.json, metrics.jsonl and report.html. It takes the
+    /// memory of full fine-tuning, which no plan predicts.
+    #[arg(long, value_name = "N")]
+    pub twin: Option<NonZeroUsize>,
+    /// The twin's peak learning rate; a tenth of the run's if not given.
+    #[arg(long, requires = "twin", value_name = "RATE")]
+    pub twin_learning_rate: Option<f64>,
     /// Steps between evaluations; 0: before the first and after the last step only.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub eval_steps: usize,
@@ -267,8 +275,10 @@ impl MethodArgs {
         ] {
             if typed && !method.reads.contains(&setting) {
                 return Err(Failure::Request(format!(
-                    "{flag}: method {} does not read it; leave it out, or choose another method",
-                    method.id
+                    "{flag}: method {} does not read it; leave it out, or choose a method that \
+                     does: {}",
+                    method.id,
+                    methods::readers(setting)
                 )));
             }
         }
@@ -283,10 +293,11 @@ impl MethodArgs {
         });
         let pairs = pairs.collect::<Result<Vec<_>, Failure>>()?;
         Ok(AdapterConfig {
-            method: self.method.clone(),
+            // As the lists have them, however they were typed: runs are resumed by these.
+            method: method.id.into(),
             rank,
             alpha: self.alpha.unwrap_or(2.0 * rank as f32),
-            init: self.init.clone(),
+            init: init.id.into(),
             own: setting::parse(pairs, method.settings.iter().chain(init.settings))?,
             use_rslora: self.use_rslora,
             dropout: self.dropout,
@@ -326,6 +337,12 @@ impl RunArgs {
                 "--warmup-steps {steps}: expected a number of steps, or a share of them below 1"
             )));
         }
+        if let (Some(steps), Some(_)) = (self.saving.twin, self.max_memory) {
+            return Err(Failure::Request(format!(
+                "--twin {steps} trains every weight, and --max-memory is predicted for the run \
+                 alone; leave one of them out"
+            )));
+        }
         let config = self.resolve();
         config.validate()?;
         Ok(config)
@@ -342,7 +359,8 @@ impl RunArgs {
                 (_, share) if share < 1.0 => Warmup::Ratio(share),
                 (_, steps) => Warmup::Steps(steps as usize),
             },
-            optimizer: o.optim.clone(),
+            // Checked later; as the list has it, however it was typed.
+            optimizer: optim::find(&o.optim).map_or_else(|_| o.optim.clone(), |r| r.id.into()),
             hyper: Hyper {
                 beta1: o.adam_beta1,
                 beta2: o.adam_beta2,
@@ -365,6 +383,13 @@ impl RunArgs {
             seed: o.seed,
             logging_steps: self.saving.logging_steps,
             meter_every: self.saving.meter.map_or(0, |meter| meter.every.get()),
+            twin: self.saving.twin.map(|steps| TwinConfig {
+                steps: steps.get(),
+                learning_rate: self
+                    .saving
+                    .twin_learning_rate
+                    .unwrap_or(o.learning_rate / 10.0),
+            }),
             eval_steps: self.saving.eval_steps,
             save_steps: self.saving.save_steps,
             save_total_limit: self.saving.save_total_limit,
