@@ -6,6 +6,7 @@ use crate::failure::Failure;
 
 mod chat;
 mod compare;
+mod convert;
 mod data;
 mod eval;
 mod generate;
@@ -59,6 +60,8 @@ commands! {
     unmerge => Unmerge,
     /// Replace one adapter by another in a merged model.
     switch => Switch,
+    /// Turn an adapter of any method into plain LoRA, and measure what that loses.
+    convert => Convert,
     /// List methods, start values and optimizers with their settings.
     methods => Methods,
 }
