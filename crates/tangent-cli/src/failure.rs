@@ -73,7 +73,9 @@ impl Failure {
             cause = error.source();
         }
         match self {
-            Self::Run(_) | Self::Train(TrainError::NotFinite { .. }) => ExitCode::from(1),
+            Self::Run(_) | Self::Train(TrainError::NotFinite { .. } | TrainError::Twin { .. }) => {
+                ExitCode::from(1)
+            }
             _ => ExitCode::from(2),
         }
     }

@@ -10,6 +10,7 @@
 //! through [`product()`]: the operators of the matrix library use all threads.
 
 mod error;
+mod normal;
 mod product;
 mod qr;
 mod sign;
@@ -23,6 +24,7 @@ mod laws;
 
 pub use error::LinalgError;
 pub use faer::{Mat, MatRef};
+pub use normal::normal;
 pub use product::product;
 pub use qr::qr;
 pub use span::orthonormal_basis;

@@ -12,9 +12,10 @@ use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd_scratch};
 use faer::{Mat, MatRef, Par};
-use rand::{Rng, RngExt};
+use rand::Rng;
 
 use crate::error::{LinalgError, require_finite};
+use crate::normal;
 use crate::product;
 use crate::qr::qr;
 use crate::sign::{leads_negative, negate};
@@ -124,7 +125,8 @@ pub fn svd_lowrank(
     if k == 0 {
         return Ok(Svd::empty(rows, cols));
     }
-    let sketch = normal(rows.min(cols), k, rng);
+    // Drawn column by column.
+    let sketch = Mat::from_fn(rows.min(cols), k, |_, _| normal(rng));
     let parts = if rows >= cols {
         tall_lowrank(m, &sketch, iterations)?
     } else {
@@ -159,14 +161,6 @@ fn range(m: MatRef<'_, f32>, x: &Mat<f64>) -> Mat<f64> {
 
 fn narrow(x: &Mat<f64>) -> Mat<f32> {
     x.map(|x| *x as f32)
-}
-
-/// Standard normal entries (Box-Muller), drawn column by column.
-fn normal(rows: usize, cols: usize, rng: &mut impl Rng) -> Mat<f64> {
-    Mat::from_fn(rows, cols, |_, _| {
-        let (u, v) = (1.0 - rng.random::<f64>(), rng.random::<f64>());
-        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
-    })
 }
 
 #[cfg(test)]

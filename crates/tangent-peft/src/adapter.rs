@@ -33,7 +33,9 @@ pub struct Adapter {
     pub fixed: Vec<Parameter>,
 }
 
-/// Two trained factors whose scaled product `scaling * B A` moves a site's weight.
+/// Two trained factors on which a site's weight depends through `V = W + scaling * B A` alone, less
+/// the offset: it is V, or V with its rows brought to some length. So `dL/dA = scaling B^T dL/dV`
+/// and `dL/dB = scaling dL/dV A^T`, which is what optimizer rules for pairs rely on.
 #[derive(Clone, Debug)]
 pub struct Pair {
     /// Path of the site.
@@ -147,7 +149,8 @@ impl Scope<'_> {
         })
     }
 
-    /// Notes that two parameters that were just created in this scope are factors of a product.
+    /// Notes that two parameters that were just created in this scope are a [`Pair`]. Factors on
+    /// which the weight depends in another way, as with a third one between them, are none.
     ///
     /// # Panics
     /// If they are not of this scope.

@@ -196,97 +196,103 @@ impl AdapterConfig {
     /// Naming the first that differs from its default.
     fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
         let default = Self::default();
-        let unread = |common| !method.reads.contains(&common);
         let whole = method.whole_model;
-        let settings: [(&'static str, bool, bool, String); 12] = [
+        // Name, which of the common settings it is (none: where the whole model trains, nothing
+        // reads it), whether it is at its default, value.
+        let settings: [(&'static str, Option<Common>, bool, String); 12] = [
             (
                 "use_rslora",
-                unread(Common::Rslora),
+                Some(Common::Rslora),
                 self.use_rslora == default.use_rslora,
                 self.use_rslora.to_string(),
             ),
             (
                 "dropout",
-                unread(Common::Dropout),
+                Some(Common::Dropout),
                 self.dropout == default.dropout,
                 self.dropout.to_string(),
             ),
             (
                 "init",
-                unread(Common::Init),
+                Some(Common::Init),
                 self.init == default.init,
                 self.init.clone(),
             ),
             (
                 "rank_pattern",
-                unread(Common::Patterns),
+                Some(Common::Patterns),
                 self.rank_pattern == default.rank_pattern,
                 format!("{:?}", self.rank_pattern),
             ),
             (
                 "alpha_pattern",
-                unread(Common::Patterns),
+                Some(Common::Patterns),
                 self.alpha_pattern == default.alpha_pattern,
                 format!("{:?}", self.alpha_pattern),
             ),
             (
                 "bias",
-                unread(Common::Bias),
+                Some(Common::Bias),
                 self.bias == default.bias,
                 self.bias.name().to_owned(),
             ),
             (
                 "trainable_token_indices",
-                unread(Common::TokenRows),
+                Some(Common::TokenRows),
                 self.trainable_tokens == default.trainable_tokens,
                 format!("{:?}", self.trainable_tokens),
             ),
             (
                 "target_modules",
-                whole,
+                None,
                 self.targets == default.targets,
                 self.targets.text(),
             ),
             (
                 "exclude_modules",
-                whole,
+                None,
                 self.exclude == default.exclude,
                 self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
             ),
             (
                 "layers_to_transform",
-                whole,
+                None,
                 self.layers == default.layers,
                 format!("{:?}", self.layers),
             ),
             (
                 "modules_to_save",
-                whole,
+                None,
                 self.modules_to_save == default.modules_to_save,
                 self.modules_to_save.join(", "),
             ),
             (
                 "method settings",
-                whole,
+                None,
                 self.own.is_empty(),
                 format!("{:?}", self.own),
             ),
         ];
+        let is_read = |common: &Option<Common>| match common {
+            Some(common) => method.reads.contains(common),
+            None => !whole,
+        };
         let mut set = settings
             .into_iter()
-            .filter(|(_, unread, is_default, _)| *unread && !is_default);
+            .filter(|(_, common, is_default, _)| !is_read(common) && !is_default);
         match set.next() {
             None => Ok(()),
+            Some((setting, Some(common), _, value)) if !whole => Err(PeftError::Unread {
+                setting,
+                value,
+                method: method.id,
+                readers: methods::readers(common),
+            }),
             Some((setting, _, _, value)) => Err(PeftError::Setting {
                 setting,
                 value,
-                why: match whole {
-                    true => {
-                        "every weight of the model trains, so this has no effect; leave it \
-                             out, or choose another method"
-                    }
-                    false => "this method does not read it; leave it out, or choose another method",
-                },
+                why: "every weight of the model trains, so this has no effect; leave it out, or \
+                      choose another method",
             }),
         }
     }
@@ -340,6 +346,21 @@ fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_method_does_not_read_is_refused_with_those_that_do() {
+        let config = AdapterConfig {
+            method: "adalora".into(),
+            init: "pissa".into(),
+            ..AdapterConfig::default()
+        };
+        let text = config.validate().unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "init = pissa: method adalora does not read it; leave it out, or choose a method that \
+             does: lora, dora"
+        );
+    }
 
     #[test]
     fn patterns_match_at_the_end_and_the_first_counts() {

@@ -4,18 +4,15 @@ use std::path::PathBuf;
 
 use tangent_model::folder::FolderError;
 
+use crate::name::Unknown;
+
 /// An adapter that cannot be attached, read, written or merged as asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PeftError {
     /// A method that does not exist.
-    #[error("method \"{name}\" does not exist; methods: {known}")]
-    UnknownMethod {
-        /// What was asked for.
-        name: String,
-        /// All methods.
-        known: String,
-    },
+    #[error("method {}; methods: {}", .0, .0.known)]
+    UnknownMethod(Unknown),
     /// A target that matches no site.
     #[error(
         "target module \"{target}\" matches nothing in this model; near: {near}; \
@@ -47,7 +44,8 @@ pub enum PeftError {
     },
     /// A rank that the matrix cannot have.
     #[error(
-        "{site}: rank {rank} is not between 1 and {limit}, the smaller side of {rows} x {cols}"
+        "{site}: rank {rank} is not between 1 and {limit}, the smaller side of {rows} x {cols}; \
+         choose another rank, or leave the site out with --exclude-modules"
     )]
     Rank {
         /// Site.
@@ -88,22 +86,27 @@ pub enum PeftError {
         /// Divisors of the inputs around the value.
         near: String,
     },
+    /// A common setting that the method does not read.
+    #[error(
+        "{setting} = {value}: method {method} does not read it; leave it out, or choose a method \
+         that does: {readers}"
+    )]
+    Unread {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// The method.
+        method: &'static str,
+        /// Methods that read it.
+        readers: String,
+    },
     /// An initialization that does not exist.
-    #[error("initialization \"{name}\" does not exist; initializations: {known}")]
-    UnknownInit {
-        /// What was asked for.
-        name: String,
-        /// All initializations.
-        known: String,
-    },
+    #[error("initialization {}; initializations: {}", .0, .0.known)]
+    UnknownInit(Unknown),
     /// A setting that neither the method nor the initialization has.
-    #[error("setting \"{name}\" does not exist here; the method and its start have: {known}")]
-    UnknownSetting {
-        /// What was asked for.
-        name: String,
-        /// All settings.
-        known: String,
-    },
+    #[error("setting {}; the method and its start have: {}", .0, .0.known)]
+    UnknownSetting(Unknown),
     /// A setting of another type.
     #[error("{setting} = {value}: expected {expected}")]
     SettingType {
@@ -264,6 +267,22 @@ pub enum PeftError {
         site: String,
         /// Why.
         why: &'static str,
+    },
+    /// An adapter that is not to be turned into plain LoRA.
+    #[error("an adapter of method {method} cannot be converted to plain LoRA: {why}")]
+    NotConvertible {
+        /// Method.
+        method: &'static str,
+        /// Why not, and what to do instead.
+        why: &'static str,
+    },
+    /// A change of a weight that has no closest product of thin factors.
+    #[error("{site}: what the adapter changes this weight by cannot be decomposed: {why}")]
+    Change {
+        /// Site.
+        site: String,
+        /// Why.
+        why: String,
     },
     /// A configuration that a Hugging Face folder cannot express.
     #[error("{path}: {why}", path = path.display())]

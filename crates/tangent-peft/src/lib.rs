@@ -7,10 +7,12 @@
 pub mod adapter;
 pub mod config;
 pub mod controller;
+pub mod convert;
 pub mod error;
 pub mod export;
 pub mod init;
 pub mod methods;
+pub mod name;
 pub mod peft_format;
 pub mod setting;
 pub mod targets;

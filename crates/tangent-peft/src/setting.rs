@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::error::PeftError;
+use crate::name;
 
 /// A setting in a list.
 #[derive(Debug)]
@@ -105,12 +106,12 @@ pub fn parse<'a>(
     known: impl Iterator<Item = &'static Setting> + Clone,
 ) -> Result<BTreeMap<String, SettingValue>, PeftError> {
     let mut own = BTreeMap::new();
-    for (name, text) in pairs {
-        let setting = known.clone().find(|s| s.name == name);
-        let setting = setting.ok_or_else(|| unknown(name, known.clone()))?;
+    for (typed, text) in pairs {
+        let setting = known.clone().find(|s| name::is(typed, s.name));
+        let setting = setting.ok_or_else(|| unknown(typed, known.clone()))?;
         let value = setting.default.parse_like(text);
         let value = value.ok_or_else(|| wrong_type(setting, text.to_owned()))?;
-        own.insert(name.to_owned(), value);
+        own.insert(setting.name.to_owned(), value);
     }
     Ok(own)
 }
@@ -136,14 +137,11 @@ pub fn check(
 }
 
 fn unknown(name: &str, known: impl Iterator<Item = &'static Setting>) -> PeftError {
-    let names: Vec<&str> = known.map(|s| s.name).collect();
-    PeftError::UnknownSetting {
-        name: name.to_owned(),
-        known: match names.is_empty() {
-            true => "none".to_owned(),
-            false => names.join(", "),
-        },
+    let mut unknown = name::unknown(name, known.map(|s| s.name));
+    if unknown.known.is_empty() {
+        unknown.known = "none".to_owned();
     }
+    PeftError::UnknownSetting(unknown)
 }
 
 fn wrong_type(setting: &'static Setting, value: String) -> PeftError {
@@ -188,6 +186,8 @@ mod tests {
         assert_eq!(SettingValue::Number(1e10).whole(), None);
         assert!(own["exact"].is_set());
         assert_eq!(own["side"].word(), "right");
+        let text = parse([("sizes", "1")], KNOWN.iter()).unwrap_err();
+        assert!(text.to_string().contains("did you mean \"size\"?"));
         check(&own, KNOWN.iter()).unwrap();
         for (pair, words) in [
             (("size", "big"), ["size", "a number"]),

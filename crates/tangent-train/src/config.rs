@@ -33,6 +33,15 @@ pub enum Warmup {
     Ratio(f64),
 }
 
+/// A twin of the run that is trained by full fine-tuning, with AdamW, on the same rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TwinConfig {
+    /// Steps that it takes: the first ones of the run.
+    pub steps: usize,
+    /// Its peak learning rate; the schedule is the run's.
+    pub learning_rate: f64,
+}
+
 /// Settings of the training loop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainConfig {
@@ -66,6 +75,8 @@ pub struct TrainConfig {
     pub logging_steps: usize,
     /// Steps between readings of the meter; 0 takes none.
     pub meter_every: usize,
+    /// The twin that the run is compared with, if one is.
+    pub twin: Option<TwinConfig>,
     /// Steps between evaluations; 0 evaluates before the first and after the last step only.
     pub eval_steps: usize,
     /// Steps between checkpoints; 0 writes none but at an interrupt.
@@ -92,6 +103,7 @@ impl Default for TrainConfig {
             seed: 42,
             logging_steps: 10,
             meter_every: 0,
+            twin: None,
             eval_steps: 0,
             save_steps: 500,
             save_total_limit: 2,
@@ -105,10 +117,17 @@ impl TrainConfig {
     /// # Errors
     /// Naming the first one that is out of its range.
     pub fn validate(&self) -> Result<(), TrainError> {
-        optim::find(&self.optimizer)?;
+        let rule = optim::find(&self.optimizer)?;
+        if let Some(plus) = &self.lora_plus {
+            plus.check(rule)?;
+        }
         let positive = |value: f64| value > 0.0 && value.is_finite();
         let plus = self.lora_plus.unwrap_or(LoraPlus::new(1.0));
-        let checks: [(&'static str, f64, bool, &'static str); 14] = [
+        let twin = self.twin.unwrap_or(TwinConfig {
+            steps: 1,
+            learning_rate: 1.0,
+        });
+        let checks: [(&'static str, f64, bool, &'static str); 16] = [
             (
                 "learning_rate",
                 self.learning_rate,
@@ -206,6 +225,18 @@ impl TrainConfig {
                     Warmup::Ratio(r) => (0.0..=1.0).contains(&r),
                 },
                 "must be in [0, 1]",
+            ),
+            (
+                "twin",
+                twin.steps as f64,
+                twin.steps > 0,
+                "must be at least 1",
+            ),
+            (
+                "twin_learning_rate",
+                twin.learning_rate,
+                positive(twin.learning_rate),
+                "must be above 0",
             ),
         ];
         for (setting, value, fine, why) in checks {

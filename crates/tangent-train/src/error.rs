@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use tangent_model::ModelError;
 use tangent_model::folder::FolderError;
 use tangent_peft::PeftError;
+use tangent_peft::name::Unknown;
 
 use crate::data::DataError;
 use crate::plan::{megabytes, memory_size};
@@ -24,18 +25,14 @@ pub enum TrainError {
         why: &'static str,
     },
     /// An optimizer that does not exist.
-    #[error("optimizer \"{name}\" does not exist; optimizers: {known}")]
-    UnknownOptimizer {
-        /// What was asked for.
-        name: String,
-        /// All optimizers.
-        known: String,
-    },
+    #[error("optimizer {}; optimizers: {}", .0, .0.known)]
+    UnknownOptimizer(Unknown),
     /// An optimizer of pairs of factors where nothing that trains is one.
     #[error(
-        "optimizer {optimizer} moves two factors of a weight together, and nothing that trains here \
-         is such a pair; choose a method with factors A and B, as --method lora, or one of the \
-         optimizers {others}"
+        "optimizer {optimizer} moves the two factors of W + s B A together, and nothing that \
+         trains here is such a pair: factors of embeddings, products of more factors or of another \
+         form are none; choose --method lora or dora on linear maps, or one of the optimizers \
+         {others}"
     )]
     NoPairs {
         /// The optimizer.
@@ -129,6 +126,29 @@ pub enum TrainError {
         path = path.display()
     )]
     StartValues {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The twin of a run could not be trained.
+    #[error(
+        "the twin of full fine-tuning, at learning rate {learning_rate}: {source}; lower \
+         --twin-learning-rate, or train without --twin"
+    )]
+    Twin {
+        /// Its learning rate.
+        learning_rate: f64,
+        /// What stopped it.
+        source: Box<TrainError>,
+    },
+    /// What is kept of a twin cannot be used.
+    #[error(
+        "what is kept of the twin, {path}: {why}; remove the file and resume, and the twin is \
+         trained again",
+        path = path.display()
+    )]
+    TwinRecord {
         /// File.
         path: PathBuf,
         /// What is wrong.

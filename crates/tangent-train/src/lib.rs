@@ -19,7 +19,9 @@ pub mod report;
 pub mod run_report;
 pub mod sampler;
 pub mod schedule;
+pub mod step;
 pub mod trainer;
+pub mod twin;
 
 pub use config::{Batching, TrainConfig};
 pub use error::TrainError;

@@ -1,4 +1,5 @@
-//! `metrics.jsonl`: the log entries of a run and the readings of its meter, one a line.
+//! `metrics.jsonl`: the log entries of a run, the readings of its meter and the steps beside its
+//! twin, one a line.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -23,7 +24,7 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     /// Begins the file again with the entries that the run has had so far, and with those readings
-    /// of the meter in it that are no later.
+    /// of the meter and steps beside the twin in it that are no later.
     pub fn open(output: &Path, progress: &Progress) -> Result<Self, TrainError> {
         let path = output.join(METRICS);
         let step = |line: &Value| line["step"].as_u64().unwrap_or(0);
@@ -33,8 +34,9 @@ impl Metrics {
         let parsed = written
             .lines()
             .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let is_reading = |line: &Value| line.get("meter").is_some();
-        let kept = parsed.filter(|line: &Value| is_reading(line) && step(line) <= now);
+        let has = |line: &Value, key: &str| line.get(key).is_some();
+        let is_kept = |line: &Value| has(line, "meter") || has(line, "twin_loss");
+        let kept = parsed.filter(|line: &Value| is_kept(line) && step(line) <= now);
         let mut lines: Vec<Value> = kept.chain(progress.log_history.iter().cloned()).collect();
         // Stable: a step's reading comes before its entry.
         lines.sort_by_key(step);
@@ -60,6 +62,11 @@ impl Metrics {
         self.append(&reading.to_json(step, progress.epoch))?;
         on_event(&Event::Meter { step, reading });
         Ok(())
+    }
+
+    /// Adds a line that is not part of the history either.
+    pub fn add_line(&self, line: &Value) -> Result<(), TrainError> {
+        self.append(line)
     }
 
     /// Adds an entry to the file and to the history.
@@ -89,12 +96,15 @@ mod tests {
         let path = dir.path().join(METRICS);
         let reading = |step: usize| Reading::default().to_json(step, 0.5);
         let entry = |step: usize| json!({"step": step, "loss": 1.0});
+        let twin = |step: usize| json!({"step": step, "twin_loss": 1.0});
         let lines: Vec<String> = [
             entry(0),
             reading(2),
+            twin(2),
             entry(2),
             reading(4),
             entry(4),
+            twin(5),
             reading(6),
         ]
         .iter()
@@ -109,7 +119,7 @@ mod tests {
         };
         fs::write(&path, &half).unwrap();
         Metrics::open(dir.path(), &progress(4, vec![entry(0), entry(2), entry(4)])).unwrap();
-        assert_eq!(read(), format!("{}\n", lines[..5].join("\n")));
+        assert_eq!(read(), format!("{}\n", lines[..6].join("\n")));
         // Another run begins with nothing.
         Metrics::open(dir.path(), &Progress::default()).unwrap();
         assert_eq!(read(), "");

@@ -11,6 +11,7 @@ use crate::error::TrainError;
 use crate::meter::ranks;
 use crate::metrics::METRICS;
 use crate::report::{Arrangement, Axis, HeatMap, HeatPanel, LineChart, Page, Series, number};
+use crate::twin;
 
 /// Name of the report in a run's output folder.
 pub const REPORT: &str = "report.html";
@@ -40,12 +41,20 @@ pub fn write(output: &Path) -> Result<(), TrainError> {
     let settings = fs::read(output.join("run.json")).unwrap_or_default();
     let settings: Value = serde_json::from_slice(&settings).unwrap_or_default();
     let sentence = sentence(&ranks::lost_shares(&path).unwrap_or_default());
-    let html = page(&lines, &settings, sentence.as_deref());
+    // That of another run may have been left.
+    let twin = twin::Record::read(output).ok().flatten();
+    let twin = twin.filter(|twin| twin.settings == settings);
+    let html = page(&lines, &settings, sentence.as_deref(), twin.as_ref());
     folder::write_file(&output.join(REPORT), html.as_bytes())?;
     Ok(())
 }
 
-fn page(lines: &[Value], settings: &Value, sentence: Option<&str>) -> String {
+fn page(
+    lines: &[Value],
+    settings: &Value,
+    sentence: Option<&str>,
+    twin: Option<&twin::Record>,
+) -> String {
     let word = |key: &str| settings.get(key).and_then(Value::as_str);
     let mut page = match (word("method"), word("model")) {
         (Some(method), Some(model)) => Page::new(format!("{method} on {model}")),
@@ -62,6 +71,7 @@ fn page(lines: &[Value], settings: &Value, sentence: Option<&str>) -> String {
         &loss,
     );
     meter(&mut page, lines, sentence);
+    twin::section(&mut page, lines, twin);
     let rates = vec![series("learning rate", lines, "learning_rate")];
     let rate = chart("Learning rate", Axis::linear("Learning rate", ""), rates);
     page.figure("Learning rate of the last step before the entry.", &rate);

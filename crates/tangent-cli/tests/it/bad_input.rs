@@ -34,7 +34,7 @@ fn methods_targets_ranks_and_patterns() {
         (
             "--method lorra",
             [
-                "method \"lorra\" does not exist",
+                "method \"lorra\" does not exist (did you mean \"lora\"?)",
                 "methods: lora, ",
                 ", full",
             ],
@@ -46,6 +46,62 @@ fn methods_targets_ranks_and_patterns() {
         (
             "--method oft --rank 4",
             ["--rank", "method oft does not read it", "leave it out"],
+        ),
+        (
+            "--method vera --init pissa",
+            [
+                "init = pissa",
+                "method vera does not read it",
+                ": lora, dora",
+            ],
+        ),
+        (
+            "--init pisa",
+            [
+                "initialization \"pisa\" does not exist",
+                "did you mean \"pissa\"?",
+                "initializations: kaiming, ",
+            ],
+        ),
+        (
+            "--init lora_ga --set gama=4",
+            [
+                "setting \"gama\" does not exist",
+                "did you mean \"gamma\"?",
+                "rows, direction",
+            ],
+        ),
+        (
+            "--init lora_ga --rank 9",
+            ["lora-ga at rank 9", "18 singular vectors", "lower the rank"],
+        ),
+        (
+            "--init pissa --target-modules embed_tokens",
+            ["pissa cannot adapt", "embed_tokens", "one of linear maps"],
+        ),
+        (
+            "--optim adam",
+            [
+                "optimizer \"adam\" does not exist",
+                "did you mean \"adamw\"?",
+                "optimizers: adamw, sgd",
+            ],
+        ),
+        (
+            "--method adalora --optim lora_pro",
+            [
+                "lora-pro moves the two factors",
+                "--method lora or dora",
+                "adamw, sgd",
+            ],
+        ),
+        (
+            "--optim lora_pro --loraplus-lr-ratio 4",
+            [
+                "loraplus_lr_ratio = 4",
+                "same learning rate",
+                "another optimizer",
+            ],
         ),
         ("--target-modules qproj", near),
         (

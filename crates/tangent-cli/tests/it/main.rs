@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod compare;
+mod convert;
 mod device;
 mod meter;
 mod outputs;
@@ -11,6 +12,7 @@ mod plan;
 mod readme;
 mod real_model;
 mod resume;
+mod twin;
 
 use std::collections::BTreeMap;
 use std::fs;

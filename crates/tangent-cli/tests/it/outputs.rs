@@ -411,6 +411,11 @@ fn underscores_aliases_and_run_files_are_the_same_run() {
     place.run("train --config run.yaml").succeeded();
     same(&place, "flags", "aliases");
     same(&place, "flags", "yaml");
+    // Names of what a run consists of are kept as the lists have them.
+    place.train("names", "--init lora_ga --optim lora_pro_sgd");
+    let run = place.read_json("names/run.json");
+    assert_eq!(run["init"], "lora-ga");
+    assert_eq!(run["optim"], "lora-pro-sgd");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Start values of low-rank factors. An initialization is one file and one line in [`INITS`].
 
-use rand::{Rng, RngExt};
 use rand_chacha::ChaCha8Rng;
+pub(crate) use tangent_linalg::normal;
 use tangent_linalg::{LinalgError, MatRef};
 use tangent_model::{Site, SiteKind};
 
@@ -9,6 +9,7 @@ use crate::adapter::chosen;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::methods::checked_rank;
+use crate::name;
 use crate::setting::{Setting, SettingValue};
 
 pub mod corda;
@@ -163,13 +164,7 @@ const ROWS: Setting = Setting {
 /// # Errors
 /// If there is none.
 pub fn find(id: &str) -> Result<&'static Init, PeftError> {
-    INITS
-        .iter()
-        .find(|i| i.id == id)
-        .ok_or_else(|| PeftError::UnknownInit {
-            name: id.to_owned(),
-            known: INITS.iter().map(|i| i.id).collect::<Vec<_>>().join(", "),
-        })
+    name::find(INITS, id, |init| init.id).map_err(PeftError::UnknownInit)
 }
 
 /// Checks the initialization of `config` at every site that is adapted, before anything is
@@ -233,12 +228,6 @@ fn one_of(
     })
 }
 
-/// A standard normal number (Box-Muller).
-pub(crate) fn normal(rng: &mut impl Rng) -> f64 {
-    let (u, v) = (1.0 - rng.random::<f64>(), rng.random::<f64>());
-    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
-}
-
 #[cfg(test)]
 mod tests {
     use super::fixture::{config, site};
@@ -256,6 +245,9 @@ mod tests {
         }
         let text = find("svd").err().unwrap().to_string();
         assert!(text.contains("pissa, milora"), "{text}");
+        assert_eq!(find("lora_ga").unwrap().id, "lora-ga");
+        let text = find("pisa").err().unwrap().to_string();
+        assert!(text.contains("(did you mean \"pissa\"?)"), "{text}");
     }
 
     #[test]
@@ -300,6 +292,14 @@ mod tests {
         }
         for init in INITS {
             check(&config(init.id, 2, &[]), &[&site]).unwrap();
+            // The rank of the default one is its method's to check.
+            if init.id != KAIMING.id {
+                let refused = check(&config(init.id, 8, &[]), &[&site]).unwrap_err();
+                let text = refused.to_string();
+                for part in ["layers.0.proj: rank 8", "6 x 10", "--exclude-modules"] {
+                    assert!(text.contains(part), "{} {part}: {text}", init.id);
+                }
+            }
         }
     }
 

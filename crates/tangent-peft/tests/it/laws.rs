@@ -376,14 +376,25 @@ fn twenty_steps_lower_the_loss() {
 
 #[test]
 fn ranks_outside_the_matrix_are_refused() {
-    for rank in [0, 1000] {
-        let mut model = base(UNTIED, Base::F32);
-        let config = AdapterConfig {
-            rank,
-            ..AdapterConfig::default()
-        };
-        let error = attach(&mut *model, &config, 0).err().unwrap().to_string();
-        assert!(error.contains("rank"), "{error}");
+    // Of the others no rank is too large for a matrix.
+    for method in ["lora", "dora", "adalora", "loha"] {
+        for (rank, words) in [
+            (0, ["rank = 0", "at least 1"]),
+            (1000, ["model.layers.0", "rank 1000 is not between 1 and"]),
+        ] {
+            let mut model = base(UNTIED, Base::F32);
+            let config = AdapterConfig {
+                method: method.into(),
+                rank,
+                ..AdapterConfig::default()
+            };
+            let error = attach(&mut *model, &config, 0).err().unwrap().to_string();
+            for word in words {
+                assert!(error.contains(word), "{method} {word}: {error}");
+            }
+            let adapted = model.sites().iter().filter(|s| s.is_adapted()).count();
+            assert_eq!(adapted, 0, "{method}: nothing is attached");
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod adalora;
+mod convert;
 mod dora;
 mod export;
 mod inits;
@@ -12,5 +13,6 @@ mod loha;
 mod lokr;
 mod lora;
 mod oft;
+mod pairs;
 mod stored;
 mod vera;

@@ -36,7 +36,7 @@ use super::{Hyper, Rule, adamw};
 /// The rule's entry.
 pub const RULE: Rule = Rule {
     id: "altlora+",
-    aliases: &["altlora_plus", "altlora-plus"],
+    aliases: &["altlora-plus"],
     summary: "A and B in turn, momentum in the space of weights; thin moments",
     paper: "2505.12455",
     settings: adamw::RULE.settings,
@@ -70,6 +70,7 @@ pub const RULE: Rule = Rule {
             },
         ],
         squares: None,
+        one_rate: false,
         step,
     }),
 };

@@ -1,4 +1,5 @@
-//! LoRA+: a higher learning rate for B than for A, with any rule (Hayou, Ghosh and Yu, 2402.12354).
+//! LoRA+: a higher learning rate for B than for A (Hayou, Ghosh and Yu, 2402.12354), with any rule
+//! whose steps of A and B are good by themselves.
 //!
 //! ```text
 //! A, and other matrices             rate
@@ -15,7 +16,7 @@
 
 use tangent_model::Parameter;
 
-use super::Slot;
+use super::{Rule, Slot};
 use crate::error::TrainError;
 
 /// Settings of LoRA+.
@@ -37,6 +38,23 @@ impl LoraPlus {
             ratio,
             embedding_rate: Self::EMBEDDING_RATE,
         }
+    }
+
+    /// Refuses a rule that needs one rate for A and B.
+    ///
+    /// # Errors
+    /// With what would work.
+    pub fn check(&self, rule: &Rule) -> Result<(), TrainError> {
+        let needs_one = rule.pair.as_ref().is_some_and(|pair| pair.one_rate);
+        if !needs_one || self.ratio == 1.0 {
+            return Ok(());
+        }
+        Err(TrainError::Setting {
+            setting: "loraplus_lr_ratio",
+            value: self.ratio.to_string(),
+            why: "with this optimizer the steps of A and B are one of full fine-tuning only at the \
+                  same learning rate; leave it out, or choose another optimizer",
+        })
     }
 
     /// What the learning rate of a tensor is in that of A, whose peak is `learning_rate`.

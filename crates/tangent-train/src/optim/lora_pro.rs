@@ -48,7 +48,7 @@ use super::{Hyper, Rule, Step, adamw};
 /// The entry of the rule with moments.
 pub const RULE: Rule = Rule {
     id: "lora-pro",
-    aliases: &["lora_pro", "lorapro"],
+    aliases: &["lorapro"],
     summary: "AdamW on the weight that A and B can follow; full-size moments",
     paper: "2407.18242",
     settings: adamw::RULE.settings,
@@ -66,6 +66,8 @@ pub const RULE: Rule = Rule {
             },
         ],
         squares: None,
+        // X cancels out of B g_A + g_B A and not of other sums.
+        one_rate: true,
         step: step_by_moments,
     }),
 };
@@ -73,7 +75,7 @@ pub const RULE: Rule = Rule {
 /// The entry of the rule without state.
 pub const SGD: Rule = Rule {
     id: "lora-pro-sgd",
-    aliases: &["lora_pro_sgd"],
+    aliases: &[],
     summary: "gradient descent on the weight that A and B can follow; no state",
     paper: "2407.18242",
     settings: &["weight_decay"],
@@ -82,6 +84,7 @@ pub const SGD: Rule = Rule {
     pair: Some(PairRule {
         slots: &[],
         squares: None,
+        one_rate: true,
         step: step_by_gradients,
     }),
 };

@@ -38,7 +38,7 @@ use super::{Hyper, Rule, adamw};
 /// The rule's entry.
 pub const RULE: Rule = Rule {
     id: "lora-rite",
-    aliases: &["lora_rite"],
+    aliases: &[],
     summary: "moments that do not depend on the split into A and B; thin moments",
     paper: "2410.20625",
     settings: adamw::RULE.settings,
@@ -72,6 +72,7 @@ pub const RULE: Rule = Rule {
             },
         ],
         squares: Some(squares_within_limits),
+        one_rate: false,
         step: step_within_limits,
     }),
 };

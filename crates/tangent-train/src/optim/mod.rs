@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 use tangent_model::Parameter;
-use tangent_peft::{Adapter, Pair};
+use tangent_peft::{Adapter, Pair, name};
 
 use crate::config::TrainConfig;
 use crate::error::TrainError;
@@ -125,13 +125,11 @@ pub const RULES: &[Rule] = &[
 /// # Errors
 /// With the list of rules if there is none.
 pub fn find(id: &str) -> Result<&'static Rule, TrainError> {
-    RULES
-        .iter()
-        .find(|r| r.id == id || r.aliases.contains(&id))
-        .ok_or_else(|| TrainError::UnknownOptimizer {
-            name: id.to_owned(),
-            known: RULES.iter().map(|r| r.id).collect::<Vec<_>>().join(", "),
-        })
+    let has_alias = |rule: &&Rule| rule.aliases.iter().any(|alias| name::is(id, alias));
+    match RULES.iter().find(has_alias) {
+        Some(rule) => Ok(rule),
+        None => name::find(RULES, id, |rule| rule.id).map_err(TrainError::UnknownOptimizer),
+    }
 }
 
 /// A tensor as the driver sees it.

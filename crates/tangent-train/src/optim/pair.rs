@@ -1,4 +1,13 @@
-//! What a rule sees of two factors whose scaled product moves a weight.
+//! What a rule sees of two factors of which a loss depends through their scaled product alone.
+//!
+//! ```text
+//! V = W + s B A        G_A = s B^T dL/dV        G_B = s dL/dV A^T
+//! ```
+//!
+//! Rules compute with V, A and B; all that they say of "the weight" is true of V. For LoRA V is the
+//! effective weight. For DoRA, `W' = diag(m / |V|) V`, it is the matrix whose rows give directions:
+//! there `dL/dV` is what full fine-tuning of V with the same lengths m would follow, and the lengths
+//! themselves are outside of the pair.
 
 use tangent_model::Parameter;
 use tangent_peft::Pair;
@@ -64,6 +73,9 @@ pub struct PairRule {
     /// A pair's part in a sum over all pairs, whose root every pair is then given as
     /// [`PairStep::norm`].
     pub squares: Option<fn(&PairView<'_>) -> f64>,
+    /// Whether A and B must have the same learning rate, since only together are their steps one of
+    /// the weight.
+    pub one_rate: bool,
     /// Moves one pair.
     pub step: fn(&Hyper, PairStep<'_>),
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass, Site, SiteKind};
 use tangent_peft::{AdapterConfig, INITS, SettingValue, Start, Targets, attach, attach_from};
-use tangent_testkit::{Reference, all_logits, close, folder, model};
+use tangent_testkit::{Reference, all_logits, close, folder, model, quantized};
 use tangent_train::data::{Example, Origin};
 use tangent_train::evidence::gradient::gradients;
 use tangent_train::evidence::{self, Evidence, MicroBatch};
@@ -166,10 +166,19 @@ fn started(model: &mut dyn Model, config: &mut AdapterConfig) -> Start {
 }
 
 #[test]
-fn start_values_leave_the_model_unchanged() {
+fn start_values_leave_the_model_unchanged_and_the_base_as_it_is_stored() {
     let rows = examples();
-    for init in INITS {
+    for (init, in_blocks) in INITS.iter().flat_map(|i| [(i, false), (i, true)]) {
         let mut model = model(&folder(UNTIED));
+        let matrices = model.sites_mut().into_iter();
+        for site in matrices.filter(|site| in_blocks && site.kind != SiteKind::Norm) {
+            site.weight = quantized(&site.weight);
+        }
+        let stored = |model: &dyn Model| -> Vec<Vec<f32>> {
+            let sites = model.sites().into_iter();
+            sites.map(|site| site.weight.to_values()).collect()
+        };
+        let weights = stored(&*model);
         let before = all_logits(&*model, &batch(&rows));
         let mut config = config(init.id, &[]);
         let start = started(&mut *model, &mut config);
@@ -180,7 +189,9 @@ fn start_values_leave_the_model_unchanged() {
             assert_eq!(adapter.parameters[pair.a].values(), found.a);
             assert_eq!(adapter.parameters[pair.b].values(), found.b);
         }
-        close(init.id, &all_logits(&*model, &batch(&rows)), &before, 1e-5);
+        let after = all_logits(&*model, &batch(&rows));
+        close(&format!("{} {in_blocks}", init.id), &after, &before, 1e-5);
+        assert!(stored(&*model) == weights, "{}: the base moved", init.id);
     }
 }
 

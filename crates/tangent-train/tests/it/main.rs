@@ -7,3 +7,4 @@ mod gradients;
 mod meter;
 mod optimizers;
 mod pairs;
+mod twin;

@@ -362,24 +362,87 @@ fn lora_plus_sets_the_rates_of_its_groups() {
     assert_eq!(seen, [2, 3, 2]);
 }
 
+/// Optimizers of pairs.
+const OF_PAIRS: [&str; 4] = ["lora-pro", "lora-pro-sgd", "altlora+", "lora-rite"];
+
 #[test]
-fn what_needs_factors_is_refused_without_them() {
-    let adapter = attached(&AdapterConfig {
-        method: "full".into(),
-        ..AdapterConfig::default()
-    });
-    for id in ["lora-pro", "lora-pro-sgd", "altlora+", "lora-rite"] {
+fn directions_of_dora_move_as_pairs_and_lengths_beside_them() {
+    for id in OF_PAIRS {
+        let mut model = tangent_testkit::model(&folder("llama/everything"));
+        let config = AdapterConfig {
+            method: "dora".into(),
+            rank: 4,
+            ..AdapterConfig::default()
+        };
+        let adapter = attach(&mut *model, &config, 1).unwrap();
         let config = TrainConfig {
             optimizer: id.into(),
             ..TrainConfig::default()
         };
-        let error = Optimizer::for_adapter(&config, &adapter).err().unwrap();
-        assert!(matches!(error, TrainError::NoPairs { .. }));
-        let text = error.to_string();
-        for part in [id, "--method lora", "adamw, sgd"] {
-            assert!(text.contains(part), "{part}: {text}");
+        let mut optimizer = Optimizer::for_adapter(&config, &adapter).unwrap();
+        let lengths = |slot: &&tangent_train::optim::Slot| {
+            slot.parameter.name().ends_with("lora_magnitude_vector")
+        };
+        assert_eq!(
+            optimizer.slots.iter().filter(lengths).count(),
+            adapter.sites.len()
+        );
+        for slot in &optimizer.slots {
+            // AdamW's two moments, or gradient descent without any.
+            let moments = if id == "lora-pro-sgd" { 0 } else { 2 };
+            let own = if lengths(&slot) { moments } else { 0 };
+            assert_eq!(slot.state.len(), own, "{}", slot.parameter.name());
+        }
+        let reference = folder("llama/everything/reference.safetensors");
+        let batch = Reference::open(&reference).batch();
+        let loss = || tangent_testkit::mean_loss(&*model, &batch);
+        let value = || tangent_ops::values(loss())[0];
+        let starts: Vec<Vec<f32>> = adapter.parameters.iter().map(Parameter::values).collect();
+        let before = value();
+        for _ in 0..4 {
+            let mut found = loss().backward();
+            let gradients = adapter.parameters.iter();
+            let gradients: Vec<Option<Vec<f32>>> =
+                gradients.map(|p| p.take_gradient(&mut found)).collect();
+            optimizer.step(1e-3, &gradients);
+        }
+        assert!(value() < before, "{id}: {before} to {}", value());
+        for (parameter, start) in adapter.parameters.iter().zip(starts) {
+            assert_ne!(parameter.values(), start, "{id} {}", parameter.name());
         }
     }
+}
+
+#[test]
+fn what_needs_factors_is_refused_without_them() {
+    let without = |method: &&tangent_peft::Method| !["lora", "dora"].contains(&method.id);
+    for method in tangent_peft::METHODS.iter().filter(without) {
+        let adapter = attached(&AdapterConfig {
+            method: method.id.into(),
+            rank: 4,
+            targets: match method.whole_model {
+                true => AdapterConfig::default().targets,
+                false => Targets::parse(&["q_proj".to_owned()]),
+            },
+            ..AdapterConfig::default()
+        });
+        for id in OF_PAIRS {
+            let config = TrainConfig {
+                optimizer: id.into(),
+                ..TrainConfig::default()
+            };
+            let error = Optimizer::for_adapter(&config, &adapter).err().unwrap();
+            assert!(matches!(error, TrainError::NoPairs { .. }));
+            let text = error.to_string();
+            for part in [id, "--method lora or dora", "adamw, sgd"] {
+                assert!(text.contains(part), "{} {part}: {text}", method.id);
+            }
+        }
+    }
+    let adapter = attached(&AdapterConfig {
+        method: "full".into(),
+        ..AdapterConfig::default()
+    });
     let config = TrainConfig {
         lora_plus: Some(LoraPlus::new(16.0)),
         ..TrainConfig::default()
@@ -388,5 +451,28 @@ fn what_needs_factors_is_refused_without_them() {
     let text = error.to_string();
     for part in ["loraplus_lr_ratio = 16", "factor B", "--method lora"] {
         assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn steps_that_are_one_of_the_weight_need_one_rate() {
+    let config = |id: &str, ratio: f64| TrainConfig {
+        optimizer: id.into(),
+        lora_plus: Some(LoraPlus::new(ratio)),
+        ..TrainConfig::default()
+    };
+    for id in ["lora-pro", "lora_pro_sgd"] {
+        let text = config(id, 16.0).validate().unwrap_err().to_string();
+        for part in [
+            "loraplus_lr_ratio = 16",
+            "same learning rate",
+            "another optimizer",
+        ] {
+            assert!(text.contains(part), "{id} {part}: {text}");
+        }
+        config(id, 1.0).validate().unwrap();
+    }
+    for id in ["adamw", "sgd", "altlora+", "lora-rite"] {
+        config(id, 16.0).validate().unwrap();
     }
 }
