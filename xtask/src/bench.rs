@@ -42,6 +42,10 @@ pub enum Kind {
     Startup(Shape),
     /// Seconds of one optimizer step with the base as the GGUF file stores it, against f32.
     Base(Shape),
+    /// Seconds of one optimizer step of a variant of LoRA, against plain LoRA.
+    Variant(Shape, Flags),
+    /// Seconds from launch to exit of a run of one step of a variant, against plain LoRA.
+    VariantStartup(Shape, Flags),
     /// Rows a second of fine-tuning on `train.jsonl` of a folder, and the loss on its
     /// `test.jsonl`, against PyTorch.
     Tuning(&'static str),
@@ -61,6 +65,9 @@ impl Kind {
         }
     }
 }
+
+/// Flags that make a variant of plain LoRA.
+pub type Flags = &'static [&'static str];
 
 /// How the file that is decoded with stores its matrices.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +91,13 @@ const fn lora(rows: usize, tokens: usize) -> Shape {
         method: "lora",
         rows,
         tokens,
+    }
+}
+
+const fn variant(name: &'static str, flags: Flags) -> Row {
+    Row {
+        name,
+        kind: Kind::Variant(lora(4, 256), flags),
     }
 }
 
@@ -115,6 +129,20 @@ const ROWS: &[Row] = &[
     Row {
         name: "step-4x256-gguf",
         kind: Kind::Base(lora(4, 256)),
+    },
+    variant("step-dora", &["--method", "dora"]),
+    variant("step-pissa", &["--init", "pissa"]),
+    variant("step-lora-pro", &["--optim", "lora-pro"]),
+    variant("step-altlora+", &["--optim", "altlora+"]),
+    variant("step-lora-rite", &["--optim", "lora-rite"]),
+    variant("step-metered", &["--meter", "every=1"]),
+    Row {
+        name: "startup-pissa",
+        kind: Kind::VariantStartup(lora(4, 256), &["--init", "pissa"]),
+    },
+    Row {
+        name: "startup-lora-ga",
+        kind: Kind::VariantStartup(lora(4, 256), &["--init", "lora-ga"]),
     },
     Row {
         name: "sft-debian",
@@ -148,6 +176,10 @@ impl Row {
         match self.kind {
             Kind::Step(shape) | Kind::Base(shape) => shape.to_string(),
             Kind::Startup(shape) => format!("launch and one step: {shape}"),
+            Kind::Variant(shape, flags) => format!("{shape}: `{}`", flags.join(" ")),
+            Kind::VariantStartup(shape, flags) => {
+                format!("launch and one step: {shape}: `{}`", flags.join(" "))
+            }
             Kind::Tuning(folder) => format!(
                 "LoRA r={}, {} rows a step, {} steps: `{folder}`",
                 work::RANK,
@@ -234,7 +266,7 @@ fn measure(
     commit: Option<String>,
 ) -> Result<Measured, Failure> {
     work.make_inputs(row)?;
-    if matches!(row.kind, Kind::Startup(_)) {
+    if matches!(row.kind, Kind::Startup(_) | Kind::VariantStartup(..)) {
         println!(
             "== {}: once without counting, into the page cache",
             row.name

@@ -30,7 +30,7 @@ struct Table {
     holds: fn(Kind) -> bool,
 }
 
-const TABLES: [Table; 6] = [
+const TABLES: [Table; 7] = [
     Table {
         title: "Seconds of an optimizer step, and from launch to exit of a run of one step",
         ours: "Tangent",
@@ -46,6 +46,14 @@ const TABLES: [Table; 6] = [
         measure: (SECONDS, false),
         memory: true,
         holds: |kind| matches!(kind, Kind::Base(_)),
+    },
+    Table {
+        title: "Seconds of a variant of LoRA, and from launch to exit of a run of one step",
+        ours: "variant",
+        other: "LoRA",
+        measure: (SECONDS, false),
+        memory: true,
+        holds: |kind| matches!(kind, Kind::Variant(..) | Kind::VariantStartup(..)),
     },
     Table {
         title: "Rows a second of fine-tuning on real lengths, loss on answers",

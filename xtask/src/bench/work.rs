@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use super::command::CommandLine;
-use super::{Kind, Row, Shape, Weights, peer, reviews, tables};
+use super::{Flags, Kind, Row, Shape, Weights, peer, reviews, tables};
 use crate::failure::{Failure, file_failure};
 use crate::model::{self, Source};
 use crate::process::Report;
@@ -110,7 +110,11 @@ impl<'a> Work<'a> {
     /// Writes what the work of a row reads, where that is not there already.
     pub fn make_inputs(&self, row: &Row) -> Result<(), Failure> {
         match row.kind {
-            Kind::Step(shape) | Kind::Startup(shape) | Kind::Base(shape) => self.write_rows(shape),
+            Kind::Step(shape)
+            | Kind::Startup(shape)
+            | Kind::Base(shape)
+            | Kind::Variant(shape, _)
+            | Kind::VariantStartup(shape, _) => self.write_rows(shape),
             Kind::Decode(Weights::Bf16) if !self.bf16.is_file() => peer::convert(
                 self.root,
                 &self.python,
@@ -155,13 +159,14 @@ impl<'a> Work<'a> {
         let clock = Instant::now();
         let report = command.report(self.root)?;
         let whole = clock.elapsed().as_secs_f64();
-        let is_tangent = side == Side::Ours || matches!(row.kind, Kind::Base(_));
+        let both = matches!(row.kind, Kind::Base(_) | Kind::Variant(..));
+        let is_tangent = side == Side::Ours || both;
         let mut values = match (row.kind, is_tangent) {
-            (Kind::Startup(_), _) => vec![(SECONDS, whole)],
-            (Kind::Step(shape) | Kind::Base(shape), true) => {
+            (Kind::Startup(_) | Kind::VariantStartup(..), _) => vec![(SECONDS, whole)],
+            (Kind::Step(shape) | Kind::Base(shape) | Kind::Variant(shape, _), true) => {
                 vec![(SECONDS, self.step_seconds(row, shape, &report)?)]
             }
-            (Kind::Step(_) | Kind::Base(_), false) => {
+            (Kind::Step(_) | Kind::Base(_) | Kind::Variant(..), false) => {
                 vec![(SECONDS, report.number("median_step_seconds")?)]
             }
             (Kind::Tuning(_), true) => self.tuning(row, &report)?,
@@ -209,6 +214,12 @@ impl<'a> Work<'a> {
             (Kind::Base(shape), Side::Other) => {
                 self.tangent_steps(row, shape, (&self.gguf, "f32"), STEPS, run)
             }
+            (Kind::Variant(shape, flags), side) => {
+                self.tangent_variant(row, shape, (flags, side), STEPS, run)
+            }
+            (Kind::VariantStartup(shape, flags), side) => {
+                self.tangent_variant(row, shape, (flags, side), 1, run)
+            }
             (Kind::Tuning(data), Side::Ours) => self.tangent_tuning(row, data, run),
             (Kind::Tuning(data), Side::Other) => self.torch_tuning(data, run),
             (Kind::Eval(data), Side::Ours) => self.tangent_eval(data),
@@ -252,6 +263,26 @@ impl<'a> Work<'a> {
             .flag("--max-steps", steps)
             .args(["--logging-steps", "1"])
             .flag("--seed", seed)
+    }
+
+    /// Steps of LoRA, with a variant's flags on our side. A flag that is given twice would be
+    /// refused, so a variant's method takes the place of LoRA's.
+    fn tangent_variant(
+        &self,
+        row: &Row,
+        shape: Shape,
+        (flags, side): (Flags, Side),
+        steps: usize,
+        seed: usize,
+    ) -> CommandLine {
+        let base = (self.model.as_str(), "f32");
+        let (shape, flags) = match (side, flags) {
+            (Side::Other, _) => (shape, &[][..]),
+            (Side::Ours, ["--method", method]) => (Shape { method, ..shape }, &[][..]),
+            (Side::Ours, flags) => (shape, flags),
+        };
+        let command = self.tangent_steps(row, shape, base, steps, seed);
+        command.args(flags.iter().copied())
     }
 
     fn torch_steps(&self, shape: Shape, steps: usize, seed: usize) -> CommandLine {
@@ -372,7 +403,7 @@ fn series(metrics: &str, key: &str) -> Vec<f64> {
 /// The method as both sides' flags name it.
 fn method(name: &str) -> Vec<String> {
     let mut words = vec!["--method".to_owned(), name.to_owned()];
-    if name == "lora" {
+    if name != "full" {
         words.extend(["--rank".to_owned(), RANK.to_string()]);
         words.extend(["--alpha".to_owned(), (2 * RANK).to_string()]);
     }
@@ -429,6 +460,9 @@ mod tests {
             let [ours, other] = [Side::Ours, Side::Other].map(|side| {
                 let mut settings = settings(&work, row, side);
                 settings.retain(|(flag, _)| common.contains(&flag.as_str()));
+                // A variant may be a method of its own.
+                let variant = matches!(row.kind, Kind::Variant(..) | Kind::VariantStartup(..));
+                settings.retain(|(flag, _)| !variant || flag != "--method");
                 settings
             });
             let is_training = !matches!(row.kind, Kind::Eval(_) | Kind::Decode(_));
