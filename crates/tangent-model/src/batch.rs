@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use tangent_ops::{Segment, Segments, Target};
 
+use crate::family::Model;
+
 /// Tokens, who sees whom, and what is to be predicted.
 ///
 /// Rows that begin with the same tokens share them: a shared token is computed once, sees its
@@ -12,8 +14,10 @@ use tangent_ops::{Segment, Segments, Target};
 /// on its ancestors only, so losses and gradients are those of the rows one by one.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Token ids, segment after segment.
+    /// Token ids, segment after segment; those of virtual tokens, which come first, mean nothing.
     pub ids: Arc<[u32]>,
+    /// Virtual tokens that stand before every row, as a segment of their own.
+    pub virtual_tokens: usize,
     /// Runs of tokens with their ancestors.
     pub segments: Arc<Segments>,
     /// Supervised positions, row after row.
@@ -38,16 +42,41 @@ impl Batch {
     /// # Panics
     /// If a row has not one `supervised` for every token.
     pub fn new<'a>(rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
+        Self::after(0, rows)
+    }
+
+    /// [`new`](Self::new) with the virtual tokens that `model` has before every row.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn of<'a>(
+        model: &dyn Model,
+        rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+    ) -> Self {
+        Self::after(model.whole().virtual_tokens(), rows)
+    }
+
+    /// A batch of rows that continue so many virtual tokens.
+    fn after<'a>(
+        virtual_tokens: usize,
+        rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+    ) -> Self {
         let rows: Vec<_> = rows.into_iter().collect();
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|&row| rows[row].0);
         let mut tree = PrefixTree {
             rows: rows.iter().map(|(tokens, _)| *tokens).collect(),
-            ids: vec![],
+            ids: vec![0; virtual_tokens],
             segments: vec![],
             places: vec![vec![]; rows.len()],
         };
-        tree.grow(&order);
+        let before = (virtual_tokens > 0).then_some(Segment {
+            start: 0,
+            len: virtual_tokens,
+            parent: None,
+        });
+        tree.segments.extend(before);
+        tree.grow(&order, before.map(|_| 0));
         let mut targets = vec![];
         let mut placed = Vec::with_capacity(rows.len());
         for ((tokens, supervised), places) in rows.iter().zip(tree.places) {
@@ -62,6 +91,7 @@ impl Batch {
         }
         Self {
             ids: tree.ids.into(),
+            virtual_tokens,
             segments: Arc::new(Segments::new(tree.segments)),
             targets,
             rows: placed,
@@ -130,12 +160,13 @@ struct Branch {
 }
 
 impl PrefixTree<'_> {
-    /// Appends the segments of all rows; `sorted` are their indices in the order of their tokens.
-    fn grow(&mut self, sorted: &[usize]) {
+    /// Appends the segments of all rows, which continue the segment `root`; `sorted` are their
+    /// indices in the order of their tokens.
+    fn grow(&mut self, sorted: &[usize], root: Option<usize>) {
         let mut branches = vec![Branch {
             rows: 0..sorted.len(),
             depth: 0,
-            parent: None,
+            parent: root,
         }];
         while let Some(Branch {
             rows,
@@ -230,6 +261,19 @@ mod tests {
         assert_eq!(places, want);
         assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 3, 2, 0]);
         assert_eq!(batch.row_tokens(), 16);
+    }
+
+    #[test]
+    fn rows_continue_virtual_tokens() {
+        let none = [false; 3];
+        let rows: [&[u32]; 2] = [&[1, 2, 7], &[9]];
+        let batch = Batch::after(2, rows.map(|row| (row, &none[..row.len()])));
+        assert_eq!(&*batch.ids, [0, 0, 1, 2, 7, 9]);
+        assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 4, 2]);
+        let parents: Vec<_> = batch.segments.list().iter().map(|s| s.parent).collect();
+        assert_eq!(parents, [None, Some(0), Some(0)]);
+        assert_eq!(batch.rows[1].places, [5]);
+        assert_eq!(batch.row_tokens(), 4);
     }
 
     #[test]

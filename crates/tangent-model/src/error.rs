@@ -138,7 +138,21 @@ pub enum ModelError {
         /// The stored type.
         got: String,
     },
-    /// Bytes that do not fit the tensor's shape.
+    /// A weight that is not as bitsandbytes quantizes it.
+    #[error(
+        "{path}: tensor \"{tensor}\" is not a weight as bitsandbytes stores it: {why}; save the \
+         model again with a current bitsandbytes, or give the original model and --base-dtype nf4",
+        path = path.display()
+    )]
+    Quantized {
+        /// File.
+        path: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// What is missing or does not fit.
+        why: String,
+    },
+    /// Bytes that do not fit the tensor's shape, or values that cannot be quantized.
     #[error("{path}: tensor \"{tensor}\": {source}", path = path.display())]
     Matrix {
         /// File.

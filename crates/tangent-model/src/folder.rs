@@ -1,6 +1,6 @@
 //! Folders that appear whole or not at all: written beside their place, synced, renamed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -181,6 +181,15 @@ impl NewFolder {
         &self.temporary
     }
 
+    /// Makes a folder inside, and those on the way to it; names of files may begin with its path.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn create_folder(&self, name: &str) -> Result<(), FolderError> {
+        let made = fs::create_dir_all(self.temporary.join(name));
+        made.map_err(io("create", &self.place.join(name)))
+    }
+
     /// Writes one file.
     ///
     /// # Errors
@@ -220,26 +229,34 @@ impl NewFolder {
             .map_err(io("write", &place))
     }
 
-    /// Syncs every file, then moves the files into `folder`, replacing those of the same names.
+    /// Syncs every file, then moves the files into `folder`, replacing those of the same names;
+    /// files in folders inside go to folders of the same names.
     ///
     /// # Errors
     /// If the system refuses; the error says whether files were replaced by then.
     pub fn finish_into(self, folder: &Path) -> Result<(), FolderError> {
         sync(&self.temporary)?;
-        let entries = fs::read_dir(&self.temporary)
-            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-            .map_err(io("read", &self.temporary))?;
-        let mut files: Vec<PathBuf> = entries.iter().map(fs::DirEntry::path).collect();
+        let mut files = vec![];
+        list(&self.temporary, Path::new(""), &mut files)?;
         files.sort();
-        for (index, from) in files.iter().enumerate() {
-            let to = folder.join(from.file_name().unwrap_or_default());
-            fs::rename(from, &to).map_err(|source| match index {
+        let mut folders = BTreeSet::from([folder.to_owned()]);
+        for (index, name) in files.iter().enumerate() {
+            let to = folder.join(name);
+            let within = to.parent().unwrap_or(folder);
+            let moved = fs::create_dir_all(within)
+                .and_then(|()| fs::rename(self.temporary.join(name), &to));
+            moved.map_err(|source| match index {
                 0 => io("move into place", &to)(source),
                 _ => replaced("move into place", &to)(source),
             })?;
+            let inside = within.ancestors().take_while(|path| *path != folder);
+            folders.extend(inside.map(Path::to_owned));
         }
-        let synced = File::open(folder).and_then(|f| f.sync_all());
-        synced.map_err(replaced("sync", folder))
+        for folder in folders {
+            let synced = File::open(&folder).and_then(|f| f.sync_all());
+            synced.map_err(replaced("sync", &folder))?;
+        }
+        Ok(())
     }
 
     /// Syncs every file, then puts the folder in its place; what stood there is removed last.
@@ -304,6 +321,19 @@ pub fn write_file_with(
         let _ = fs::remove_file(&temporary);
     }
     result
+}
+
+/// The files in a folder and in those inside, by their paths from it, each after `within`.
+fn list(folder: &Path, within: &Path, files: &mut Vec<PathBuf>) -> Result<(), FolderError> {
+    for entry in fs::read_dir(folder).map_err(io("read", folder))? {
+        let entry = entry.map_err(io("read", folder))?;
+        let (path, name) = (entry.path(), within.join(entry.file_name()));
+        match path.is_dir() {
+            true => list(&path, &name, files)?,
+            false => files.push(name),
+        }
+    }
+    Ok(())
 }
 
 fn sync(folder: &Path) -> Result<(), FolderError> {
@@ -417,6 +447,27 @@ mod tests {
         write_file_with(&place, |file| (0..3).try_for_each(|n| write!(file, "{n}"))).unwrap();
         assert_eq!(fs::read(&place).unwrap(), b"012");
         assert_eq!(names(root.path()), ["trace.json"]);
+    }
+
+    #[test]
+    fn folders_inside_are_joined_with_those_that_are_there() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("out");
+        fs::create_dir_all(place.join("also/a")).unwrap();
+        fs::write(place.join("also/a/kept"), "earlier").unwrap();
+        fs::write(place.join("also/a/file"), "earlier").unwrap();
+        let new = NewFolder::begin(&root.path().join("result"), false).unwrap();
+        new.create_folder("also/a").unwrap();
+        new.create_folder("also/b").unwrap();
+        for name in ["file", "also/a/file", "also/b/file"] {
+            new.write(name, b"new").unwrap();
+        }
+        new.finish_into(&place).unwrap();
+        for name in ["file", "also/a/file", "also/b/file"] {
+            assert_eq!(fs::read(place.join(name)).unwrap(), b"new", "{name}");
+        }
+        assert_eq!(fs::read(place.join("also/a/kept")).unwrap(), b"earlier");
+        assert_eq!(names(root.path()), ["out"]);
     }
 
     #[test]

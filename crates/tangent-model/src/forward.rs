@@ -4,15 +4,30 @@ use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use tangent_ops::cross_entropy::CHUNK;
-use tangent_ops::{Target, linear_cross_entropy, log_softmax_at};
+use tangent_ops::{AttentionShape, Target, linear_cross_entropy, log_softmax_at};
 
 use crate::batch::Batch;
 use crate::family::Model;
 use crate::pass::Pass;
+use crate::whole::SideAdapter;
 
 /// Hidden states after the embedding, `(tokens, d)`.
 pub fn embed(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
-    model.embed(&batch.ids, pass)
+    let n = batch.virtual_tokens;
+    if n == 0 {
+        return model.embed(&batch.ids, pass);
+    }
+    let x = model.embed(&Arc::from(&batch.ids[n..]), pass);
+    Tensor::cat(vec![virtual_tokens(model, x.dims()[1], pass), x], 0)
+}
+
+/// Hidden states of the virtual tokens before the first layer, `(virtual tokens, d)`. They are 0
+/// where the layers' keys and values are replaced: nothing reads what becomes of them.
+pub(crate) fn virtual_tokens(model: &dyn Model, width: usize, pass: &Pass) -> Tensor<2> {
+    let prefix = model.whole().prefix.as_ref();
+    let rows = prefix.and_then(|prefix| prefix.embeddings(pass));
+    let zeros = || Tensor::zeros([model.whole().virtual_tokens(), width], &pass.device);
+    rows.unwrap_or_else(zeros)
 }
 
 /// Hidden states after layer `index`; causal attention inside every row of the batch.
@@ -26,12 +41,53 @@ pub fn layer(
     let longest = batch.segments.positions().iter().max();
     let rotary = model.rotary(longest.map_or(0, |&p| p as usize + 1));
     let shape = model.attention_shape();
-    model.layer(
-        index,
-        x,
-        &mut |q, k, v| tangent_ops::attention(q, k, v, &batch.segments, &rotary, shape),
-        pass,
-    )
+    let replaced = (batch.virtual_tokens > 0).then(|| keys_values(model, pass));
+    let replaced = replaced.flatten().map(|all| of_layer(&all, index, shape));
+    let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| {
+        let (k, v) = match &replaced {
+            None => (k, v),
+            Some((keys, values)) => {
+                // Attention rotates all keys.
+                let positions = &batch.segments.positions()[..batch.virtual_tokens];
+                let keys = tangent_ops::rotate_back(keys.clone(), positions, &rotary);
+                (instead(keys, k), instead(values.clone(), v))
+            }
+        };
+        tangent_ops::attention(q, k, v, &batch.segments, &rotary, shape)
+    };
+    model.layer(index, x, &mut attend, pass)
+}
+
+/// Keys and values of the virtual tokens in all layers, where they replace the layers' own.
+fn keys_values(model: &dyn Model, pass: &Pass) -> Option<Tensor<2>> {
+    let computed = || model.whole().prefix.as_ref()?.keys_values(pass);
+    pass.prefix.clone().or_else(computed)
+}
+
+/// The pass with the keys and values of the virtual tokens, if they replace the layers' own: they
+/// are computed once for all layers.
+pub fn with_prefix(model: &dyn Model, pass: &Pass) -> Pass {
+    Pass {
+        prefix: keys_values(model, pass),
+        ..pass.clone()
+    }
+}
+
+/// Keys and values of layer `index` out of those of all layers.
+pub(crate) fn of_layer(
+    all: &Tensor<2>,
+    index: usize,
+    shape: AttentionShape,
+) -> (Tensor<2>, Tensor<2>) {
+    let width = shape.kv_heads * shape.head_dim;
+    let part = |at: usize| all.clone().narrow(1, at * width, width);
+    (part(2 * index), part(2 * index + 1))
+}
+
+/// `x` with its first rows replaced.
+fn instead(rows: Tensor<2>, x: Tensor<2>) -> Tensor<2> {
+    let ([n, _], [tokens, width]) = (rows.dims(), x.dims());
+    Tensor::cat(vec![rows, x.slice([n..tokens, 0..width])], 0)
 }
 
 /// `factor` times the summed negative log-likelihood at the supervised positions, `(1, 1)`, from
@@ -43,7 +99,7 @@ pub fn loss(
     factor: f32,
     pass: &Pass,
 ) -> Tensor<2> {
-    let x = model.final_norm(x, pass);
+    let x = head_input(model, x, pass);
     if let Some(head) = model.head().head(pass) {
         return linear_cross_entropy(x, head, targets.to_vec(), factor);
     }
@@ -57,10 +113,115 @@ pub fn loss(
     (picked.sum() * -factor).reshape([1, 1])
 }
 
-/// Hidden states after the last layer.
+/// What the head reads, from [`hidden`].
+fn head_input(model: &dyn Model, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
+    let side = model.whole().side.as_ref();
+    match side.is_none_or(|side| side.normalized_by_model()) {
+        true => model.final_norm(x, pass),
+        false => x,
+    }
+}
+
+/// Hidden states after the last layer, or after the network beside the layers. In training that
+/// reads states which do not depend on what else is in the batch, so that they may be stored.
 pub fn hidden(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
+    if let Some(side) = &model.whole().side {
+        let states = match pass.training {
+            true => states_by_row(model, batch, &**side, pass),
+            false => states(model, batch, &**side, pass),
+        };
+        return side_hidden(&**side, &states, batch, pass);
+    }
+    let pass = &with_prefix(model, pass);
     let x = embed(model, batch, pass);
     (0..model.layers()).fold(x, |x, index| layer(model, index, x, batch, pass))
+}
+
+/// The hidden states that `side` reads, without a graph.
+pub fn states(
+    model: &dyn Model,
+    batch: &Batch,
+    side: &dyn SideAdapter,
+    pass: &Pass,
+) -> Vec<Tensor<2>> {
+    let pass = Pass {
+        training: false,
+        ..pass.untracked()
+    };
+    let mut x = embed(model, batch, &pass);
+    let mut states = vec![];
+    let last = (0..=model.layers()).rev().find(|&state| side.reads(state));
+    for state in 0..=last.unwrap_or(0) {
+        if state > 0 {
+            x = layer(model, state - 1, x, batch, &pass);
+        }
+        if side.reads(state) {
+            states.push(x.clone());
+        }
+    }
+    states
+}
+
+/// The hidden states that `side` reads of the row `tokens`, computed alone: row-major
+/// `(tokens, d)` each, in ascending order.
+pub fn row_states(model: &dyn Model, side: &dyn SideAdapter, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let unsupervised = vec![false; tokens.len()];
+    let batch = Batch::new([(tokens, &unsupervised[..])]);
+    let pass = Pass::inference(&model.device());
+    let states = states(model, &batch, side, &pass);
+    states.into_iter().map(tangent_ops::values).collect()
+}
+
+/// [`states`] of rows that are computed one by one, or known: those of a row do not depend on the
+/// batch. A token that several rows share has the states of the first of them.
+fn states_by_row(
+    model: &dyn Model,
+    batch: &Batch,
+    side: &dyn SideAdapter,
+    pass: &Pass,
+) -> Vec<Tensor<2>> {
+    let (n, width) = (batch.ids.len(), model.head().weight.cols());
+    let read = (0..=model.layers()).filter(|&state| side.reads(state));
+    let mut states = vec![vec![0.0; n * width]; read.count()];
+    let mut placed = vec![false; n];
+    for row in &batch.rows {
+        if row.places.iter().all(|&place| placed[place]) {
+            continue;
+        }
+        let tokens: Vec<u32> = row.places.iter().map(|&place| batch.ids[place]).collect();
+        let known = model.whole().known_states.as_ref();
+        let known = known.and_then(|known| known.row(&tokens));
+        let own = known.unwrap_or_else(|| row_states(model, side, &tokens));
+        for (state, own) in states.iter_mut().zip(&own) {
+            for (&place, values) in row.places.iter().zip(own.chunks_exact(width)) {
+                if !placed[place] {
+                    state[place * width..][..width].copy_from_slice(values);
+                }
+            }
+        }
+        for &place in &row.places {
+            placed[place] = true;
+        }
+    }
+    let tensor = |values| tangent_ops::tensor(values, n, width, &pass.device);
+    states.into_iter().map(tensor).collect()
+}
+
+/// What the network beside the layers makes of the hidden states that it reads.
+pub fn side_hidden(
+    side: &dyn SideAdapter,
+    states: &[Tensor<2>],
+    batch: &Batch,
+    pass: &Pass,
+) -> Tensor<2> {
+    let longest = batch.segments.positions().iter().max();
+    let rotary = side.rotary(longest.map_or(0, |&p| p as usize + 1));
+    let shape = side.attention_shape();
+    side.hidden(
+        states,
+        &mut |_, q, k, v| tangent_ops::attention(q, k, v, &batch.segments, &rotary, shape),
+        pass,
+    )
 }
 
 /// Logits of the tokens `rows`, `(rows, vocabulary)`.
@@ -69,11 +230,11 @@ pub fn logits(model: &dyn Model, batch: &Batch, rows: &[usize], pass: &Pass) -> 
     logits_of(model, x, rows, pass)
 }
 
-fn logits_of(model: &dyn Model, x: Tensor<2>, rows: &[usize], pass: &Pass) -> Tensor<2> {
+pub(crate) fn logits_of(model: &dyn Model, x: Tensor<2>, rows: &[usize], pass: &Pass) -> Tensor<2> {
     let indices: Vec<i32> = rows.iter().map(|&r| r as i32).collect();
     let indices = TensorData::new(indices, [rows.len()]);
     let x = x.select(0, Tensor::<1, Int>::from_data(indices, &pass.device));
-    model.head().linear(model.final_norm(x, pass), pass)
+    model.head().linear(head_input(model, x, pass), pass)
 }
 
 /// Calls `f(targets, logits)` for chunks of the batch's supervised positions, the logits
@@ -99,52 +260,4 @@ pub fn log_probabilities(model: &dyn Model, batch: &Batch) -> Vec<f32> {
         all.extend(log_softmax_at(logits, &ids));
     });
     all
-}
-
-/// Keys and values of the tokens seen so far, for generation one token after another.
-pub struct KvCache {
-    layers: Vec<(Vec<f32>, Vec<f32>)>,
-    tokens: usize,
-}
-
-impl KvCache {
-    /// An empty cache for `model`.
-    pub fn new(model: &dyn Model) -> Self {
-        Self {
-            layers: vec![(vec![], vec![]); model.layers()],
-            tokens: 0,
-        }
-    }
-
-    /// Tokens in the cache.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-}
-
-/// Feeds `ids` after the cached tokens and returns the logits of the last one.
-pub fn continue_with(model: &dyn Model, ids: &[u32], cache: &mut KvCache) -> Vec<f32> {
-    let pass = Pass::inference(&model.device());
-    let (n, first) = (ids.len(), cache.tokens);
-    let total = first + n;
-    let rotary = model.rotary(total);
-    let shape = model.attention_shape();
-    let positions: Vec<u32> = (first..total).map(|p| p as u32).collect();
-    let mut x = model.embed(&Arc::from(ids), &pass);
-    for index in 0..model.layers() {
-        let (keys, values) = &mut cache.layers[index];
-        let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| {
-            let width = q.dims()[1];
-            let (mut q, mut k) = (tangent_ops::values(q), tangent_ops::values(k));
-            rotary.rotate(&mut q, &positions);
-            rotary.rotate(&mut k, &positions);
-            keys.extend(k);
-            values.extend(tangent_ops::values(v));
-            let out = tangent_ops::attend(&q, keys, values, total, shape);
-            tangent_ops::tensor(out, n, width, &pass.device)
-        };
-        x = model.layer(index, x, &mut attend, &pass);
-    }
-    cache.tokens = total;
-    tangent_ops::values(logits_of(model, x, &[n - 1], &pass))
 }

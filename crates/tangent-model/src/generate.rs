@@ -5,9 +5,9 @@ use std::time::Instant;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::cache::{KvCache, continue_with};
 use crate::error::ModelError;
 use crate::family::Model;
-use crate::forward::{KvCache, continue_with};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
 /// How the next token is chosen and when to stop.

@@ -3,6 +3,7 @@
 //! A model owns its sites and names no adaptation method; see [`site`].
 
 pub mod batch;
+pub mod cache;
 pub mod chat_template;
 pub mod error;
 pub mod family;
@@ -14,8 +15,10 @@ pub mod gguf_tokenizer;
 pub mod parameter;
 pub mod pass;
 pub mod site;
+pub mod sublayer;
 pub mod tokenizer;
 pub mod weights;
+pub mod whole;
 
 use std::path::{Path, PathBuf};
 
@@ -23,13 +26,16 @@ use burn::tensor::Device;
 use serde_json::Value;
 
 pub use batch::{Batch, DistinctTokens};
+pub use cache::{KvCache, continue_with};
 pub use error::ModelError;
 pub use family::Model;
 pub use parameter::Parameter;
 pub use pass::Pass;
-pub use site::{Site, SiteKind, WeightAdapter};
+pub use site::{Original, Site, SiteKind, WeightAdapter};
+pub use sublayer::{ActivationAdapter, Streams, Sublayer};
 pub use tokenizer::Tokenizer;
 pub use weights::{BaseDtype, Weights};
+pub use whole::{PrefixAdapter, RowStates, SideAdapter, StateType, Whole};
 
 /// A model with its tokenizer, as opened from disk.
 pub struct LanguageModel {
@@ -107,7 +113,9 @@ fn open_folder(
             path: dir.to_owned(),
         });
     }
-    let config = read_json(&dir.join("config.json"))?;
+    let path = dir.join("config.json");
+    let mut config = read_json(&path)?;
+    weights::take_config(&mut config, &path)?;
     let weights = Weights::folder(dir, base_dtype)?;
     let tokenizer = Tokenizer::from_folder(dir)?;
     Ok((config, weights, tokenizer))

@@ -21,6 +21,9 @@ pub struct Pass {
     pub key: u64,
     /// Who is told of the inputs of linear maps and of the gradients of their results.
     pub tap: Option<Arc<dyn Tap>>,
+    /// Keys and values of virtual tokens in all layers, where they are known; layers take their own
+    /// from here. See [`forward::with_prefix`](crate::forward::with_prefix).
+    pub prefix: Option<Tensor<2>>,
 }
 
 impl Pass {
@@ -32,6 +35,7 @@ impl Pass {
             device: device.clone(),
             key: 0,
             tap: None,
+            prefix: None,
         }
     }
 
@@ -43,6 +47,7 @@ impl Pass {
             device: device.clone(),
             key,
             tap: None,
+            prefix: None,
         }
     }
 
@@ -58,6 +63,7 @@ impl Pass {
     pub fn untracked(&self) -> Self {
         Self {
             tracked: false,
+            prefix: self.prefix.clone().map(|x| x.without_autodiff()),
             ..self.clone()
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use tangent_ops::{FrozenMatrix, Head, Tap};
 
+use crate::error::ModelError;
 use crate::parameter::Parameter;
 use crate::pass::Pass;
 
@@ -48,10 +49,31 @@ pub trait WeightAdapter: Send + Sync {
         tangent_ops::embedding(ids, self.weight(dense(base, pass), pass))
     }
 
+    /// The effective bias, `(1, d_out)`, as a function of the one that is there.
+    fn bias(&self, bias: Option<Tensor<2>>, _pass: &Pass) -> Option<Tensor<2>> {
+        bias
+    }
+
     /// Whether the definition adds to the frozen weight something that does not depend on it, so
     /// that it can be taken out of a merged weight again.
     fn is_additive(&self) -> bool {
         false
+    }
+
+    /// The frozen weight of which the definition makes `effective`; `None` where that does not
+    /// tell it.
+    fn inverse(&self, effective: Tensor<2>, pass: &Pass) -> Option<Tensor<2>> {
+        if !self.is_additive() {
+            return None;
+        }
+        let moved = self.weight(effective.clone(), pass);
+        Some(effective.clone() - (moved - effective))
+    }
+
+    /// The bias of which [`bias`](Self::bias) makes `effective`, where there is an
+    /// [`inverse`](Self::inverse).
+    fn inverse_bias(&self, effective: Option<Tensor<2>>, _pass: &Pass) -> Option<Tensor<2>> {
+        effective
     }
 
     /// The effective weight where it is a trained tensor of its own and no function of the
@@ -73,6 +95,9 @@ pub fn dense(base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
     base.dense(&pass.device)
 }
 
+/// Reads a weight as it was before it was quantized. It is not held meanwhile.
+pub type Original = Arc<dyn Fn() -> Result<FrozenMatrix, ModelError> + Send + Sync>;
+
 /// One place in the model: a frozen weight, perhaps a bias, and at most one adapter.
 pub struct Site {
     /// Path of the module in Hugging Face's naming, such as `model.layers.0.self_attn.q_proj`.
@@ -83,6 +108,8 @@ pub struct Site {
     pub layer: Option<usize>,
     /// The frozen weight.
     pub weight: FrozenMatrix,
+    /// The weight before it was quantized, where that was done when the model was opened.
+    pub original: Option<Original>,
     /// The frozen bias, `(1, d_out)`.
     pub bias: Option<FrozenMatrix>,
     /// Path of the site whose weight this one shares (a tied head).
@@ -109,6 +136,7 @@ impl Site {
             kind,
             layer,
             weight,
+            original: None,
             bias: None,
             tied_to: None,
             adapter: None,
@@ -156,14 +184,42 @@ impl Site {
         }
     }
 
-    /// Whether the attached adapter can be taken out of a merged weight: true without one.
-    pub fn is_additive(&self) -> bool {
-        self.trained_bias.is_none() && self.adapter.as_ref().is_none_or(|a| a.is_additive())
+    /// Whether the attached adapter can be taken out of this site, into which it was merged: true
+    /// without one.
+    pub fn is_removable(&self, pass: &Pass) -> bool {
+        let inverts = |adapter: &Arc<dyn WeightAdapter>| {
+            adapter.is_additive() || adapter.inverse(dense(&self.weight, pass), pass).is_some()
+        };
+        self.trained_bias.is_none() && self.adapter.as_ref().is_none_or(inverts)
+    }
+
+    /// The weight without the attached adapter, which was merged into it; `None` where it cannot
+    /// be told.
+    pub fn weight_without(&self, pass: &Pass) -> Option<Tensor<2>> {
+        let merged = dense(&self.weight, pass);
+        match &self.adapter {
+            Some(adapter) => adapter.inverse(merged, pass),
+            None => Some(merged),
+        }
+    }
+
+    /// The bias without the attached adapter, which was merged into it, `(1, d_out)`.
+    pub fn bias_without(&self, pass: &Pass) -> Option<Tensor<2>> {
+        let merged = self.bias.as_ref().map(|bias| dense(bias, pass));
+        match &self.adapter {
+            Some(adapter) => adapter.inverse_bias(merged, pass),
+            None => merged,
+        }
     }
 
     /// The effective weight, by the adapter's definition.
     pub fn effective_weight(&self, pass: &Pass) -> Tensor<2> {
-        let base = dense(&self.weight, pass);
+        self.effective_weight_on(&self.weight, pass)
+    }
+
+    /// What [`Site::effective_weight`] is with another frozen weight of the same shape.
+    pub fn effective_weight_on(&self, base: &FrozenMatrix, pass: &Pass) -> Tensor<2> {
+        let base = dense(base, pass);
         match &self.adapter {
             Some(adapter) => adapter.weight(base, pass),
             None => base,
@@ -172,10 +228,19 @@ impl Site {
 
     /// The effective bias, `(1, d_out)`.
     pub fn effective_bias(&self, pass: &Pass) -> Option<Tensor<2>> {
-        match (&self.trained_bias, &self.bias) {
+        let bias = match (&self.trained_bias, &self.bias) {
             (Some(trained), _) => Some(pass.value(trained)),
             (None, Some(frozen)) => Some(dense(frozen, pass)),
             (None, None) => None,
+        };
+        self.effective_bias_on(bias, pass)
+    }
+
+    /// What [`Site::effective_bias`] is with another bias, `(1, d_out)`.
+    pub fn effective_bias_on(&self, bias: Option<Tensor<2>>, pass: &Pass) -> Option<Tensor<2>> {
+        match &self.adapter {
+            Some(adapter) => adapter.bias(bias, pass),
+            None => bias,
         }
     }
 

@@ -1,5 +1,7 @@
 //! Where a model's weights come from: a Hugging Face folder of safetensors, or a GGUF file.
 
+mod bitsandbytes;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 use std::ops::Range;
@@ -8,10 +10,13 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
 use safetensors::{Dtype, SafeTensors};
-use tangent_ops::{FrozenMatrix, MappedFile, StoredType, WeightBytes};
+use tangent_ops::{FrozenMatrix, MappedFile, MatrixError, Quantization, StoredType, WeightBytes};
 
 use crate::error::ModelError;
 use crate::gguf::{GgufFile, gguf_name, unpermute_rows};
+use crate::site::Original;
+
+pub(crate) use bitsandbytes::take_config;
 
 /// How frozen weights are held in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +25,8 @@ pub enum BaseDtype {
     F32,
     /// Rounded or widened to `bf16` once.
     Bf16,
+    /// Linear maps of layers quantized once, all else as in the file.
+    Quantized(Quantization),
     /// Exactly as in the file; `auto` means the same.
     #[default]
     AsStored,
@@ -27,11 +34,12 @@ pub enum BaseDtype {
 
 impl Display for BaseDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::AsStored => "as-stored",
-        })
+        match self {
+            Self::F32 => f.write_str("f32"),
+            Self::Bf16 => f.write_str("bf16"),
+            Self::Quantized(quantization) => quantization.fmt(f),
+            Self::AsStored => f.write_str("as-stored"),
+        }
     }
 }
 
@@ -43,19 +51,20 @@ impl FromStr for BaseDtype {
             "f32" | "float32" => Ok(Self::F32),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
             "auto" | "as-stored" => Ok(Self::AsStored),
-            other => Err(format!(
-                "\"{other}\" is not one of auto, f32, bf16, as-stored"
-            )),
+            other => other.parse().map(Self::Quantized).map_err(|_| {
+                format!("\"{other}\" is not one of auto, f32, bf16, nf4, fp4, int8, as-stored")
+            }),
         }
     }
 }
 
-/// The tensors of a model and how to hold them.
+/// The tensors of a model and how to hold them. Cloning shares the files.
+#[derive(Clone)]
 pub struct Weights {
     path: PathBuf,
-    source: Source,
+    source: Arc<Source>,
     base_dtype: BaseDtype,
-    used: Mutex<BTreeSet<String>>,
+    used: Arc<Mutex<BTreeSet<String>>>,
 }
 
 enum Source {
@@ -88,9 +97,9 @@ impl Weights {
         }
         Ok(Self {
             path: dir.to_owned(),
-            source: Source::Safetensors(tensors),
+            source: Arc::new(Source::Safetensors(tensors)),
             base_dtype,
-            used: Mutex::default(),
+            used: Arc::default(),
         })
     }
 
@@ -98,27 +107,57 @@ impl Weights {
     pub fn gguf(file: GgufFile, heads: usize, kv_heads: usize, base_dtype: BaseDtype) -> Self {
         Self {
             path: file.path.clone(),
-            source: Source::Gguf {
+            source: Arc::new(Source::Gguf {
                 file,
                 heads,
                 kv_heads,
-            },
+            }),
             base_dtype,
-            used: Mutex::default(),
+            used: Arc::default(),
         }
     }
 
-    /// The `(rows, cols)` weight `name` in Hugging Face's naming.
+    /// The `(rows, cols)` weight `name`, in Hugging Face's naming, of a linear map in a layer.
+    ///
+    /// # Errors
+    /// If it is missing, of another shape, stored in a type that weights cannot have, or to be
+    /// quantized and not finite.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenMatrix, ModelError> {
+        let BaseDtype::Quantized(to) = self.base_dtype else {
+            return self.table(name, rows, cols);
+        };
+        let matrix = self.stored(name, &[rows, cols])?;
+        let unfit = |source| self.unfit(&self.path, name, source);
+        matrix.quantize(to).map_err(unfit)
+    }
+
+    /// The `(rows, cols)` weight `name` of an embedding or a head. As in bitsandbytes, it is not
+    /// quantized.
     ///
     /// # Errors
     /// If it is missing, of another shape, or stored in a type that weights cannot have.
-    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenMatrix, ModelError> {
+    pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenMatrix, ModelError> {
         let matrix = self.stored(name, &[rows, cols])?;
         Ok(match self.base_dtype {
-            BaseDtype::AsStored => matrix,
+            BaseDtype::AsStored | BaseDtype::Quantized(_) => matrix,
             BaseDtype::F32 => matrix.convert(StoredType::F32),
             BaseDtype::Bf16 => matrix.convert(StoredType::BF16),
         })
+    }
+
+    /// A way to what [`Weights::matrix`] quantizes; `None` where it does not, or where the file
+    /// itself has quantized weights of bitsandbytes.
+    pub fn original(&self, name: &str, rows: usize, cols: usize) -> Option<Original> {
+        let quantizes = matches!(self.base_dtype, BaseDtype::Quantized(_));
+        let is_quantized = match &*self.source {
+            Source::Safetensors(tensors) => bitsandbytes::is_quantized(tensors, name),
+            Source::Gguf { .. } => false,
+        };
+        if !quantizes || is_quantized {
+            return None;
+        }
+        let (weights, name) = (self.clone(), name.to_owned());
+        Some(Arc::new(move || weights.stored(&name, &[rows, cols])))
     }
 
     /// The vector `name` of `len` values as a `(1, len)` matrix of `f32`.
@@ -135,7 +174,7 @@ impl Weights {
     /// Naming the tensors.
     pub fn finish(&self) -> Result<(), ModelError> {
         let used = self.used.lock().unwrap_or_else(|e| e.into_inner());
-        let names: Vec<&String> = match &self.source {
+        let names: Vec<&String> = match &*self.source {
             Source::Safetensors(tensors) => tensors.keys().collect(),
             Source::Gguf { file, .. } => file.tensors().keys().collect(),
         };
@@ -161,7 +200,7 @@ impl Weights {
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<FrozenMatrix, ModelError> {
-        match &self.source {
+        match &*self.source {
             Source::Safetensors(tensors) => self.safetensors_matrix(tensors, name, shape),
             Source::Gguf {
                 file,
@@ -204,11 +243,16 @@ impl Weights {
             [rows, cols] => (rows, cols),
             _ => (1, expected.iter().product()),
         };
-        FrozenMatrix::new(rows, cols, stored, bytes).map_err(|source| ModelError::Matrix {
+        FrozenMatrix::new(rows, cols, stored, bytes)
+            .map_err(|source| self.unfit(path, name, source))
+    }
+
+    fn unfit(&self, path: &Path, name: &str, source: MatrixError) -> ModelError {
+        ModelError::Matrix {
             path: path.to_owned(),
             tensor: name.to_owned(),
             source,
-        })
+        }
     }
 
     fn safetensors_matrix(
@@ -219,6 +263,12 @@ impl Weights {
     ) -> Result<FrozenMatrix, ModelError> {
         let tensor = tensors.get(name).ok_or_else(|| self.missing(name))?;
         self.mark(name);
+        if let [rows, cols] = *shape
+            && let Some(read) = bitsandbytes::read(tensors, name, (rows, cols))?
+        {
+            read.used.iter().for_each(|part| self.mark(part));
+            return Ok(read.matrix);
+        }
         let stored = match tensor.dtype {
             Dtype::F32 => StoredType::F32,
             Dtype::F16 => StoredType::F16,

@@ -112,6 +112,12 @@ impl Reference {
         Batch::new(rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
     }
 
+    /// All rows as one flat batch after the virtual tokens of `model`.
+    pub fn batch_of(&self, model: &dyn Model) -> Batch {
+        let rows = self.rows();
+        Batch::of(model, rows.iter().map(|(ids, s)| (&ids[..], &s[..])))
+    }
+
     /// All logits of all rows, row after row.
     pub fn logits(&self) -> Vec<f32> {
         (0..self.names("logits.").len())

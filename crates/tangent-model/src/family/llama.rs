@@ -12,7 +12,9 @@ use super::{Activation, Attend, Family, Model};
 use crate::error::ModelError;
 use crate::pass::Pass;
 use crate::site::{Site, SiteKind};
+use crate::sublayer::Sublayer;
 use crate::weights::Weights;
+use crate::whole::Whole;
 
 pub use config::{Config, Rope, RopeScaling};
 
@@ -31,10 +33,12 @@ struct Layer {
     k_proj: Site,
     v_proj: Site,
     o_proj: Site,
+    self_attn: Sublayer,
     post_attention_layernorm: Site,
     gate_proj: Site,
     up_proj: Site,
     down_proj: Site,
+    mlp: Sublayer,
 }
 
 /// A model of the family.
@@ -46,6 +50,7 @@ pub struct Llama {
     layers: Vec<Layer>,
     norm: Site,
     lm_head: Site,
+    whole: Whole,
 }
 
 impl Llama {
@@ -60,13 +65,15 @@ impl Llama {
         let layer = |index: usize| -> Result<Layer, ModelError> {
             let linear = |name: &str, rows, cols, bias: bool| -> Result<Site, ModelError> {
                 let path = format!("model.layers.{index}.{name}");
-                let weight = weights.matrix(&format!("{path}.weight"), rows, cols)?;
+                let name = format!("{path}.weight");
+                let weight = weights.matrix(&name, rows, cols)?;
+                let original = weights.original(&name, rows, cols);
                 let bias = match bias {
                     true => Some(weights.vector(&format!("{path}.bias"), rows)?),
                     false => None,
                 };
                 let mut site = Site::new(path, SiteKind::Linear, Some(index), weight);
-                site.bias = bias;
+                (site.original, site.bias) = (original, bias);
                 Ok(site)
             };
             let (d, ff) = (c.hidden_size, c.intermediate_size);
@@ -78,16 +85,18 @@ impl Llama {
                 k_proj: linear("self_attn.k_proj", kv, d, attention)?,
                 v_proj: linear("self_attn.v_proj", kv, d, attention)?,
                 o_proj: linear("self_attn.o_proj", d, q, attention)?,
+                self_attn: Sublayer::new(path("self_attn"), index, d),
                 post_attention_layernorm: norm(path("post_attention_layernorm"), Some(index))?,
                 gate_proj: linear("mlp.gate_proj", ff, d, mlp)?,
                 up_proj: linear("mlp.up_proj", ff, d, mlp)?,
                 down_proj: linear("mlp.down_proj", d, ff, mlp)?,
+                mlp: Sublayer::new(path("mlp"), index, d),
             })
         };
-        let table = weights.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?;
+        let table = weights.table("model.embed_tokens.weight", c.vocab_size, c.hidden_size)?;
         let head = match c.tie_word_embeddings {
             true => table.clone(),
-            false => weights.matrix("lm_head.weight", c.vocab_size, c.hidden_size)?,
+            false => weights.table("lm_head.weight", c.vocab_size, c.hidden_size)?,
         };
         let embedding = "model.embed_tokens".to_owned();
         let mut lm_head = Site::new("lm_head".into(), SiteKind::Head, None, head);
@@ -104,6 +113,7 @@ impl Llama {
             layers,
             norm: norm("model.norm".into(), None)?,
             lm_head,
+            whole: Whole::default(),
             config,
         })
     }
@@ -189,6 +199,26 @@ impl Model for Llama {
             .collect()
     }
 
+    fn sublayers(&self) -> Vec<&Sublayer> {
+        let layers = self.layers.iter();
+        layers.flat_map(|l| [&l.self_attn, &l.mlp]).collect()
+    }
+
+    fn sublayers_mut(&mut self) -> Vec<&mut Sublayer> {
+        let layers = self.layers.iter_mut();
+        layers
+            .flat_map(|l| [&mut l.self_attn, &mut l.mlp])
+            .collect()
+    }
+
+    fn whole(&self) -> &Whole {
+        &self.whole
+    }
+
+    fn whole_mut(&mut self) -> &mut Whole {
+        &mut self.whole
+    }
+
     fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2> {
         self.embed_tokens.embed(ids, pass)
     }
@@ -199,12 +229,16 @@ impl Model for Llama {
         let h = l.input_layernorm.rms_norm(x.clone(), eps, pass);
         let q = l.q_proj.linear(h.clone(), pass);
         let k = l.k_proj.linear(h.clone(), pass);
+        let read = l.self_attn.reads(&h);
         let v = l.v_proj.linear(h, pass);
-        let x = x + l.o_proj.linear(attend(q, k, v), pass);
+        let o = l.o_proj.linear(attend(q, k, v), pass);
+        let x = l.self_attn.add(x, read, o, pass);
         let h = l.post_attention_layernorm.rms_norm(x.clone(), eps, pass);
         let gate = l.gate_proj.linear(h.clone(), pass);
+        let read = l.mlp.reads(&h);
         let up = l.up_proj.linear(h, pass);
-        x + l.down_proj.gated_linear(gate, up, pass)
+        let y = l.down_proj.gated_linear(gate, up, pass);
+        l.mlp.add(x, read, y, pass)
     }
 
     fn activations(&self) -> Vec<Activation> {
@@ -222,6 +256,7 @@ impl Model for Llama {
             Activation::kept(kv, &[]),
             Activation::kept(kv, &[]),
             Activation::read(q, &["o_proj"]),
+            Activation::read(0, &["self_attn"]),
             Activation::kept(d, &["post_attention_layernorm"]),
             Activation::read(d, &["gate_proj", "up_proj"]),
             // Gate and up, which swiglu keeps, and their product.
@@ -231,6 +266,7 @@ impl Model for Llama {
                 formed_again: true,
                 ..Activation::read(ff, &["down_proj"])
             },
+            Activation::read(0, &["mlp"]),
         ]
     }
 

@@ -10,7 +10,9 @@ use tangent_ops::{AttentionShape, Rotary};
 use crate::error::ModelError;
 use crate::pass::Pass;
 use crate::site::Site;
+use crate::sublayer::Sublayer;
 use crate::weights::Weights;
+use crate::whole::Whole;
 
 pub mod llama;
 
@@ -26,7 +28,8 @@ pub struct Activation {
     /// Whether the operation that takes it keeps it for its derivative, whatever trains.
     pub kept: bool,
     /// The sites that take it as their input, by the last part of their paths. One that trains
-    /// keeps it for the gradient of its weight.
+    /// keeps it for the gradient of its weight. A sub-layer stands here by itself, without a width,
+    /// where its output is known: an adapter of it says what it keeps.
     pub read_by: &'static [&'static str],
     /// Whether low-rank products do not keep it but form it again from what is kept before it.
     pub formed_again: bool,
@@ -72,6 +75,14 @@ pub trait Model: Send + Sync {
     fn sites(&self) -> Vec<&Site>;
     /// All sites, to attach adapters.
     fn sites_mut(&mut self) -> Vec<&mut Site>;
+    /// Attention and feed-forward of every layer, in the order of their computation.
+    fn sublayers(&self) -> Vec<&Sublayer>;
+    /// The same, to attach adapters.
+    fn sublayers_mut(&mut self) -> Vec<&mut Sublayer>;
+    /// What is attached to the model as a whole.
+    fn whole(&self) -> &Whole;
+    /// The same, to attach adapters.
+    fn whole_mut(&mut self) -> &mut Whole;
     /// Hidden states of tokens, `(tokens, d)`.
     fn embed(&self, ids: &Arc<[u32]>, pass: &Pass) -> Tensor<2>;
     /// One layer with the given attention.

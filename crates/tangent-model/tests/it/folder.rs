@@ -71,7 +71,7 @@ fn set(path: &Path, key: &str, value: Value) {
 
 /// Asserts that the folder is refused with a message that holds these words.
 #[track_caller]
-fn refused(dir: &Path, words: &[&str]) {
+pub fn refused(dir: &Path, words: &[&str]) {
     let Err(error) = open(dir, BaseDtype::AsStored, &Device::flex()) else {
         panic!("it was opened; expected {words:?}");
     };
