@@ -29,6 +29,19 @@ pub enum LinalgError {
         /// Rows and columns that it has.
         got: (usize, usize),
     },
+    /// Blocks of a Monarch matrix that do not fit each other.
+    #[error(
+        "a Monarch matrix cannot have {in_blocks} blocks of rank {rank} before {out_blocks} \
+         blocks: {in_blocks} x {rank} must be a multiple of {out_blocks}, and none of them 0"
+    )]
+    Blocks {
+        /// Blocks of the first factor.
+        in_blocks: usize,
+        /// Blocks of the second factor.
+        out_blocks: usize,
+        /// Rows of each block of the first factor.
+        rank: usize,
+    },
     /// An iteration that did not end.
     #[error(
         "the decomposition of {what} of shape ({rows}, {cols}) did not converge: \

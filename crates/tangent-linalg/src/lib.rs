@@ -1,4 +1,5 @@
-//! Small dense linear algebra for adapters: decompositions, pseudo-inverses, Sylvester equations.
+//! Small dense linear algebra for adapters: decompositions, pseudo-inverses, Sylvester equations,
+//! Monarch matrices.
 //!
 //! Pure functions of matrices, one file a topic. All run on the calling thread, so a result has the
 //! same bytes whatever the number of threads; callers run several matrices side by side. Signs that
@@ -10,6 +11,7 @@
 //! through [`product()`]: the operators of the matrix library use all threads.
 
 mod error;
+mod monarch;
 mod normal;
 mod product;
 mod qr;
@@ -24,6 +26,7 @@ mod laws;
 
 pub use error::LinalgError;
 pub use faer::{Mat, MatRef};
+pub use monarch::{Monarch, MonarchSizes};
 pub use normal::normal;
 pub use product::product;
 pub use qr::qr;

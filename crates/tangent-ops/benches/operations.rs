@@ -17,7 +17,8 @@ use burn::tensor::{Device, Tensor};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use tangent_ops::{
-    AttentionShape, FrozenMatrix, Head, Rotary, Segments, StoredType, Target, WeightBytes,
+    AttentionShape, FrozenMatrix, Head, MonarchShape, Projection, Rotary, Segments, StoredType,
+    Target, WeightBytes,
 };
 
 use harness::{median, numbers};
@@ -30,6 +31,10 @@ const KEY_VALUE: usize = 192;
 const FEED_FORWARD: usize = 1536;
 const VOCABULARY: usize = 49_152;
 const RANK: usize = 8;
+/// Blocks of a Monarch product, and their rank.
+const BLOCKS: usize = 4;
+/// Numbers that are projected to weights.
+const DIMENSION: usize = 1000;
 const ATTENTION: AttentionShape = AttentionShape {
     heads: 9,
     kv_heads: 3,
@@ -175,6 +180,9 @@ fn rows() -> Vec<Row> {
         rows.push(decoded_linear(stored));
     }
     rows.extend(low_rank());
+    rows.extend(monarch());
+    rows.extend(project());
+    rows.extend(projected_linear());
     rows.extend(linear());
     rows.extend(rms_norm());
     rows.push(rotary());
@@ -246,6 +254,58 @@ fn low_rank() -> Vec<Row> {
         tangent_ops::low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 2.0)
     });
     linear.into_iter().chain(delta).collect()
+}
+
+fn monarch() -> [Row; 2] {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let shape = MonarchShape::new(d_in, d_out, BLOCKS, BLOCKS);
+    let ([a, b], [c, d]) = (shape.first(), shape.second());
+    let factors = a * b + c * d;
+    let passes = [
+        work(2 * n * factors, n * (d_in + d_out) + factors, 0),
+        work(4 * n * factors, n * (2 * d_in + d_out) + 2 * factors, 0),
+    ];
+    let inputs = [tracked(n, d_in), tracked(a, b), tracked(c, d)];
+    Row::both("monarch", passes, &inputs, move |t| {
+        tangent_ops::monarch(t[0].clone(), t[1].clone(), t[2].clone(), shape)
+    })
+}
+
+/// A Fastfood projection to a weight of the feed-forward, and the sums of its transforms.
+fn fastfood() -> (Projection, usize) {
+    let projection = Projection::fastfood(1, DIMENSION, (FEED_FORWARD, HIDDEN));
+    let size = (FEED_FORWARD * HIDDEN).next_power_of_two();
+    (projection, 2 * size * size.ilog2() as usize)
+}
+
+fn project() -> [Row; 2] {
+    let (projection, sums) = fastfood();
+    let pass = work(sums, DIMENSION + FEED_FORWARD * HIDDEN, 0);
+    let inputs = [tracked(1, DIMENSION)];
+    Row::both("project", [pass; 2], &inputs, move |t| {
+        tangent_ops::project(t[0].clone(), &projection)
+    })
+}
+
+fn projected_linear() -> [Row; 2] {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let (projection, sums) = fastfood();
+    let (stored, products) = (StoredType::BF16, 2 * n * d_out * d_in);
+    let bytes = stored_bytes(stored, d_out, d_in);
+    let passes = [
+        work(products + sums, n * (d_in + d_out) + DIMENSION, bytes),
+        work(
+            2 * (products + sums),
+            n * (2 * d_in + d_out) + DIMENSION,
+            bytes,
+        ),
+    ];
+    let weight = frozen(stored, d_out, d_in, 0);
+    let inputs = [tracked(n, d_in), tracked(1, DIMENSION), constant(1, 1)];
+    Row::both("projected_linear", passes, &inputs, move |t| {
+        let [x, theta, scale] = [0, 1, 2].map(|i| t[i].clone());
+        tangent_ops::projected_linear(x, &weight, theta, scale, &projection)
+    })
 }
 
 fn linear() -> [Row; 2] {

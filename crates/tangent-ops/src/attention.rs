@@ -9,12 +9,12 @@ mod block;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor, activation};
+use burn::tensor::{Tensor, activation};
 use rayon::prelude::*;
 
 use crate::custom::{self, CpuOp, Matrix};
 use crate::kernel::{self, Into, SharedMut, View, ViewMut};
-use crate::rotary::Rotary;
+use crate::rotary::{self, Rotary};
 use crate::segments::Segments;
 use block::{Block, copy_group, product, room};
 
@@ -91,36 +91,13 @@ pub fn definition(
     let heads = (0..shape.heads)
         .map(|h| {
             let g = h / (shape.heads / shape.kv_heads);
-            let q = rotate_definition(head(&q, h), segments.positions(), rotary, &device);
-            let k = rotate_definition(head(&k, g), segments.positions(), rotary, &device);
+            let q = rotary::definition(head(&q, h), segments.positions(), rotary, &device);
+            let k = rotary::definition(head(&k, g), segments.positions(), rotary, &device);
             let scores = q.matmul(k.transpose()) * shape.scale() + mask.clone();
             activation::softmax(scores, 1).matmul(head(&v, g))
         })
         .collect();
     Tensor::cat(heads, 1)
-}
-
-fn rotate_definition(
-    x: Tensor<2>,
-    positions: &[u32],
-    rotary: &Rotary,
-    device: &Device,
-) -> Tensor<2> {
-    let [n, d] = x.dims();
-    let half = d / 2;
-    let angles = positions.iter().map(|&p| rotary.at(p));
-    let (cos, sin): (Vec<_>, Vec<_>) = angles.unzip();
-    let table = |rows: Vec<&[f32]>| crate::tensor(rows.concat(), n, half, device);
-    let (cos, sin) = (table(cos), table(sin));
-    let low = x.clone().slice([0..n, 0..half]);
-    let high = x.slice([0..n, half..d]);
-    Tensor::cat(
-        vec![
-            low.clone() * cos.clone() - high.clone() * sin.clone(),
-            high * cos + low * sin,
-        ],
-        1,
-    )
 }
 
 /// Attention of rotated queries that continue a cache of rotated keys; no gradient.
@@ -566,7 +543,7 @@ mod tests {
             check::values(n * 8, 2),
             check::values(n * 8, 3),
         );
-        let device = Device::flex();
+        let device = burn::tensor::Device::flex();
         let whole = crate::values(attention(
             crate::tensor(q.clone(), n, 16, &device),
             crate::tensor(k.clone(), n, 8, &device),

@@ -38,7 +38,7 @@ pub fn definition(x: Tensor<2>, p: f32, key: u64) -> Tensor<2> {
 
 /// SplitMix64's finalizer (Steele et al., 2014).
 #[inline(always)]
-fn mix64(mut x: u64) -> u64 {
+pub(crate) fn mix64(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
@@ -46,7 +46,7 @@ fn mix64(mut x: u64) -> u64 {
 
 /// `lowbias32` (Wellons, 2018) of `x`, with `y` mixed in between its multiplications.
 #[inline(always)]
-fn mix32(mut x: u32, y: u32) -> u32 {
+pub(crate) fn mix32(mut x: u32, y: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
     x = (x ^ (x >> 15) ^ y).wrapping_mul(0x846c_a68b);
     x ^ (x >> 16)

@@ -11,7 +11,8 @@ use rayon::prelude::*;
 
 use self::blocks::{Block, Columns, GROUP, Lanes};
 use crate::kernel::{self, SharedMut};
-use crate::matrix::{FrozenMatrix, StoredType};
+use crate::matrix::FrozenMatrix;
+use crate::stored::StoredType;
 
 /// Tokens that share a widened weight: as many as there are registers for on every CPU.
 const TOGETHER: usize = 4;
@@ -33,23 +34,31 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix, y: &mut [f32])
         return y.fill(0.0);
     }
     match weight.stored() {
-        StoredType::F32 => product::<blocks::F32>(x, weight, y),
-        StoredType::F16 => product::<blocks::F16>(x, weight, y),
-        StoredType::BF16 => product::<blocks::BF16>(x, weight, y),
-        StoredType::Q8_0 => product::<blocks::Q8_0>(x, weight, y),
-        StoredType::Q4_0 => product::<blocks::Q4_0>(x, weight, y),
-        StoredType::Q4_1 => product::<blocks::Q4_1>(x, weight, y),
-        StoredType::Q5_0 => product::<blocks::Q5_0>(x, weight, y),
-        StoredType::Q5_1 => product::<blocks::Q5_1>(x, weight, y),
-        StoredType::Q4_K => product::<blocks::Q4K>(x, weight, y),
-        StoredType::Q5_K => product::<blocks::Q5K>(x, weight, y),
-        StoredType::Q6_K => product::<blocks::Q6K>(x, weight, y),
+        // Codes with scales beside them are widened before: their blocks are not those of rows.
+        None | Some(StoredType::F32) => product::<blocks::F32>(x, weight, y),
+        Some(StoredType::F16) => product::<blocks::F16>(x, weight, y),
+        Some(StoredType::BF16) => product::<blocks::BF16>(x, weight, y),
+        Some(StoredType::Q8_0) => product::<blocks::Q8_0>(x, weight, y),
+        Some(StoredType::Q4_0) => product::<blocks::Q4_0>(x, weight, y),
+        Some(StoredType::Q4_1) => product::<blocks::Q4_1>(x, weight, y),
+        Some(StoredType::Q5_0) => product::<blocks::Q5_0>(x, weight, y),
+        Some(StoredType::Q5_1) => product::<blocks::Q5_1>(x, weight, y),
+        Some(StoredType::Q4_K) => product::<blocks::Q4K>(x, weight, y),
+        Some(StoredType::Q5_K) => product::<blocks::Q5K>(x, weight, y),
+        Some(StoredType::Q6_K) => product::<blocks::Q6K>(x, weight, y),
     }
+}
+
+/// Some rows as plain `f32`, of a weight that is not stored row after row.
+fn widened(weight: &FrozenMatrix, rows: Range<usize>) -> Vec<f32> {
+    let mut values = kernel::buffer(rows.len() * weight.cols());
+    weight.widen_here(rows.start, &mut values);
+    values
 }
 
 /// The product for a weight of blocks `B`, neither empty nor without tokens.
 fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
-    let (d_out, d_in, bytes) = (weight.rows(), weight.cols(), weight.bytes());
+    let (d_out, d_in) = (weight.rows(), weight.cols());
     let n = x.len() / d_in;
     // A last token alone gets a pass of its own; two or three share one with zeros.
     let shared = if n % TOGETHER == 1 { n - 1 } else { n };
@@ -61,6 +70,18 @@ fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
     let alone = (!alone.is_empty()).then(|| side_by_side::<1>(alone, d_in));
     let y = SharedMut::new(y);
     let task = |rows: Range<usize>| {
+        let values;
+        let bytes = match weight.stored_rows() {
+            Some((_, bytes)) => {
+                let row_bytes = bytes.len() / d_out;
+                &bytes[rows.start * row_bytes..rows.end * row_bytes]
+            }
+            // As many rows as stay in the second-level cache.
+            None => {
+                values = widened(weight, rows.clone());
+                bytemuck::cast_slice(&values)
+            }
+        };
         for (x, first) in several.iter().zip((0..).step_by(TOGETHER)) {
             pulp::Arch::new().dispatch(Rows::<B, TOGETHER> {
                 bytes,
@@ -110,11 +131,11 @@ fn side_by_side<const N: usize>(x: &[f32], d_in: usize) -> Vec<[Columns; N]> {
 
 /// Some rows of a weight of blocks `B` times up to `N` tokens.
 struct Rows<'a, B, const N: usize> {
-    /// The whole weight.
-    bytes: &'a [u8],
-    d_out: usize,
     /// Rows that no other task has.
     rows: Range<usize>,
+    /// Their bytes.
+    bytes: &'a [u8],
+    d_out: usize,
     x: &'a [[Columns; N]],
     /// Where the tokens of `x` stand in `y`.
     tokens: Range<usize>,
@@ -128,9 +149,8 @@ impl<B: Block, const N: usize> WithSimd for Rows<'_, B, N> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let row_bytes = self.bytes.len() / self.d_out;
-        let bytes = &self.bytes[self.rows.start * row_bytes..self.rows.end * row_bytes];
-        for (row, bytes) in self.rows.zip(bytes.chunks_exact(row_bytes)) {
+        let row_bytes = self.bytes.len() / self.rows.len();
+        for (row, bytes) in self.rows.zip(self.bytes.chunks_exact(row_bytes)) {
             let products = row_products::<S, B, N>(simd, bytes, self.x);
             for (token, product) in self.tokens.clone().zip(products) {
                 // SAFETY: results of this row are written by the one task that has the row.
@@ -187,7 +207,7 @@ fn add_block<S: Simd, B: Block, const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{WeightBytes, check};
+    use crate::{Quantization, WeightBytes, check};
 
     /// Every stored type, with column counts that fit its blocks.
     const TYPES: [(StoredType, &[usize]); 11] = [
@@ -244,24 +264,42 @@ mod tests {
     fn every_stored_type_equals_its_widened_values() {
         for (stored, columns) in TYPES {
             for &d_in in columns {
-                let weight = weight(stored, 5, d_in);
-                let values = weight.to_values();
-                for n in [1, 3, 5, 8] {
-                    let x = check::values(n * d_in, 11);
-                    let y = run(&x, n, &weight);
-                    for (i, got) in y.iter().enumerate() {
-                        let (x, w) = (&x[i / 5 * d_in..][..d_in], &values[i % 5 * d_in..][..d_in]);
-                        let terms = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
-                        let (want, size) = terms.fold((0.0, 0.0), |(sum, size), term| {
-                            (sum + term, size + term.abs())
-                        });
-                        let error = (f64::from(*got) - want).abs();
-                        assert!(
-                            error <= 1e-5 * size,
-                            "{stored:?}, {d_in} columns, {n} tokens, element {i}: {got} for {want}"
-                        );
-                    }
-                }
+                check_products(&format!("{stored:?}"), &weight(stored, 5, d_in));
+            }
+        }
+    }
+
+    #[test]
+    fn codes_with_scales_beside_them_equal_their_widened_values() {
+        for quantization in Quantization::ALL {
+            // Several tasks of the last one.
+            for (d_out, d_in) in [(5, 7), (5, 576), (70, 1536)] {
+                let weight = weight(StoredType::F32, d_out, d_in);
+                let weight = weight.quantize(quantization).unwrap();
+                check_products(&quantization.to_string(), &weight);
+            }
+        }
+    }
+
+    #[track_caller]
+    fn check_products(what: &str, weight: &FrozenMatrix) {
+        let (d_out, d_in) = (weight.rows(), weight.cols());
+        let values = weight.to_values();
+        for n in [1, 3, 5, 8] {
+            let x = check::values(n * d_in, 11);
+            let y = run(&x, n, weight);
+            for (i, got) in y.iter().enumerate() {
+                let (x, w) = (&x[i / d_out * d_in..], &values[i % d_out * d_in..]);
+                let terms = x.iter().zip(w).take(d_in);
+                let terms = terms.map(|(x, w)| f64::from(*x) * f64::from(*w));
+                let (want, size) = terms.fold((0.0, 0.0), |(sum, size), term| {
+                    (sum + term, size + term.abs())
+                });
+                let error = (f64::from(*got) - want).abs();
+                assert!(
+                    error <= 1e-5 * size,
+                    "{what}, {d_in} columns, {n} tokens, element {i}: {got} for {want}"
+                );
             }
         }
     }

@@ -89,8 +89,8 @@ impl CpuOp for FrozenLinear {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::StoredType;
     use crate::check::{self, Case};
+    use crate::{Quantization, StoredType};
 
     #[test]
     fn kernel_equals_definition_and_differences() {
@@ -103,6 +103,37 @@ mod tests {
                     fused: |t| frozen_linear(t[0].clone(), &weight),
                     definition: |t| definition(t[0].clone(), &weight),
                 });
+            }
+        }
+    }
+
+    #[test]
+    fn products_with_a_quantized_weight_are_those_of_its_values() {
+        for quantization in Quantization::ALL {
+            // Rows that begin inside blocks and bytes, and few tokens as well as many.
+            for (tokens, d_out, d_in) in [(3, 9, 7), (11, 9, 7), (12, 20, 128)] {
+                let wide = FrozenMatrix::from_values(check::values(d_out * d_in, 5), d_out, d_in);
+                let weight = wide.quantize(quantization).unwrap();
+                let dense = FrozenMatrix::from_values(weight.to_values(), d_out, d_in);
+                check::equal(Case {
+                    shapes: &[(tokens, d_in)],
+                    fused: |t| frozen_linear(t[0].clone(), &weight),
+                    definition: |t| definition(t[0].clone(), &dense),
+                });
+                let (x, dy) = (
+                    check::values(tokens * d_in, 4),
+                    check::values(tokens * d_out, 6),
+                );
+                check::close(
+                    &forward(&x, tokens, &weight),
+                    &forward(&x, tokens, &dense),
+                    1e-5,
+                );
+                check::close(
+                    &backward(&dy, tokens, &weight),
+                    &backward(&dy, tokens, &dense),
+                    1e-5,
+                );
             }
         }
     }

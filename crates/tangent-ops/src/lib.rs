@@ -8,6 +8,7 @@
 mod custom;
 mod few_tokens;
 mod kernel;
+mod stored;
 mod thin;
 
 pub mod attention;
@@ -19,7 +20,11 @@ pub mod linear;
 pub mod low_rank;
 pub mod mapped;
 pub mod matrix;
+pub mod monarch;
 pub mod profile;
+pub mod projected_linear;
+pub mod projection;
+pub mod quantized;
 pub mod rms_norm;
 pub mod rotary;
 pub mod segments;
@@ -39,10 +44,15 @@ pub use kernel::simd;
 pub use linear::linear;
 pub use low_rank::{gated_low_rank_linear, low_rank_delta, low_rank_linear};
 pub use mapped::MappedFile;
-pub use matrix::{FrozenMatrix, MatrixError, StoredType, WeightBytes};
+pub use matrix::{FrozenMatrix, MatrixError};
+pub use monarch::{MonarchShape, gated_monarch_linear, monarch, monarch_linear};
+pub use projected_linear::{gated_projected_linear, projected_linear};
+pub use projection::{Projection, project};
+pub use quantized::{FourBit, FourBitType, Int8Rows, NestedScales, Quantization, Scales};
 pub use rms_norm::rms_norm;
-pub use rotary::Rotary;
+pub use rotary::{Rotary, rotate_back};
 pub use segments::{Segment, Segments};
+pub use stored::{StoredType, WeightBytes};
 pub use swiglu::swiglu;
 pub use tap::{
     Tap, add_weight_gradient, gated_tap, norm2_is_cheaper, tap, weight_gradient,

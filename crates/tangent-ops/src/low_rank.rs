@@ -76,6 +76,24 @@ pub(crate) fn input(sources: &[Matrix]) -> Matrix {
     }
 }
 
+/// The gradients of what the input of the map is given as, from the input's own, and the input
+/// where it was formed on the way.
+pub(crate) fn source_gradients(
+    sources: &[Matrix],
+    d_x: Option<Matrix>,
+    needed: &[bool],
+) -> (Vec<Option<Matrix>>, Option<Matrix>) {
+    match (sources, d_x) {
+        ([gate, up], Some(d_x)) => {
+            let [x, d_gate, d_up] = swiglu::product_and_gradients(gate, up, &d_x);
+            let gradients = vec![needed[0].then_some(d_gate), needed[1].then_some(d_up)];
+            (gradients, Some(x))
+        }
+        ([_], d_x) => (vec![d_x], None),
+        (_, _) => (vec![None; sources.len()], None),
+    }
+}
+
 /// Up to this many tokens, laying out a matrix takes longer than multiplying by it.
 const FEW_TOKENS: usize = 8;
 
@@ -197,15 +215,7 @@ impl CpuOp for LowRank {
             Factor::new(a, Layout::Rows, n).spread(d_h, 1.0, &mut d_x);
             Matrix::new(d_x, n, d_in)
         });
-        let (mut gradients, formed) = match (sources, d_x) {
-            ([gate, up], Some(d_x)) => {
-                let [x, d_gate, d_up] = swiglu::product_and_gradients(gate, up, &d_x);
-                let gradients = vec![needed[0].then_some(d_gate), needed[1].then_some(d_up)];
-                (gradients, Some(x))
-            }
-            ([_], d_x) => (vec![d_x], None),
-            (_, _) => (vec![None; sources.len()], None),
-        };
+        let (mut gradients, formed) = source_gradients(sources, d_x, needed);
         let d_a = d_h.filter(|_| *a_needed).map(|d_h| {
             let x = formed.unwrap_or_else(|| input(sources));
             outer(&d_h, &x, 1.0, Layout::Rows)

@@ -1,84 +1,14 @@
 //! Frozen weights in the type they were stored in, widened to `f32` panel by panel.
 
 use std::iter::repeat_n;
-use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
-use candle_core::quantized::k_quants::{self, GgmlType};
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::kernel;
-use crate::mapped::MappedFile;
-
-/// How the values of a [`FrozenMatrix`] are stored. The quantized types are ggml's blocks along
-/// the columns of one row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are the formats' own")]
-#[expect(non_camel_case_types, reason = "the names are the formats' own")]
-pub enum StoredType {
-    F32,
-    F16,
-    BF16,
-    Q8_0,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q4_K,
-    Q5_K,
-    Q6_K,
-}
-
-impl StoredType {
-    /// `(values, bytes)` of one block; `(1, size)` for plain numbers.
-    pub const fn block(self) -> (usize, usize) {
-        match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::BF16 => (1, 2),
-            Self::Q8_0 => (32, 34),
-            Self::Q4_0 => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q5_0 => (32, 22),
-            Self::Q5_1 => (32, 24),
-            Self::Q4_K => (256, 144),
-            Self::Q5_K => (256, 176),
-            Self::Q6_K => (256, 210),
-        }
-    }
-
-    /// Bytes of a row of `cols` values, or `None` if blocks do not divide it.
-    pub const fn row_bytes(self, cols: usize) -> Option<usize> {
-        let (values, bytes) = self.block();
-        if cols.is_multiple_of(values) {
-            Some(cols / values * bytes)
-        } else {
-            None
-        }
-    }
-}
-
-/// Bytes of a weight: part of a mapped file, or a buffer of our own.
-#[derive(Clone, Debug)]
-pub enum WeightBytes {
-    /// A range of a mapped file.
-    Mapped(Arc<MappedFile>, Range<usize>),
-    /// A buffer in memory.
-    Owned(Arc<[u8]>),
-    /// Values in memory, aligned for direct use.
-    Values(Arc<Vec<f32>>),
-}
-
-impl WeightBytes {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map, range) => &map[range.clone()],
-            Self::Owned(bytes) => bytes,
-            Self::Values(values) => bytemuck::cast_slice(&values[..]),
-        }
-    }
-}
+use crate::quantized::{FourBit, Int8Rows, Packed, Quantization};
+use crate::stored::{StoredType, WeightBytes, widen_rows};
 
 /// A weight that cannot be held as described.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -107,15 +37,58 @@ pub enum MatrixError {
         /// Bytes given.
         got: usize,
     },
+    /// A part of a quantized weight that does not fit the shape.
+    #[error("expected {expected} {what} for {rows} x {cols} {quantization}, got {got}")]
+    Part {
+        /// Rows of the weight.
+        rows: usize,
+        /// Columns of the weight.
+        cols: usize,
+        /// How it is quantized.
+        quantization: Quantization,
+        /// The part.
+        what: &'static str,
+        /// Its size by the shape.
+        expected: usize,
+        /// Its size.
+        got: usize,
+    },
+    /// Blocks that cannot be cut.
+    #[error(
+        "blocks of {block} are not supported: values in 4 bits need an even number in a block, \
+         scales at least one"
+    )]
+    Block {
+        /// Values or scales in a block.
+        block: usize,
+    },
+    /// Values without a largest magnitude.
+    #[error("some of its {rows} x {cols} values are not finite and cannot be quantized")]
+    NotFinite {
+        /// Rows of the weight.
+        rows: usize,
+        /// Columns of the weight.
+        cols: usize,
+    },
 }
 
-/// A frozen `(rows, cols)` = `(d_out, d_in)` weight in its stored type. Cloning shares the data.
+/// What is stored.
+#[derive(Clone, Debug)]
+enum Form {
+    /// Numbers or ggml's blocks, row after row.
+    Rows(StoredType, WeightBytes),
+    /// 4-bit codes and the scales of their blocks.
+    FourBit(Arc<Packed>),
+    /// 8-bit codes and the scales of their rows.
+    Int8(Arc<Int8Rows>),
+}
+
+/// A frozen `(rows, cols)` = `(d_out, d_in)` weight as it is stored. Cloning shares the data.
 #[derive(Clone, Debug)]
 pub struct FrozenMatrix {
     rows: usize,
     cols: usize,
-    stored: StoredType,
-    bytes: WeightBytes,
+    form: Form,
     /// The dense weight on the first device without kernels that asked for it.
     uploaded: Arc<OnceLock<Tensor<2>>>,
 }
@@ -168,13 +141,34 @@ impl FrozenMatrix {
             )),
             (false, _) => WeightBytes::Owned(bytes.bytes().into()),
         };
-        Ok(Self {
+        Ok(Self::of(rows, cols, Form::Rows(stored, bytes)))
+    }
+
+    fn of(rows: usize, cols: usize, form: Form) -> Self {
+        Self {
             rows,
             cols,
-            stored,
-            bytes,
+            form,
             uploaded: Arc::default(),
-        })
+        }
+    }
+
+    /// A weight over 4-bit codes and the scales of their blocks.
+    ///
+    /// # Errors
+    /// If a part does not fit the shape, or the blocks cannot be cut.
+    pub fn from_four_bit(rows: usize, cols: usize, parts: FourBit) -> Result<Self, MatrixError> {
+        let packed = Packed::new(parts, rows, cols)?;
+        Ok(Self::of(rows, cols, Form::FourBit(Arc::new(packed))))
+    }
+
+    /// A weight over 8-bit codes and the scales of their rows.
+    ///
+    /// # Errors
+    /// If a part does not fit the shape.
+    pub fn from_int8(rows: usize, cols: usize, parts: Int8Rows) -> Result<Self, MatrixError> {
+        parts.check(rows, cols)?;
+        Ok(Self::of(rows, cols, Form::Int8(Arc::new(parts))))
     }
 
     /// A weight over `f32` values.
@@ -183,13 +177,8 @@ impl FrozenMatrix {
     /// If `values.len() != rows * cols`.
     pub fn from_values(values: Vec<f32>, rows: usize, cols: usize) -> Self {
         assert_eq!(values.len(), rows * cols, "one value per element");
-        Self {
-            rows,
-            cols,
-            stored: StoredType::F32,
-            bytes: WeightBytes::Values(Arc::new(values)),
-            uploaded: Arc::default(),
-        }
+        let bytes = WeightBytes::Values(Arc::new(values));
+        Self::of(rows, cols, Form::Rows(StoredType::F32, bytes))
     }
 
     /// The same values held as `f32`, or rounded to `bf16` or `f16`.
@@ -197,7 +186,7 @@ impl FrozenMatrix {
     /// # Panics
     /// If `stored` is a quantized type.
     pub fn convert(&self, stored: StoredType) -> Self {
-        if stored == self.stored {
+        if self.stored() == Some(stored) {
             return self.clone();
         }
         let bytes = match stored {
@@ -206,15 +195,42 @@ impl FrozenMatrix {
             StoredType::F16 => self.narrowed(|v| half::f16::from_f32(v).to_le_bytes()),
             quantized => unreachable!("no conversion to {quantized:?}"),
         };
-        if let WeightBytes::Mapped(file, range) = &self.bytes {
+        self.leave();
+        Self::of(self.rows, self.cols, Form::Rows(stored, bytes))
+    }
+
+    /// The same values quantized as bitsandbytes does it: to 4 bits in blocks of 64 with scales in
+    /// 8 bits (double quantization), or to 8 bits with a scale a row. The weight itself if it is
+    /// held so already, whatever its blocks. A few rows at a time are widened.
+    ///
+    /// # Errors
+    /// If a value is not finite.
+    pub fn quantize(&self, to: Quantization) -> Result<Self, MatrixError> {
+        if self.quantization() == Some(to) {
+            return Ok(self.clone());
+        }
+        let form = match to {
+            Quantization::FourBit(kind) => Form::FourBit(Arc::new(Packed::quantize(self, kind)?)),
+            Quantization::Int8 => Form::Int8(Arc::new(Int8Rows::quantize(self)?)),
+        };
+        self.leave();
+        Ok(Self::of(self.rows, self.cols, form))
+    }
+
+    /// Tells the system that the pages of the file that the weight is mapped from need not stay in
+    /// memory; they are read again when they are used again.
+    pub fn leave(&self) {
+        if let WeightBytes::Mapped(file, range) = self.data() {
             file.leave(range);
         }
-        Self {
-            rows: self.rows,
-            cols: self.cols,
-            stored,
-            bytes,
-            uploaded: Arc::default(),
+    }
+
+    /// The bytes of its rows or codes.
+    fn data(&self) -> &WeightBytes {
+        match &self.form {
+            Form::Rows(_, bytes) => bytes,
+            Form::FourBit(packed) => packed.codes(),
+            Form::Int8(int8) => &int8.codes,
         }
     }
 
@@ -248,12 +264,38 @@ impl FrozenMatrix {
 
     /// Whether the bytes are those of a mapped file.
     pub fn is_mapped(&self) -> bool {
-        matches!(self.bytes, WeightBytes::Mapped(..))
+        matches!(self.data(), WeightBytes::Mapped(..))
     }
 
-    /// Stored type.
-    pub fn stored(&self) -> StoredType {
-        self.stored
+    /// The stored type of its rows; `None` if it is held as codes with scales beside them.
+    pub fn stored(&self) -> Option<StoredType> {
+        match self.form {
+            Form::Rows(stored, _) => Some(stored),
+            Form::FourBit(_) | Form::Int8(_) => None,
+        }
+    }
+
+    /// How it is quantized; `None` for numbers and for ggml's blocks, which are stored types.
+    pub fn quantization(&self) -> Option<Quantization> {
+        match &self.form {
+            Form::Rows(..) => None,
+            Form::FourBit(packed) => Some(Quantization::FourBit(packed.kind())),
+            Form::Int8(_) => Some(Quantization::Int8),
+        }
+    }
+
+    /// Whether it is held in codes of few bits, of whatever kind.
+    pub fn is_quantized(&self) -> bool {
+        self.stored().is_none_or(|stored| stored.block().0 > 1)
+    }
+
+    /// Bytes that it takes as it is stored, scales included.
+    pub fn stored_bytes(&self) -> usize {
+        match &self.form {
+            Form::Rows(_, bytes) => bytes.bytes().len(),
+            Form::FourBit(packed) => packed.stored_bytes(),
+            Form::Int8(int8) => int8.stored_bytes(),
+        }
     }
 
     /// All values widened, row-major.
@@ -285,51 +327,41 @@ impl FrozenMatrix {
 
     /// The values themselves where they are stored as `f32`.
     pub(crate) fn values(&self) -> Option<&[f32]> {
-        match self.stored {
-            StoredType::F32 => bytemuck::try_cast_slice(self.bytes.bytes()).ok(),
+        match &self.form {
+            Form::Rows(StoredType::F32, bytes) => bytemuck::try_cast_slice(bytes.bytes()).ok(),
             _ => None,
         }
     }
 
-    /// The stored bytes, row after row.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        self.bytes.bytes()
+    /// The stored type of its rows and their bytes, row after row; `None` for codes with scales
+    /// beside them.
+    pub(crate) fn stored_rows(&self) -> Option<(StoredType, &[u8])> {
+        match &self.form {
+            Form::Rows(stored, bytes) => Some((*stored, bytes.bytes())),
+            Form::FourBit(_) | Form::Int8(_) => None,
+        }
     }
 
     /// Widens whole rows from `first` on into `out`, in parallel.
     pub(crate) fn widen(&self, first: usize, out: &mut [f32]) {
         let rows_per_task = (8_192 / self.cols.max(1)).max(1);
-        out.par_chunks_mut(rows_per_task * self.cols)
+        out.par_chunks_mut(rows_per_task * self.cols.max(1))
             .enumerate()
             .for_each(|(task, chunk)| self.widen_here(first + task * rows_per_task, chunk));
     }
 
     /// Widens whole rows from `first` on into `out`, on this thread.
     pub(crate) fn widen_here(&self, first: usize, out: &mut [f32]) {
-        let row_bytes = self.bytes.bytes().len() / self.rows.max(1);
-        let rows = out.len() / self.cols;
-        let bytes = &self.bytes.bytes()[first * row_bytes..(first + rows) * row_bytes];
-        match self.stored {
-            StoredType::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
-            StoredType::F16 => {
-                bytemuck::cast_slice::<_, half::f16>(bytes).convert_to_f32_slice(out);
+        match &self.form {
+            Form::Rows(stored, bytes) => {
+                let bytes = bytes.bytes();
+                let row_bytes = bytes.len() / self.rows.max(1);
+                let rows = out.len() / self.cols;
+                let bytes = &bytes[first * row_bytes..(first + rows) * row_bytes];
+                widen_rows(*stored, bytes, out);
             }
-            StoredType::BF16 => kernel::simd(
-                #[inline(always)]
-                || {
-                    for (out, v) in out.iter_mut().zip(bytemuck::cast_slice::<_, u16>(bytes)) {
-                        *out = f32::from_bits(u32::from(*v) << 16);
-                    }
-                },
-            ),
-            StoredType::Q8_0 => widen_blocks::<k_quants::BlockQ8_0>(bytes, out),
-            StoredType::Q4_0 => widen_blocks::<k_quants::BlockQ4_0>(bytes, out),
-            StoredType::Q4_1 => widen_blocks::<k_quants::BlockQ4_1>(bytes, out),
-            StoredType::Q5_0 => widen_blocks::<k_quants::BlockQ5_0>(bytes, out),
-            StoredType::Q5_1 => widen_blocks::<k_quants::BlockQ5_1>(bytes, out),
-            StoredType::Q4_K => widen_blocks::<k_quants::BlockQ4K>(bytes, out),
-            StoredType::Q5_K => widen_blocks::<k_quants::BlockQ5K>(bytes, out),
-            StoredType::Q6_K => widen_blocks::<k_quants::BlockQ6K>(bytes, out),
+            Form::FourBit(packed) => packed.widen(first * self.cols, out),
+            Form::Int8(int8) => int8.widen(first, self.cols, out),
         }
     }
 
@@ -348,21 +380,6 @@ impl FrozenMatrix {
             f(first, rows, values);
         }
     }
-}
-
-/// Widens ggml blocks of type `B`.
-fn widen_blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
-    assert_eq!(bytes.len() / size_of::<B>() * B::BLCK_SIZE, out.len());
-    assert!((bytes.as_ptr() as usize).is_multiple_of(align_of::<B>()));
-    // SAFETY: the blocks are `repr(C)` structs of integers and f16 without padding, valid for any
-    // bit pattern; length and alignment were checked above.
-    let blocks = unsafe {
-        std::slice::from_raw_parts(bytes.as_ptr().cast::<B>(), bytes.len() / size_of::<B>())
-    };
-    kernel::simd(
-        #[inline(always)]
-        || B::to_float(blocks, out),
-    );
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Rotary position embedding in the rotate-half form (Su et al., 2104.09864).
 
+use burn::tensor::{Device, Tensor};
+
 use crate::kernel;
 
 /// Cosines and sines of every position up to a limit, `(positions, head_dim / 2)` each.
@@ -27,6 +29,11 @@ impl Rotary {
             cos,
             sin,
         }
+    }
+
+    /// Inverse frequencies of the pairs of features, after any scaling of the model.
+    pub fn inverse_frequencies(&self) -> &[f64] {
+        &self.inverse_frequencies
     }
 
     /// Features of a head.
@@ -86,6 +93,51 @@ impl Rotary {
     }
 }
 
+/// The definition in plain tensor operations, for one head: `x: (tokens, head_dim)`.
+pub(crate) fn definition(
+    x: Tensor<2>,
+    positions: &[u32],
+    rotary: &Rotary,
+    device: &Device,
+) -> Tensor<2> {
+    let [n, d] = x.dims();
+    let half = d / 2;
+    let angles = positions.iter().map(|&p| rotary.at(p));
+    let (cos, sin): (Vec<_>, Vec<_>) = angles.unzip();
+    let table = |rows: Vec<&[f32]>| crate::tensor(rows.concat(), n, half, device);
+    let (cos, sin) = (table(cos), table(sin));
+    let low = x.clone().slice([0..n, 0..half]);
+    let high = x.slice([0..n, half..d]);
+    Tensor::cat(
+        vec![
+            low.clone() * cos.clone() - high.clone() * sin.clone(),
+            high * cos + low * sin,
+        ],
+        1,
+    )
+}
+
+/// Takes the rotary embedding at `positions` out of every head of `x: (tokens, heads * head_dim)`,
+/// so that [`attention`](crate::attention), which rotates all keys, leaves `x` as it is.
+pub fn rotate_back(x: Tensor<2>, positions: &[u32], rotary: &Rotary) -> Tensor<2> {
+    let ([n, width], d) = (x.dims(), rotary.head_dim());
+    let device = x.device().without_autodiff();
+    let head = |at: usize| {
+        let head = x.clone().slice([0..n, at..at + d]);
+        // The angle of opposite sign exchanges the halves before and after.
+        definition(flipped(head), positions, rotary, &device)
+    };
+    let heads = (0..width).step_by(d).map(|at| flipped(head(at)));
+    Tensor::cat(heads.collect(), 1)
+}
+
+/// The two halves of the columns, exchanged.
+fn flipped(x: Tensor<2>) -> Tensor<2> {
+    let [n, d] = x.dims();
+    let half = |from: usize| x.clone().slice([0..n, from..from + d / 2]);
+    Tensor::cat(vec![half(d / 2), half(0)], 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +163,16 @@ mod tests {
         };
         assert!((product(3, 7) - product(43, 47)).abs() < 1e-5);
         assert!((product(3, 7) - product(3, 8)).abs() > 1e-4);
+    }
+
+    #[test]
+    fn keys_are_rotated_back() {
+        let (rotary, positions) = (Rotary::new(vec![1.0, 0.3], 400), [3, 70]);
+        let x = check::values(16, 5);
+        let mut rotated = x.clone();
+        rotary.rotate(&mut rotated, &positions);
+        let rotated = crate::tensor(rotated, 2, 8, &Device::flex());
+        let back = rotate_back(rotated, &positions, &rotary);
+        check::close(&crate::values(back), &x, 1e-6);
     }
 }

@@ -207,7 +207,7 @@ pub(crate) fn outer(
 
 /// The first `N` values, and zeros in place of missing ones.
 #[inline(always)]
-fn pad<const N: usize>(values: &[f32]) -> [f32; N] {
+pub(crate) fn pad<const N: usize>(values: &[f32]) -> [f32; N] {
     values.first_chunk().copied().unwrap_or_else(|| {
         let mut padded = [0.0; N];
         padded[..values.len()].copy_from_slice(values);
@@ -217,7 +217,7 @@ fn pad<const N: usize>(values: &[f32]) -> [f32; N] {
 
 /// As many of the values as there is room for.
 #[inline(always)]
-fn unpad<const N: usize>(values: &[f32; N], out: &mut [f32]) {
+pub(crate) fn unpad<const N: usize>(values: &[f32; N], out: &mut [f32]) {
     if let Some(out) = out.first_chunk_mut() {
         *out = *values;
     } else {
