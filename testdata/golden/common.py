@@ -10,6 +10,8 @@ from pathlib import Path
 if os.environ.get("PYTHONHASHSEED") != "0":
     # PEFT writes Python sets as JSON lists, in hash order.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
+# Folders beside this file would pass for packages of their names: PEFT looks for `bitsandbytes`.
+sys.path = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gguf
@@ -237,3 +239,48 @@ def store_adapter_case(model, base, merged, note="", extra=None):
         f"{case:20} trained {len(names):2} frozen {len(frozen)} norms {[round(n.item(), 2) for n in norms]} "
         f"losses {[round(x.item(), 4) for x in losses]} merged differs {merged_differ:.1e}"
     )
+
+
+def prompted_logits(model, rows=ROWS):
+    """The logits (T, V) of the real tokens of every row, each run alone after the virtual tokens of a PEFT model."""
+    return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(ids) :] for ids, _ in rows]
+
+
+def write_prompt_case(folder, base, config, seed, moved, note=""):
+    """Attaches virtual tokens to the base model, moves all that is trained, and stores the case in `folder`.
+
+    `grad.prompt_embeddings` is the gradient of what PEFT saves; of an encoder, `encoder.<name>` are the tensors and
+    `encoder.grad.<name>` their gradients.
+    """
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)  # so that PEFT records the base as a relative path
+    base_model = load_base(base)
+    torch.manual_seed(seed)
+    model = get_peft_model(base_model, config).eval()
+    trained = trained_parameters(model)
+    move_parameters(trained, seed, moved)
+    model.save_pretrained(".")
+    Path("README.md").unlink()
+    Path("adapter_model.safetensors").chmod(0o644)
+    saved = load_file("adapter_model.safetensors")["prompt_embeddings"]
+
+    outputs = []
+    hook = lambda module, inputs, output: (output.retain_grad(), outputs.append(output))[0]
+    model.prompt_encoder["default"].register_forward_hook(hook)
+    logits = prompted_logits(model)
+    loss = loss_of(logits)
+    loss.backward()
+    again = PeftModel.from_pretrained(load_base(base), ".").eval()
+    reloaded = max((a - b).abs().max().item() for a, b in zip(prompted_logits(again), logits))
+    assert reloaded < 1e-5, f"{folder.name}: reloading changes logits by {reloaded}"
+
+    stored = row_tensors(logits) | {"loss": loss}
+    stored["grad.prompt_embeddings"] = sum(output.grad[0] for output in outputs)
+    encoder = {name.removeprefix("prompt_encoder.default."): p for name, p in trained}
+    if len(encoder) > 1:
+        stored |= {f"encoder.{name}": p for name, p in encoder.items()}
+        stored |= {f"encoder.grad.{name}": p.grad for name, p in encoder.items()}
+    assert all(g.abs().max() > 0 for k, g in stored.items() if "grad." in k)
+    save_tensors("reference.safetensors", stored)
+    save_json("case.json", {"base": base, "trained": 1, "note": note})
+    print(f"{folder.name:20} saved {tuple(saved.shape)} encoder {len(encoder)} loss {loss.item():.4f} reloaded {reloaded:.1e}")

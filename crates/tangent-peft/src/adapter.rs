@@ -1,20 +1,24 @@
-//! Attaching a method to a model: sites are chosen, parameters are named and collected.
+//! An adapter: its settings, its trained tensors, and the scope in which a method creates them.
 
+mod attach;
+mod attachments;
+
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use tangent_model::family::Model;
-use tangent_model::{Parameter, Site, SiteKind, WeightAdapter, pass};
-use tangent_ops::FrozenMatrix;
+use tangent_model::{Parameter, Site, SiteKind, pass};
 
-use crate::config::{AdapterConfig, BiasMode, pattern_regex};
+use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::init::{self, Factors, Needs, Setup};
-use crate::methods::{self, Method};
-use crate::targets::{ends_with_name, near};
-use crate::trained::{TrainedRows, TrainedWeight};
+use crate::methods::Method;
+use crate::trained::TrainedWeight;
+
+pub use attach::{attach, attach_all, attach_from, check_patterns, chosen, detach};
+pub use attachments::check_combination;
 
 /// What is attached to a model: its settings and its trained tensors.
 pub struct Adapter {
@@ -24,13 +28,16 @@ pub struct Adapter {
     pub config: AdapterConfig,
     /// Every trained tensor, in the order of the sites.
     pub parameters: Vec<Parameter>,
-    /// Paths of the sites that the method adapts.
+    /// Paths of the sites or sub-layers that the method adapts.
     pub sites: Vec<String>,
     /// Products of two trained factors, in the order of the sites.
     pub pairs: Vec<Pair>,
     /// Tensors that do not train and are saved along, in the order in which they were made. They
     /// belong to no site: their names in files stand after the adapter's prefix alone.
     pub fixed: Vec<Parameter>,
+    /// The adapters that this one is put together from, its own first; none if it stands alone.
+    /// Their tensors are shared with it.
+    pub parts: Vec<Adapter>,
 }
 
 /// Two trained factors on which a site's weight depends through `V = W + scaling * B A` alone, less
@@ -55,6 +62,27 @@ impl Adapter {
     pub fn count(&self) -> usize {
         self.parameters.iter().map(Parameter::count).sum()
     }
+
+    /// The adapters that it is put together from; itself alone if it is no combination.
+    pub fn each(&self) -> &[Self] {
+        match &self.parts[..] {
+            [] => std::slice::from_ref(self),
+            parts => parts,
+        }
+    }
+
+    /// The one of [`each`](Self::each) whose method adapts the site or sub-layer `path`, with its
+    /// index.
+    pub fn part_at(&self, path: &str) -> Option<(usize, &Self)> {
+        let mut parts = self.each().iter().enumerate();
+        parts.find(|(_, part)| part.sites.iter().any(|site| site == path))
+    }
+
+    /// The methods, joined by `+`.
+    pub fn method_names(&self) -> String {
+        let names: Vec<&str> = self.each().iter().map(|part| part.method.id).collect();
+        names.join(" + ")
+    }
 }
 
 /// Where a method creates its parameters.
@@ -64,7 +92,34 @@ pub struct Scope<'a> {
     fixed: &'a mut Vec<Parameter>,
     device: burn::tensor::Device,
     start: &'a Start,
-    largest: (usize, usize),
+    adapted: Vec<Adapted>,
+    shared: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// A weight that a method adapts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adapted {
+    /// Path of the site.
+    pub path: String,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl Adapted {
+    fn new(site: &Site) -> Self {
+        Self {
+            path: site.path.clone(),
+            rows: site.weight.rows(),
+            cols: site.weight.cols(),
+        }
+    }
+
+    /// Number of values.
+    pub fn values(&self) -> usize {
+        self.rows.saturating_mul(self.cols)
+    }
 }
 
 /// What decides the start values.
@@ -75,6 +130,12 @@ pub struct Start {
     /// Factors that were computed before, by path of the site: all of those that need the training
     /// data, others where time is saved.
     pub factors: BTreeMap<String, Factors>,
+    /// Tokens whose embeddings, or whose keys and values, virtual tokens begin with.
+    pub prompt: Vec<u32>,
+    /// Whether the tensors will be those of a file, so that start values do not matter.
+    pub from_file: bool,
+    /// Start values of tensors that were computed before, by whole name.
+    pub values: BTreeMap<String, Vec<f32>>,
 }
 
 /// The start factors of one linear site, from `evidence` as the initialization needs it.
@@ -127,7 +188,27 @@ impl Scope<'_> {
 
     /// The largest output and the largest input of the sites that the method adapts.
     pub fn largest(&self) -> (usize, usize) {
-        self.largest
+        let rows = self.adapted.iter().map(|weight| weight.rows);
+        let cols = self.adapted.iter().map(|weight| weight.cols);
+        (rows.max().unwrap_or(0), cols.max().unwrap_or(0))
+    }
+
+    /// What the sites have in common beside parameters: `make` gets all weights that the method
+    /// adapts, in the model's order, and is called at the first of them. A method has one such thing.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn shared<T: Any + Send + Sync>(
+        &mut self,
+        make: impl FnOnce(&[Adapted]) -> Result<T, PeftError>,
+    ) -> Result<Arc<T>, PeftError> {
+        let made = self.shared.clone().map(|made| made.downcast::<T>());
+        if let Some(Ok(made)) = made {
+            return Ok(made);
+        }
+        let made = Arc::new(make(&self.adapted)?);
+        self.shared = Some(made.clone());
+        Ok(made)
     }
 
     /// The start factors of a linear site: those that were computed before, or from the weight.
@@ -139,14 +220,18 @@ impl Scope<'_> {
             return Ok(factors.clone());
         }
         let init = init::find(&config.init)?;
-        if init.needs == Needs::Nothing {
-            return start_factors(config, site, self.start.seed, &[]);
-        }
-        Err(PeftError::NoEvidence {
-            site: site.path.clone(),
-            init: init.id,
-            needs: init.needs.words(),
-        })
+        let evidence = match init.needs {
+            Needs::Nothing => vec![],
+            Needs::Original => init::original(init, site)?,
+            Needs::Gradient | Needs::Inputs(_) => {
+                return Err(PeftError::NoEvidence {
+                    site: site.path.clone(),
+                    init: init.id,
+                    needs: init.needs.words(),
+                });
+            }
+        };
+        start_factors(config, site, self.start.seed, &evidence)
     }
 
     /// Notes that two parameters that were just created in this scope are a [`Pair`]. Factors on
@@ -211,13 +296,54 @@ impl Scope<'_> {
         parameter
     }
 
+    /// A trained tensor of that whole name; the one of that name if it was made before, so that
+    /// sites may share it.
+    pub fn named(
+        &mut self,
+        name: &str,
+        shape: Vec<usize>,
+        start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
+    ) -> Parameter {
+        if let Some(made) = self.parameters.iter().find(|p| p.name() == name) {
+            return made.clone();
+        }
+        let values = match self.start.values.get(name) {
+            Some(computed) => computed.clone(),
+            None => start(&mut random(self.start.seed, name)),
+        };
+        let parameter = Parameter::new(name, shape, values, &self.device);
+        self.parameters.push(parameter.clone());
+        parameter
+    }
+
+    /// Whether start values of [`named`](Self::named) tensors were computed before.
+    pub fn has_values(&self) -> bool {
+        !self.start.values.is_empty()
+    }
+
+    /// Tokens whose embeddings, or whose keys and values, virtual tokens begin with.
+    pub fn prompt(&self) -> &[u32] {
+        &self.start.prompt
+    }
+
+    /// Whether the tensors will be those of a file: what it does not hold need not be made, and
+    /// start values do not matter.
+    pub fn from_file(&self) -> bool {
+        self.start.from_file
+    }
+
     /// The site's whole weight as a trained tensor.
     pub fn trained_weight(&mut self, site: &Site) -> TrainedWeight {
+        self.trained_as(site, "weight")
+    }
+
+    /// [`trained_weight`](Self::trained_weight), called `suffix` in files after the site's path.
+    fn trained_as(&mut self, site: &Site, suffix: &str) -> TrainedWeight {
         let shape = match site.kind {
             SiteKind::Norm => vec![site.weight.cols()],
             _ => vec![site.weight.rows(), site.weight.cols()],
         };
-        TrainedWeight(self.parameter(site, "weight", shape, |_| site.weight.to_values()))
+        TrainedWeight(self.parameter(site, suffix, shape, |_| site.weight.to_values()))
     }
 
     fn bias(&mut self, site: &Site, adapted: bool) -> Option<Parameter> {
@@ -228,256 +354,13 @@ impl Scope<'_> {
     }
 }
 
-/// What will be attached to one site.
-#[derive(Default)]
-struct Attachment {
-    adapter: Option<Arc<dyn WeightAdapter>>,
-    bias: Option<Parameter>,
-}
-
-/// [`attach_from`] a seed alone.
-///
-/// # Errors
-/// If a setting does not fit the model, or the initialization needs the training data.
-pub fn attach(
-    model: &mut dyn Model,
-    config: &AdapterConfig,
-    seed: u64,
-) -> Result<Adapter, PeftError> {
-    let start = Start {
-        seed,
-        ..Start::default()
-    };
-    attach_from(model, config, &start)
-}
-
-/// Attaches `config` to the model, whose earlier adapters are removed.
-///
-/// # Errors
-/// If a setting does not fit the model.
-pub fn attach_from(
-    model: &mut dyn Model,
-    config: &AdapterConfig,
-    start: &Start,
-) -> Result<Adapter, PeftError> {
-    config.validate()?;
-    let method = methods::find(&config.method)?;
-    let (mut parameters, mut pairs, mut fixed) = (vec![], vec![], vec![]);
-    let mut scope = Scope {
-        parameters: &mut parameters,
-        pairs: &mut pairs,
-        fixed: &mut fixed,
-        device: model.device(),
-        start,
-        largest: (0, 0),
-    };
-    let (attachments, adapted) = plan(model, method, config, &mut scope)?;
-    for site in model.sites_mut() {
-        site.detach();
-        let Some(attachment) = attachments.get(&site.path) else {
-            continue;
-        };
-        if let Some(adapter) = &attachment.adapter {
-            site.attach(adapter.clone());
-        }
-        if let Some(bias) = &attachment.bias {
-            site.attach_bias(bias.clone());
-        }
-    }
-    Ok(Adapter {
-        method,
-        config: config.clone(),
-        parameters,
-        sites: adapted,
-        pairs,
-        fixed,
-    })
-}
-
-type Attachments = BTreeMap<String, Attachment>;
-
-fn plan(
-    model: &dyn Model,
-    method: &Method,
-    config: &AdapterConfig,
-    scope: &mut Scope<'_>,
-) -> Result<(Attachments, Vec<String>), PeftError> {
-    let sites = model.sites();
-    let targets = match method.whole_model {
-        true => sites.clone(),
-        false => chosen(config, &sites)?,
-    };
-    let weights = || targets.iter().map(|site| &site.weight);
-    scope.largest = (
-        weights().map(FrozenMatrix::rows).max().unwrap_or(0),
-        weights().map(FrozenMatrix::cols).max().unwrap_or(0),
-    );
-    let is_target = |site: &Site| targets.iter().any(|t| t.path == site.path);
-    for name in &config.modules_to_save {
-        // PEFT matches these by bare suffix, without a dot; files depend on it.
-        if !sites.iter().any(|s| s.path.ends_with(name.as_str())) {
-            return Err(PeftError::UnknownTarget {
-                target: name.clone(),
-                near: near(name, &sites),
-            });
-        }
-    }
-    let saved = |site: &Site| {
-        let ends = |name: &String| site.path.ends_with(name.as_str());
-        !method.whole_model && config.modules_to_save.iter().any(ends)
-    };
-    let rows = token_rows(config, &sites)?;
-    let mut attachments = Attachments::new();
-    let mut adapted = vec![];
-    for site in &sites {
-        let mut attachment = Attachment::default();
-        let uses = [
-            (is_target(site), "target module"),
-            (saved(site), "module to save"),
-            (rows.contains_key(&site.path), "trainable tokens"),
-        ];
-        let mut named = uses.iter().filter(|u| u.0).map(|u| u.1);
-        if let (Some(first), Some(second)) = (named.next(), named.next()) {
-            return Err(PeftError::Conflict {
-                site: site.path.clone(),
-                first,
-                second,
-            });
-        }
-        let tied = |attachments: &Attachments| {
-            let embedding = site.tied_to.as_ref()?;
-            attachments.get(embedding)?.adapter.clone()
-        };
-        if method.whole_model && site.tied_to.is_some() {
-            attachment.adapter = tied(&attachments);
-        } else if is_target(site) {
-            attachment.adapter = Some((method.attach)(config, site, scope)?);
-            adapted.push(site.path.clone());
-        } else if saved(site) {
-            attachment.adapter = Some(Arc::new(scope.trained_weight(site)));
-            attachment.bias = scope.bias(site, false);
-        } else if let Some(tokens) = rows.get(&site.path) {
-            attachment.adapter = Some(Arc::new(trained_rows(site, tokens, scope)));
-        } else if site.tied_to.as_ref().is_some_and(|e| rows.contains_key(e)) {
-            attachment.adapter = tied(&attachments);
-        }
-        let train_bias = match config.bias {
-            _ if method.whole_model => true,
-            BiasMode::All => true,
-            BiasMode::LoraOnly => is_target(site),
-            BiasMode::None => false,
-        };
-        if train_bias && attachment.bias.is_none() {
-            attachment.bias = scope.bias(site, is_target(site) && !method.whole_model);
-        }
-        attachments.insert(site.path.clone(), attachment);
-    }
-    Ok((attachments, adapted))
-}
-
-/// Refuses patterns of ranks and alphas that match none of the sites that `config` adapts; `sites`
-/// are the model's. PEFT ignores such patterns, so [`attach`] accepts them, for adapters from
-/// files; this is for settings as they are typed.
-///
-/// # Errors
-/// If a pattern matches nothing or does not parse, or the targets choose no site.
-pub fn check_patterns(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
-    let ranks = config.rank_pattern.iter().map(|p| ("rank_pattern", &p.0));
-    let alphas = config.alpha_pattern.iter().map(|p| ("alpha_pattern", &p.0));
-    let patterns: Vec<(&'static str, &String)> = ranks.chain(alphas).collect();
-    if patterns.is_empty() {
-        return Ok(());
-    }
-    let targets = chosen(config, sites)?;
-    for (setting, pattern) in patterns {
-        let whole = pattern_regex(pattern)?;
-        if !targets.iter().any(|site| whole.is_match(&site.path)) {
-            return Err(PeftError::UnknownPattern {
-                setting,
-                pattern: pattern.clone(),
-                near: near(pattern, &targets),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// The sites that `config` adapts: its targets after exclusions.
-///
-/// # Errors
-/// If there is none.
-pub fn chosen<'a>(config: &AdapterConfig, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
-    let mut targets = config.targets.select(sites)?;
-    if targets.is_empty() {
-        let target = config.targets.text();
-        return Err(PeftError::UnknownTarget {
-            near: near(&target, sites),
-            target,
-        });
-    }
-    if let Some(exclude) = &config.exclude {
-        let excluded = exclude.select(sites)?;
-        targets.retain(|t| !excluded.iter().any(|e| e.path == t.path));
-    }
-    if let Some(layers) = &config.layers {
-        targets.retain(|t| t.layer.is_some_and(|l| layers.contains(&l)));
-    }
-    if targets.is_empty() {
-        return Err(PeftError::Setting {
-            setting: "target_modules",
-            value: format!("{:?}", config.targets),
-            why: "exclusions leave no site",
-        });
-    }
-    Ok(targets)
-}
-
-/// Trained rows by the path of their embedding.
-fn token_rows<'a>(
-    config: &'a AdapterConfig,
-    sites: &[&Site],
-) -> Result<BTreeMap<String, &'a Vec<u32>>, PeftError> {
-    let mut rows = BTreeMap::new();
-    for (name, tokens) in &config.trainable_tokens {
-        let site = sites
-            .iter()
-            .find(|s| s.kind == SiteKind::Embedding && ends_with_name(&s.path, name))
-            .ok_or_else(|| PeftError::UnknownTarget {
-                target: name.clone(),
-                near: near(name, sites),
-            })?;
-        if tokens.is_empty() || tokens.iter().any(|&t| t as usize >= site.weight.rows()) {
-            return Err(PeftError::Setting {
-                setting: "trainable_token_indices",
-                value: format!("{tokens:?}"),
-                why: "must be ids of the vocabulary, at least one",
-            });
-        }
-        rows.insert(site.path.clone(), tokens);
-    }
-    Ok(rows)
-}
-
-fn trained_rows(site: &Site, tokens: &[u32], scope: &mut Scope<'_>) -> TrainedRows {
-    let d = site.weight.cols();
-    let shape = vec![tokens.len(), d];
-    let rows = scope.parameter(site, "token_adapter.trainable_tokens_delta", shape, |_| {
-        let device = burn::tensor::Device::flex();
-        tangent_ops::values(tangent_ops::frozen_embedding(tokens, &site.weight, &device))
-    });
-    TrainedRows {
-        tokens: tokens.to_vec(),
-        rows,
-    }
-}
-
 /// Attaches a method to one site outside of a model: the adapter and its parameters.
 #[cfg(test)]
 pub(crate) fn attach_to_site(
-    attach: methods::Attach,
+    attach: crate::methods::AttachWeight,
     config: &AdapterConfig,
     site: &Site,
-) -> Result<(Arc<dyn WeightAdapter>, Vec<Parameter>), PeftError> {
+) -> Result<(Arc<dyn tangent_model::WeightAdapter>, Vec<Parameter>), PeftError> {
     let (mut parameters, mut pairs, mut fixed) = (vec![], vec![], vec![]);
     let mut scope = Scope {
         parameters: &mut parameters,
@@ -485,7 +368,8 @@ pub(crate) fn attach_to_site(
         fixed: &mut fixed,
         device: burn::tensor::Device::flex(),
         start: &Start::default(),
-        largest: (site.weight.rows(), site.weight.cols()),
+        adapted: vec![Adapted::new(site)],
+        shared: None,
     };
     let adapter = attach(config, site, &mut scope)?;
     Ok((adapter, parameters))

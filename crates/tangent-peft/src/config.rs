@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::error::PeftError;
 use crate::init;
-use crate::methods::{self, Common, Method};
+use crate::methods::{self, Attach, Common, Method, virtual_tokens};
 use crate::setting::{self, SettingValue};
 use crate::targets::Targets;
 
@@ -43,6 +43,14 @@ impl FromStr for BiasMode {
             other => Err(format!("\"{other}\" is not one of none, all, lora_only")),
         }
     }
+}
+
+/// Whether a method reads a setting.
+enum Reads {
+    /// If it lists it.
+    If(Common),
+    /// Unless this is so.
+    Unless(bool),
 }
 
 /// What to attach and where.
@@ -91,7 +99,7 @@ impl Default for AdapterConfig {
             alpha: 16.0,
             use_rslora: false,
             dropout: 0.0,
-            targets: Targets::parse(&["all-linear".into()]),
+            targets: Targets::default(),
             exclude: None,
             layers: None,
             rank_pattern: vec![],
@@ -165,6 +173,25 @@ impl AdapterConfig {
         }
     }
 
+    /// Virtual tokens before every row; 0 for methods without them.
+    pub fn virtual_tokens(&self) -> usize {
+        let method = methods::find(&self.method);
+        if !method.is_ok_and(|m| matches!(m.attach, Attach::Prefix(_))) {
+            return 0;
+        }
+        let tokens = self.own(virtual_tokens::COUNT).whole();
+        tokens.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)
+    }
+
+    /// The text whose tokens virtual tokens begin with, given to
+    /// [`attach_from`](crate::attach_from) as [`Start::prompt`](crate::Start): a setting of the
+    /// method.
+    pub fn prompt_text(&self) -> Option<&str> {
+        let given = virtual_tokens::TEXTS.iter();
+        let mut texts = given.filter_map(|name| Some(self.own.get(*name)?.word()));
+        texts.find(|text| !text.is_empty())
+    }
+
     /// A setting of the method or of the initialization that counts; `why` says that it is at least
     /// `least`.
     ///
@@ -197,92 +224,93 @@ impl AdapterConfig {
     fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
         let default = Self::default();
         let whole = method.whole_model;
-        // Name, which of the common settings it is (none: where the whole model trains, nothing
-        // reads it), whether it is at its default, value.
-        let settings: [(&'static str, Option<Common>, bool, String); 12] = [
+        let untargeted = method.targets.is_empty();
+        let bare = method.peft.as_ref().is_some_and(|kind| !kind.of_modules);
+        // Name, who reads it, whether it is at its default, value.
+        let settings: [(&'static str, Reads, bool, String); 12] = [
             (
                 "use_rslora",
-                Some(Common::Rslora),
+                Reads::If(Common::Rslora),
                 self.use_rslora == default.use_rslora,
                 self.use_rslora.to_string(),
             ),
             (
                 "dropout",
-                Some(Common::Dropout),
+                Reads::If(Common::Dropout),
                 self.dropout == default.dropout,
                 self.dropout.to_string(),
             ),
             (
                 "init",
-                Some(Common::Init),
+                Reads::If(Common::Init),
                 self.init == default.init,
                 self.init.clone(),
             ),
             (
                 "rank_pattern",
-                Some(Common::Patterns),
+                Reads::If(Common::Patterns),
                 self.rank_pattern == default.rank_pattern,
                 format!("{:?}", self.rank_pattern),
             ),
             (
                 "alpha_pattern",
-                Some(Common::Patterns),
+                Reads::If(Common::Patterns),
                 self.alpha_pattern == default.alpha_pattern,
                 format!("{:?}", self.alpha_pattern),
             ),
             (
                 "bias",
-                Some(Common::Bias),
+                Reads::If(Common::Bias),
                 self.bias == default.bias,
                 self.bias.name().to_owned(),
             ),
             (
                 "trainable_token_indices",
-                Some(Common::TokenRows),
+                Reads::If(Common::TokenRows),
                 self.trainable_tokens == default.trainable_tokens,
                 format!("{:?}", self.trainable_tokens),
             ),
             (
                 "target_modules",
-                None,
+                Reads::Unless(untargeted),
                 self.targets == default.targets,
                 self.targets.text(),
             ),
             (
                 "exclude_modules",
-                None,
+                Reads::Unless(untargeted),
                 self.exclude == default.exclude,
                 self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
             ),
             (
                 "layers_to_transform",
-                None,
+                Reads::Unless(untargeted),
                 self.layers == default.layers,
                 format!("{:?}", self.layers),
             ),
             (
                 "modules_to_save",
-                None,
+                Reads::Unless(whole || bare),
                 self.modules_to_save == default.modules_to_save,
                 self.modules_to_save.join(", "),
             ),
             (
                 "method settings",
-                None,
+                Reads::Unless(whole),
                 self.own.is_empty(),
                 format!("{:?}", self.own),
             ),
         ];
-        let is_read = |common: &Option<Common>| match common {
-            Some(common) => method.reads.contains(common),
-            None => !whole,
+        let is_read = |reads: &Reads| match reads {
+            Reads::If(common) => method.reads.contains(common),
+            Reads::Unless(not) => !not,
         };
         let mut set = settings
             .into_iter()
-            .filter(|(_, common, is_default, _)| !is_read(common) && !is_default);
+            .filter(|(_, reads, is_default, _)| !is_read(reads) && !is_default);
         match set.next() {
             None => Ok(()),
-            Some((setting, Some(common), _, value)) if !whole => Err(PeftError::Unread {
+            Some((setting, Reads::If(common), _, value)) if !whole => Err(PeftError::Unread {
                 setting,
                 value,
                 method: method.id,
@@ -291,8 +319,13 @@ impl AdapterConfig {
             Some((setting, _, _, value)) => Err(PeftError::Setting {
                 setting,
                 value,
-                why: "every weight of the model trains, so this has no effect; leave it out, or \
-                      choose another method",
+                why: match whole {
+                    true => {
+                        "every weight of the model trains, so this has no effect; leave it out, or \
+                         choose another method"
+                    }
+                    false => "this method does not read it; leave it out, or choose another method",
+                },
             }),
         }
     }

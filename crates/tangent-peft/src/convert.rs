@@ -24,7 +24,7 @@ use tangent_model::{Parameter, Pass, Site, SiteKind};
 use crate::adapter::{Adapter, attach};
 use crate::config::{AdapterConfig, BiasMode};
 use crate::error::PeftError;
-use crate::methods::{Common, checked_rank, lora};
+use crate::methods::{Attach, Common, checked_rank, lora};
 use crate::targets::Targets;
 use change::{Change, Thin, Wanted};
 
@@ -112,14 +112,15 @@ fn kept(lost: f64, energy: f64) -> f64 {
 ///
 /// # Errors
 /// If the adapter is plain LoRA already and no rank is given, if its result is no adapter, if it
-/// changes no weight, or if a rank is larger than the smaller side of a weight. The model then
-/// keeps the adapter that it has.
+/// changes no weight, if it combines methods that do not all adapt weights and nothing else, or if a
+/// rank is larger than the smaller side of a weight. The model then keeps the adapter that it has.
 pub fn to_lora(
     model: &mut dyn Model,
     adapter: &Adapter,
     rank: Option<usize>,
 ) -> Result<Conversion, PeftError> {
     check(adapter, rank)?;
+    check_changes(&*model, adapter)?;
     let mut found = find(&*model, adapter, rank)?;
     if found.sites.is_empty() {
         return Err(not_convertible(
@@ -127,7 +128,7 @@ pub fn to_lora(
             "it changes no weight, as before its first step; train it first",
         ));
     }
-    let converted = attach(model, &plain(&adapter.config, &found.sites), 0)?;
+    let converted = attach(model, &plain(adapter, &found.sites), 0)?;
     let mut taken_over = vec![];
     for parameter in &converted.parameters {
         let values = found.factors.remove(parameter.name());
@@ -158,11 +159,69 @@ fn check(adapter: &Adapter, rank: Option<usize>) -> Result<(), PeftError> {
             "its result is a model of its own; use that model as it is",
         ));
     }
+    if !adapter.parts.is_empty() {
+        return check_parts(adapter);
+    }
+    if !matches!(adapter.method.attach, Attach::Weight(_) | Attach::Select(_)) {
+        return Err(not_convertible(
+            adapter,
+            "it computes beside the weights, which no change of them does; give its folder as \
+             --adapter where it is used",
+        ));
+    }
     if adapter.method.id == lora::METHOD.id && rank.is_none() {
         return Err(not_convertible(
             adapter,
             "it is plain LoRA already; use it as it is, or give a rank (--rank) to truncate it",
         ));
+    }
+    Ok(())
+}
+
+/// Refuses combined adapters that do more than change weights of their own sites.
+fn check_parts(adapter: &Adapter) -> Result<(), PeftError> {
+    for part in adapter.each() {
+        let why = match part.method.attach {
+            Attach::Weight(_) if part.config.bias == BiasMode::None => continue,
+            Attach::Weight(_) => {
+                "it trains biases beside another method; convert a copy of its folder without what \
+                 is in also/"
+            }
+            _ => {
+                "it adapts no linear maps, and others are combined with it; convert a copy of the \
+                 folder without it in also/"
+            }
+        };
+        return Err(not_convertible(part, why));
+    }
+    Ok(())
+}
+
+/// Refuses what plain LoRA has no place for: scales of normalizations that train in place, and biases
+/// that change and are not taken over.
+fn check_changes(model: &dyn Model, adapter: &Adapter) -> Result<(), PeftError> {
+    let pass = Pass::inference(&model.device());
+    let in_place = matches!(adapter.method.attach, Attach::Select(_));
+    for site in model.sites() {
+        if in_place && site.kind == SiteKind::Norm && site.is_adapted() {
+            return Err(not_convertible(
+                adapter,
+                "it trains scales of normalizations, which plain LoRA leaves as they are; merge it \
+                 (tangent merge)",
+            ));
+        }
+        let trained = ["bias", "base_layer.bias"].map(|name| format!("{}.{name}", site.path));
+        let trained = trained
+            .iter()
+            .any(|name| parameter(adapter, name).is_some());
+        let frozen = site.bias.as_ref().map(|bias| bias.to_values());
+        let moved = site.effective_bias(&pass).map(tangent_ops::values);
+        if frozen != moved && (in_place || !trained) {
+            return Err(not_convertible(
+                adapter,
+                "it changes biases, which plain LoRA leaves as they are; merge it (tangent merge)",
+            ));
+        }
     }
     Ok(())
 }
@@ -197,11 +256,12 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
             Some(rank) => Wanted::Given(rank),
             None => Wanted::Own(own_rank(adapter, site)?),
         };
-        let change = match products::of(adapter, &site.path) {
+        let part = part_at(adapter, &site.path);
+        let change = match products::of(part, &site.path) {
             Some(product) => Change::Thin(product),
             None => Change::of(site, &pass),
         };
-        match converted(&change, site, &adapter.config, wanted)? {
+        match converted(&change, site, &part.config, wanted)? {
             Some((site, factors)) => {
                 found.sites.push(site);
                 found.factors.extend(factors);
@@ -212,8 +272,14 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
     Ok(found)
 }
 
+/// What adapts the site `path`.
+fn part_at<'a>(adapter: &'a Adapter, path: &str) -> &'a Adapter {
+    adapter.part_at(path).map_or(adapter, |(_, part)| part)
+}
+
 /// The rank of the adapter at a site, at most the smaller side of its weight.
 fn own_rank(adapter: &Adapter, site: &Site) -> Result<usize, PeftError> {
+    let adapter = part_at(adapter, &site.path);
     let rank = match adapter.method.reads.contains(&Common::Rank) {
         true => adapter.config.rank_at(&site.path)?,
         false => lora::METHOD.rank,
@@ -291,7 +357,10 @@ fn named(factors: &Thin, site: &Site) -> [(String, Vec<f32>); 2] {
 
 /// Settings of plain LoRA at these sites. The rank and alpha for all sites are those of the largest
 /// one, so that runtimes that know no patterns reserve enough.
-fn plain(from: &AdapterConfig, sites: &[ConvertedSite]) -> AdapterConfig {
+fn plain(from: &Adapter, sites: &[ConvertedSite]) -> AdapterConfig {
+    let parts = || from.each().iter().map(|part| &part.config);
+    let tokens = parts().flat_map(|config| config.trainable_tokens.clone());
+    let saved = parts().flat_map(|config| config.modules_to_save.clone());
     let rank = sites.iter().map(|site| site.rank).max().unwrap_or(1);
     let others = || sites.iter().filter(|site| site.rank != rank);
     let rank_pattern = others().map(|site| (site.path.clone(), site.rank));
@@ -303,9 +372,9 @@ fn plain(from: &AdapterConfig, sites: &[ConvertedSite]) -> AdapterConfig {
         targets: Targets::Names(sites.iter().map(|site| site.path.clone()).collect()),
         rank_pattern: rank_pattern.collect(),
         alpha_pattern: alpha_pattern.collect(),
-        bias: from.bias,
-        modules_to_save: from.modules_to_save.clone(),
-        trainable_tokens: from.trainable_tokens.clone(),
+        bias: from.config.bias,
+        modules_to_save: saved.collect(),
+        trainable_tokens: tokens.collect(),
         ..AdapterConfig::default()
     }
 }

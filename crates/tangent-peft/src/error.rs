@@ -13,6 +13,25 @@ pub enum PeftError {
     /// A method that does not exist.
     #[error("method {}; methods: {}", .0, .0.known)]
     UnknownMethod(Unknown),
+    /// An adapter that is no change of weights.
+    #[error(
+        "{what} cannot be merged: no weight of the model computes it; keep the adapter's files and give them as --adapter"
+    )]
+    NotMergeable {
+        /// What is attached.
+        what: String,
+    },
+    /// Virtual tokens that leave no room for a row.
+    #[error(
+        "num_virtual_tokens = {tokens}: they count as tokens of every row, and this model takes \
+         rows of {limit} at most; give fewer"
+    )]
+    VirtualTokens {
+        /// How many.
+        tokens: usize,
+        /// Longest row of the model.
+        limit: usize,
+    },
     /// A target that matches no site.
     #[error(
         "target module \"{target}\" matches nothing in this model; near: {near}; \
@@ -85,6 +104,21 @@ pub enum PeftError {
         inputs: usize,
         /// Divisors of the inputs around the value.
         near: String,
+    },
+    /// A subspace that the adapted weights cannot have.
+    #[error(
+        "dimension = {dimension}: is not between {least} and {limit}, the number of values of the \
+         adapted weights{scales}"
+    )]
+    Dimension {
+        /// Dimension asked for.
+        dimension: usize,
+        /// Smallest one.
+        least: usize,
+        /// Largest one.
+        limit: usize,
+        /// What else counts, in words; empty if nothing does.
+        scales: &'static str,
     },
     /// A common setting that the method does not read.
     #[error(
@@ -175,6 +209,24 @@ pub enum PeftError {
         first: &'static str,
         /// Second use.
         second: &'static str,
+    },
+    /// Methods that cannot train together.
+    #[error("methods {first} and {second} cannot be combined: {why}")]
+    Combination {
+        /// One of them.
+        first: &'static str,
+        /// The other one.
+        second: &'static str,
+        /// Why not, and what to do instead.
+        why: String,
+    },
+    /// One of several methods that are to train together.
+    #[error("method {method}: {source}")]
+    Part {
+        /// The method.
+        method: String,
+        /// What is wrong with it.
+        source: Box<PeftError>,
     },
     /// A file could not be read.
     #[error("cannot read {path}: {source}; check the path and its permissions", path = path.display())]

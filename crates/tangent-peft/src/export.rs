@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::str::FromStr;
 
+use burn::tensor::Tensor;
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::{Dtype, View};
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
 use tangent_model::{LanguageModel, Pass, Site, SiteKind};
+use tangent_ops::FrozenMatrix;
 
 use crate::error::PeftError;
 
@@ -122,11 +124,12 @@ pub fn write_model(
     dtype: WriteDtype,
 ) -> Result<(), PeftError> {
     let model = &*opened.model;
+    check_mergeable(model)?;
     let pass = Pass::inference(&model.device());
     let tied = stays_tied(model);
-    write_weights(folder, model, dtype, tied, &|site| {
-        tangent_ops::values(site.effective_weight(&pass))
-    })?;
+    let weight = |site: &Site| tangent_ops::values(site.effective_weight(&pass));
+    let bias = |site: &Site| site.effective_bias(&pass);
+    write_weights(folder, model, dtype, tied, (&weight, &bias))?;
     write_config(folder, opened, dtype, tied)?;
     write_tokenizer(folder, opened)
 }
@@ -146,6 +149,22 @@ pub fn check_exportable(opened: &LanguageModel) -> Result<(), PeftError> {
     })
 }
 
+/// Whether all that is attached to the model is part of its weights.
+///
+/// # Errors
+/// Naming what is not.
+pub fn check_mergeable(model: &dyn Model) -> Result<(), PeftError> {
+    let (whole, sublayers) = (model.whole(), model.sublayers());
+    let adapted = sublayers.iter().find(|sublayer| sublayer.is_adapted());
+    let what = match (adapted, &whole.prefix, &whole.side) {
+        (Some(sublayer), ..) => format!("the network after {}", sublayer.path),
+        (None, Some(_), _) => "virtual tokens before every row".to_owned(),
+        (None, None, Some(_)) => "the network beside the layers".to_owned(),
+        (None, None, None) => return Ok(()),
+    };
+    Err(PeftError::NotMergeable { what })
+}
+
 /// A tied head stays tied as long as both sites have the same effective weight.
 fn stays_tied(model: &dyn Model) -> bool {
     let sites = model.sites();
@@ -156,14 +175,19 @@ fn stays_tied(model: &dyn Model) -> bool {
     model.head().shares_adapter_with(adapted.copied())
 }
 
+/// The values of a site's weight, row-major.
+type WeightOf<'a> = dyn Fn(&Site) -> Vec<f32> + 'a;
+
+/// A site's bias, `(1, d_out)`.
+type BiasOf<'a> = dyn Fn(&Site) -> Option<Tensor<2>> + 'a;
+
 fn write_weights<'a>(
     folder: &NewFolder,
     model: &'a dyn Model,
     dtype: WriteDtype,
     tied: bool,
-    weight: &'a (dyn Fn(&Site) -> Vec<f32> + 'a),
+    (weight, bias): (&'a WeightOf<'a>, &BiasOf<'_>),
 ) -> Result<(), PeftError> {
-    let pass = Pass::inference(&model.device());
     let mut tensors: Vec<(String, LazyTensor<'_>)> = vec![];
     for site in model.sites() {
         if tied && site.kind == SiteKind::Head {
@@ -176,7 +200,7 @@ fn write_weights<'a>(
         };
         let tensor = LazyTensor::new(shape, dtype, move || weight(site));
         tensors.push((format!("{}.weight", site.path), tensor));
-        if let Some(bias) = site.effective_bias(&pass) {
+        if let Some(bias) = bias(site) {
             let values = tangent_ops::values(bias);
             let tensor = LazyTensor::new(vec![rows], dtype, move || values.clone());
             tensors.push((format!("{}.bias", site.path), tensor));
@@ -307,48 +331,46 @@ pub struct Drift {
     pub largest_weight: f32,
 }
 
-/// Writes `W - delta(A) + delta(B)` for a model whose weights hold the merged adapter `A`.
+/// Writes a model whose weights hold the merged adapter `A` without it, or with `B` in its place.
 ///
 /// `removed` and, if given, `added` are the merged model opened once more with the adapter
-/// attached, so that `effective - frozen` is the adapter's own part.
+/// attached.
 ///
 /// # Errors
-/// If an adapter is not additive, or the system refuses.
+/// If an adapter cannot be taken out of a merged weight, or the system refuses.
 pub fn write_without(
     folder: &NewFolder,
     removed: &LanguageModel,
     added: Option<&LanguageModel>,
     dtype: WriteDtype,
 ) -> Result<Drift, PeftError> {
+    let pass = Pass::inference(&removed.model.device());
     for opened in std::iter::once(removed).chain(added) {
-        if let Some(site) = opened.model.sites().into_iter().find(|s| !s.is_additive()) {
+        check_mergeable(&*opened.model)?;
+        let mut sites = opened.model.sites().into_iter();
+        if let Some(site) = sites.find(|site| !site.is_removable(&pass)) {
             return Err(PeftError::NotSubtractable {
                 site: site.path.clone(),
-                why: "what was trained replaced or turned the original weight, which is not in the \
-                      merged model",
+                why: "what was trained replaced, turned or erased the original weight, which is \
+                      not in the merged model",
             });
         }
     }
-    let pass = Pass::inference(&removed.model.device());
     let drift = std::sync::Mutex::new(Drift::default());
     let added_sites = added.map(|a| a.model.sites());
+    let other = |site: &Site| {
+        let mut sites = added_sites.iter().flatten().copied();
+        sites.find(|s| s.path == site.path && s.is_adapted())
+    };
     let result = |site: &Site| -> Vec<f32> {
-        let mut values = site.weight.to_values();
-        if site.is_adapted() {
-            let merged = tangent_ops::values(site.effective_weight(&pass));
-            for (v, m) in values.iter_mut().zip(merged) {
-                *v -= m - *v;
-            }
-        }
-        let other = added_sites
-            .as_ref()
-            .and_then(|sites| sites.iter().find(|s| s.path == site.path && s.is_adapted()));
-        if let Some(other) = other {
-            let base = other.weight.to_values();
-            let with = tangent_ops::values(other.effective_weight(&pass));
-            for ((v, w), b) in values.iter_mut().zip(with).zip(base) {
-                *v += w - b;
-            }
+        let mut values = match site.weight_without(&pass) {
+            Some(weight) => tangent_ops::values(weight),
+            None => unreachable!("{} was found removable", site.path),
+        };
+        if let Some(other) = other(site) {
+            let (rows, cols) = (site.weight.rows(), site.weight.cols());
+            let base = FrozenMatrix::from_values(values, rows, cols);
+            values = tangent_ops::values(other.effective_weight_on(&base, &pass));
         }
         let mut drift = drift.lock().unwrap_or_else(|e| e.into_inner());
         for &v in &values {
@@ -362,9 +384,16 @@ pub fn write_without(
         }
         values
     };
+    let bias = |site: &Site| {
+        let bias = site.bias_without(&pass);
+        match other(site) {
+            Some(other) => other.effective_bias_on(bias, &pass),
+            None => bias,
+        }
+    };
     // Either adapter may part the head from the embedding.
     let tied = stays_tied(&*removed.model) && added.is_none_or(|a| stays_tied(&*a.model));
-    write_weights(folder, &*removed.model, dtype, tied, &result)?;
+    write_weights(folder, &*removed.model, dtype, tied, (&result, &bias))?;
     write_config(folder, removed, dtype, tied)?;
     write_tokenizer(folder, removed)?;
     let drift = *drift.lock().unwrap_or_else(|e| e.into_inner());

@@ -10,19 +10,26 @@ pub mod controller;
 pub mod convert;
 pub mod error;
 pub mod export;
+pub mod importances;
 pub mod init;
 pub mod methods;
 pub mod name;
+pub mod onto;
 pub mod peft_format;
 pub mod setting;
 pub mod targets;
 pub mod trained;
 
-pub use adapter::{Adapter, Pair, Scope, Start, attach, attach_from, check_patterns};
+pub use adapter::{
+    Adapted, Adapter, Pair, Scope, Start, attach, attach_all, attach_from, check_combination,
+    check_patterns, detach,
+};
 pub use config::{AdapterConfig, BiasMode};
 pub use controller::Controller;
 pub use error::PeftError;
+pub use importances::Importances;
 pub use init::{Factors, INITS, Init};
-pub use methods::{METHODS, Method};
+pub use methods::{Attach, METHODS, Method, Selection};
+pub use onto::Onto;
 pub use setting::{Setting, SettingValue};
 pub use targets::Targets;

@@ -1,10 +1,12 @@
 //! Adapters in Hugging Face PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a
 //! model card.
 
+mod card;
 mod settings;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
@@ -13,10 +15,11 @@ use tangent_model::folder::NewFolder;
 use tangent_model::{Parameter, Site};
 use tangent_ops::FrozenMatrix;
 
-use crate::adapter::{Adapter, attach};
+use crate::adapter::{Adapter, Start, attach_all};
+use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::export::{LazyTensor, WriteDtype};
-use crate::methods::{Common, PeftType};
+use crate::methods::{Attach, PeftType, ia3, norms, virtual_tokens};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
 pub use settings::{Fields, read_config};
@@ -25,10 +28,17 @@ pub use settings::{Fields, read_config};
 const PEFT_VERSION: &str = "0.21.2";
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+const CARD: &str = "README.md";
+/// Folder inside that of an adapter: each adapter that was trained along stands there, in a folder
+/// called by its method.
+pub const ALSO: &str = "also";
 /// What precedes names of the model's modules.
 const PREFIX: &str = "base_model.model.";
 /// What precedes names of tensors that belong to no module.
 const SHARED: &str = "base_model.";
+
+/// Types of PEFT without a choice of layers: it warns of the key.
+const WITHOUT_LAYERS: &[&str] = &[ia3::TYPE, norms::TYPE];
 
 /// A tensor of an adapter file.
 struct Stored {
@@ -36,7 +46,8 @@ struct Stored {
     values: Vec<f32>,
 }
 
-/// Attaches the adapter in the folder `dir` to the model that it was trained for.
+/// Attaches the adapter in the folder `dir` to the model that it was trained for, with those inside
+/// of it that were trained along.
 ///
 /// # Errors
 /// If the files are malformed, ask for what is not supported, or were made for another base.
@@ -73,10 +84,58 @@ fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, P
             },
         });
     }
-    let config = read_config(&path)?;
-    let adapter = attach(model, &config, 0).map_err(|source| unfit(&path, source))?;
-    fill(model, &adapter, &dir.join(TENSORS), base)?;
+    let mut folders = vec![dir.to_owned()];
+    folders.extend(further(dir)?);
+    let configs = folders
+        .iter()
+        .map(|folder| read_config(&folder.join(CONFIG)));
+    let configs = configs.collect::<Result<Vec<AdapterConfig>, PeftError>>()?;
+    let start = Start {
+        from_file: true,
+        ..Start::default()
+    };
+    let adapter = attach_all(model, &configs, &start).map_err(|source| match source {
+        PeftError::Part { method, source } => {
+            let mut parts = folders.iter().zip(&configs);
+            let of_part = parts.find(|(_, config)| config.method == method);
+            unfit(
+                &of_part.map_or(path, |(folder, _)| folder.join(CONFIG)),
+                *source,
+            )
+        }
+        source => unfit(&path, source),
+    })?;
+    for (part, folder) in adapter.each().iter().zip(&folders) {
+        fill(model, part, &folder.join(TENSORS), base)?;
+    }
     Ok(adapter)
+}
+
+/// The folders of the adapters that were trained along with the one in `dir`, by name.
+fn further(dir: &Path) -> Result<Vec<PathBuf>, PeftError> {
+    let all = dir.join(ALSO);
+    let unreadable = |source| PeftError::Io {
+        path: all.clone(),
+        source,
+    };
+    let entries = match std::fs::read_dir(&all) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(vec![]),
+        Err(error) => return Err(unreadable(error)),
+    };
+    let mut folders = vec![];
+    for entry in entries {
+        let folder = entry.map_err(unreadable)?.path();
+        // One of the files alone is a damaged adapter, which is told of when it is read.
+        if [CONFIG, TENSORS]
+            .iter()
+            .any(|name| folder.join(name).exists())
+        {
+            folders.push(folder);
+        }
+    }
+    folders.sort();
+    Ok(folders)
 }
 
 /// Sets the adapter's parameters from a file.
@@ -86,7 +145,7 @@ fn fill(
     path: &Path,
     base: Base,
 ) -> Result<(), PeftError> {
-    let mut tensors = read_tensors(path)?;
+    let mut tensors = read_tensors(path, peft_type(adapter))?;
     let mut missing = vec![];
     for parameter in &adapter.parameters {
         let Some(stored) = tensors.remove(parameter.name()) else {
@@ -182,12 +241,12 @@ fn malformed(path: &Path, why: impl ToString) -> PeftError {
     }
 }
 
-fn read_tensors(path: &Path) -> Result<BTreeMap<String, Stored>, PeftError> {
+fn read_tensors(path: &Path, kind: &PeftType) -> Result<BTreeMap<String, Stored>, PeftError> {
     let bytes = read(path)?;
     let parsed = SafeTensors::deserialize(&bytes).map_err(|e| malformed(path, e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in parsed.iter() {
-        if !name.starts_with(SHARED) {
+        if kind.of_modules && !name.starts_with(SHARED) {
             let why = format!("tensor \"{name}\" does not begin with \"{SHARED}\"");
             return Err(malformed(path, why));
         }
@@ -223,11 +282,14 @@ fn pairs(data: &[u8], widen: impl Fn([u8; 2]) -> f32) -> Vec<f32> {
     data.as_chunks::<2>().0.iter().map(|b| widen(*b)).collect()
 }
 
-/// `adapter_config.json` of an adapter.
+/// `adapter_config.json` of an adapter; of one that is put together, that of its first part.
 ///
 /// # Panics
 /// If the method has no such file.
-pub fn config_json(adapter: &Adapter, sites: &[&Site], base: &str) -> Value {
+pub fn config_json(adapter: &Adapter, model: &dyn Model, base: &str) -> Value {
+    let [adapter, ..] = adapter.each() else {
+        unreachable!("an adapter has a part");
+    };
     let config = &adapter.config;
     let kind = peft_type(adapter);
     let mut map = (kind.write)(adapter);
@@ -235,28 +297,50 @@ pub fn config_json(adapter: &Adapter, sites: &[&Site], base: &str) -> Value {
         Targets::Regex(pattern) if config.exclude.is_none() && config.layers.is_none() => {
             json!(pattern)
         }
-        _ => json!(peft_names(&adapter.sites, sites)),
+        _ => json!(peft_names(&adapter.sites, &modules(model))),
     };
     let saved = match &config.modules_to_save {
         names if names.is_empty() => Value::Null,
         names => json!(names),
     };
-    for (key, value) in [
+    let every = [
         ("auto_mapping", Value::Null),
         ("base_model_name_or_path", json!(base)),
         ("inference_mode", json!(true)),
-        ("layers_to_transform", Value::Null),
-        ("modules_to_save", saved),
         ("peft_type", json!(kind.name)),
         ("peft_version", json!(PEFT_VERSION)),
         ("revision", Value::Null),
-        ("target_modules", targets),
         ("task_type", json!("CAUSAL_LM")),
-    ] {
+    ];
+    let of_modules = [
+        ("layers_to_transform", Value::Null),
+        ("modules_to_save", saved),
+        ("target_modules", targets),
+    ];
+    let by_layers = !WITHOUT_LAYERS.contains(&kind.name);
+    let of_modules = of_modules
+        .into_iter()
+        .filter(|(key, _)| kind.of_modules && (by_layers || *key != "layers_to_transform"));
+    for (key, value) in every.into_iter().chain(of_modules) {
         map.insert(key.to_owned(), value);
+    }
+    if matches!(adapter.method.attach, Attach::Prefix(_)) {
+        virtual_tokens::of_model(&mut map, model, base);
+    }
+    if kind.name == ia3::TYPE {
+        ia3::within_targets(&mut map, &adapter.sites);
     }
     map.sort_keys();
     Value::Object(map)
+}
+
+/// Paths of all modules that an adapter may name.
+fn modules(model: &dyn Model) -> Vec<&str> {
+    let sites = model.sites().into_iter().map(|site| site.path.as_str());
+    let sublayers = model.sublayers().into_iter();
+    sites
+        .chain(sublayers.map(|sublayer| sublayer.path.as_str()))
+        .collect()
 }
 
 fn peft_type(adapter: &Adapter) -> &'static PeftType {
@@ -296,7 +380,8 @@ pub(crate) fn number(value: f32) -> Value {
     }
 }
 
-/// Writes the adapter's files into a folder in the making.
+/// Writes the adapter's files into a folder in the making: those of its first part, and of each
+/// further one in a folder inside (see [`ALSO`]).
 ///
 /// # Errors
 /// If the system refuses.
@@ -306,9 +391,35 @@ pub fn write(
     model: &dyn Model,
     base: &str,
 ) -> Result<(), PeftError> {
+    let parts = adapter.each();
+    for (index, part) in parts.iter().enumerate() {
+        let within = match index {
+            0 => String::new(),
+            _ => format!("{ALSO}/{}/", part.method.id),
+        };
+        folder.create_folder(&within)?;
+        write_part(folder, &within, part, model, base)?;
+        let card = card::card(parts, index, base);
+        folder.write(&format!("{within}{CARD}"), card.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Writes tensors and configuration of an adapter that stands alone.
+fn write_part(
+    folder: &NewFolder,
+    within: &str,
+    adapter: &Adapter,
+    model: &dyn Model,
+    base: &str,
+) -> Result<(), PeftError> {
     let sites = model.sites();
-    let own = (peft_type(adapter).tensors)(adapter).into_iter();
-    let own = own.map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor));
+    let kind = peft_type(adapter);
+    let own = (kind.tensors)(adapter).into_iter();
+    let own = own.map(|(name, tensor)| match kind.of_modules {
+        true => (format!("{PREFIX}{name}"), tensor),
+        false => (name, tensor),
+    });
     let fixed = adapter.fixed.iter().map(|fixed| {
         let name = format!("{SHARED}{}", fixed.name());
         (name, stored(fixed))
@@ -320,17 +431,21 @@ pub fn write(
             tangent_model::SiteKind::Embedding | tangent_model::SiteKind::Head
         );
         let targeted = adapter.sites.iter().any(|p| ends_with_name(p, &site.path));
-        if whole && targeted {
+        let in_place = matches!(adapter.method.attach, Attach::Select(_));
+        if whole && targeted && !in_place {
             let shape = vec![site.weight.rows(), site.weight.cols()];
             let stored = LazyTensor::new(shape, WriteDtype::F32, || site.weight.to_values());
             outputs.insert(format!("{PREFIX}{}.base_layer.weight", site.path), stored);
         }
     }
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    folder.write_tensors(TENSORS, outputs.iter(), Some(metadata))?;
-    let json = config_json(adapter, &sites, base);
-    folder.write(CONFIG, format!("{json:#}").as_bytes())?;
-    folder.write("README.md", card(adapter, base).as_bytes())?;
+    folder.write_tensors(
+        &format!("{within}{TENSORS}"),
+        outputs.iter(),
+        Some(metadata),
+    )?;
+    let json = config_json(adapter, model, base);
+    folder.write(&format!("{within}{CONFIG}"), format!("{json:#}").as_bytes())?;
     Ok(())
 }
 
@@ -346,36 +461,4 @@ pub(crate) fn tensors(adapter: &Adapter) -> Vec<(String, LazyTensor<'_>)> {
     parameters
         .map(|p| (p.name().to_owned(), stored(p)))
         .collect()
-}
-
-/// The model card, with PEFT's front matter.
-fn card(adapter: &Adapter, base: &str) -> String {
-    let config = &adapter.config;
-    let quoted = Value::String(base.to_owned());
-    // transformers opens a GGUF file by its folder and its name.
-    let source = match base.strip_suffix(".gguf").and(base.rsplit_once('/')) {
-        Some((folder, file)) => format!("{}, gguf_file={}", json!(folder), json!(file)),
-        None => quoted.to_string(),
-    };
-    let reads = |common| adapter.method.reads.contains(&common);
-    let rank = match reads(Common::Rank) {
-        true => format!(" of rank {}", config.rank),
-        false => String::new(),
-    };
-    let alpha = match (reads(Common::Alpha), config.use_rslora) {
-        (true, true) => format!(", alpha {} (rank-stabilized)", config.alpha),
-        (true, false) => format!(", alpha {}", config.alpha),
-        (false, _) => String::new(),
-    };
-    format!(
-        "---\nbase_model: {quoted}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
-         - {method}\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
-         {method} adapter{rank}{alpha}, {count} trained parameters, for \
-         `{base}`.\n\n\
-         ```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
-         model = AutoModelForCausalLM.from_pretrained({source})\n\
-         model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n",
-        method = adapter.method.id,
-        count = adapter.count(),
-    )
 }

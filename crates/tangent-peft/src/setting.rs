@@ -97,6 +97,27 @@ impl fmt::Display for SettingValue {
     }
 }
 
+/// The names and values of `NAME=VALUE,NAME=VALUE`. A comma that no name follows is part of a value.
+///
+/// # Errors
+/// With a part that is no name with a value.
+pub fn pairs(text: &str) -> Result<Vec<(&str, &str)>, &str> {
+    let is_name = |text: &str| {
+        let letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        !text.is_empty() && text.chars().all(letter)
+    };
+    let begins = |text: &str| text.split_once('=').is_some_and(|(name, _)| is_name(name));
+    let (mut pairs, mut rest) = (vec![], Some(text));
+    while let Some(text) = rest {
+        let mut commas = text.match_indices(',');
+        let end = commas.find(|(at, _)| begins(&text[at + 1..]));
+        let pair = end.map_or(text, |(at, _)| &text[..at]);
+        rest = end.map(|(at, _)| &text[at + 1..]);
+        pairs.push(pair.split_once('=').ok_or(pair)?);
+    }
+    Ok(pairs)
+}
+
 /// Reads `NAME=VALUE` pairs against the settings of a list.
 ///
 /// # Errors
@@ -173,6 +194,19 @@ mod tests {
             summary: "",
         },
     ];
+
+    #[test]
+    fn pairs_are_cut_where_a_name_follows_a_comma() {
+        assert_eq!(pairs("a=1").unwrap(), [("a", "1")]);
+        let two = pairs("a=1,b_2=x=y").unwrap();
+        assert_eq!(two, [("a", "1"), ("b_2", "x=y")]);
+        let text = pairs("text=Sort these, please: a, b = c,n=2").unwrap();
+        let want = [("text", "Sort these, please: a, b = c"), ("n", "2")];
+        assert_eq!(text, want);
+        for (text, part) in [("", ""), ("a", "a"), ("a,b=1", "a")] {
+            assert_eq!(pairs(text), Err(part));
+        }
+    }
 
     #[test]
     fn values_have_the_type_of_the_default() {

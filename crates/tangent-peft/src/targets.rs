@@ -1,10 +1,48 @@
 //! Which sites an adapter attaches to: names, globs, presets, regular expressions.
 
-use tangent_model::{Site, SiteKind};
+use tangent_model::{Site, SiteKind, Sublayer};
 
 use crate::error::PeftError;
 
-/// A choice of sites.
+/// What an adapter may attach to, as patterns see it.
+pub trait Place {
+    /// Path of the module.
+    fn path(&self) -> &str;
+    /// The layer that it belongs to.
+    fn layer(&self) -> Option<usize>;
+    /// Whether the presets may choose it.
+    fn in_presets(&self) -> bool;
+}
+
+impl Place for Site {
+    fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn layer(&self) -> Option<usize> {
+        self.layer
+    }
+
+    fn in_presets(&self) -> bool {
+        self.kind == SiteKind::Linear
+    }
+}
+
+impl Place for Sublayer {
+    fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn layer(&self) -> Option<usize> {
+        Some(self.layer)
+    }
+
+    fn in_presets(&self) -> bool {
+        true
+    }
+}
+
+/// A choice of sites or sub-layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Targets {
     /// Module names (a site matches if its path is the name or ends with `.name`), globs over
@@ -17,6 +55,13 @@ pub enum Targets {
     Regex(String),
 }
 
+impl Default for Targets {
+    /// Every linear map inside of layers.
+    fn default() -> Self {
+        Self::parse(&["all-linear".to_owned()])
+    }
+}
+
 impl Targets {
     /// A choice from names as they are typed.
     pub fn parse(names: &[String]) -> Self {
@@ -27,7 +72,7 @@ impl Targets {
     ///
     /// # Errors
     /// If a typed name matches nothing or a pattern does not parse.
-    pub fn select<'a>(&self, sites: &[&'a Site]) -> Result<Vec<&'a Site>, PeftError> {
+    pub fn select<'a, P: Place>(&self, sites: &[&'a P]) -> Result<Vec<&'a P>, PeftError> {
         let matchers = match self {
             Self::List(names) => names
                 .iter()
@@ -38,14 +83,14 @@ impl Targets {
         };
         let typed = matches!(self, Self::List(_));
         for matcher in &matchers {
-            if typed && !sites.iter().any(|site| matcher.matches(site)) {
+            if typed && !sites.iter().any(|site| matcher.matches(*site)) {
                 return Err(PeftError::UnknownTarget {
                     target: matcher.text().to_owned(),
                     near: near(matcher.text(), sites),
                 });
             }
         }
-        let chosen = |site: &&&Site| matchers.iter().any(|m| m.matches(site));
+        let chosen = |site: &&&'a P| matchers.iter().any(|m| m.matches(**site));
         Ok(sites.iter().filter(chosen).copied().collect())
     }
 
@@ -98,16 +143,15 @@ impl Matcher {
         }
     }
 
-    fn matches(&self, site: &Site) -> bool {
+    fn matches<P: Place>(&self, place: &P) -> bool {
+        let path = place.path();
         match self {
-            Self::Name(name) => ends_with_name(&site.path, name),
-            Self::Glob(_, glob) => glob.is_match(&site.path),
-            Self::Regex(_, regex) => regex.is_match(&site.path),
+            Self::Name(name) => ends_with_name(path, name),
+            Self::Glob(_, glob) => glob.is_match(path),
+            Self::Regex(_, regex) => regex.is_match(path),
             Self::Preset(_, words) => {
-                site.kind == SiteKind::Linear
-                    && words
-                        .iter()
-                        .any(|w| site.path.split('.').any(|part| part.contains(w)))
+                let part = |word: &&str| path.split('.').any(|part| part.contains(word));
+                place.in_presets() && words.iter().any(part)
             }
         }
     }
@@ -122,8 +166,8 @@ pub(crate) fn ends_with_name(path: &str, name: &str) -> bool {
 }
 
 /// Module names like `name`.
-pub(crate) fn near(name: &str, sites: &[&Site]) -> String {
-    let mut names: Vec<&str> = sites.iter().map(|s| last_part(&s.path)).collect();
+pub(crate) fn near<P: Place>(name: &str, sites: &[&P]) -> String {
+    let mut names: Vec<&str> = sites.iter().map(|s| last_part(s.path())).collect();
     names.sort_unstable();
     names.dedup();
     let wanted = last_part(name);
@@ -138,18 +182,18 @@ fn last_part(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
-/// The names that PEFT needs to choose exactly `chosen` out of `sites`: a module name where all
-/// sites of that name are chosen, whole paths otherwise.
-pub fn peft_names(chosen: &[String], sites: &[&Site]) -> Vec<String> {
+/// The names that PEFT needs to choose exactly `chosen` out of the modules `all`: a module name where
+/// all modules of that name are chosen, whole paths otherwise.
+pub fn peft_names(chosen: &[String], all: &[&str]) -> Vec<String> {
     let mut names: Vec<String> = chosen
         .iter()
         .map(|path| {
             let name = last_part(path);
-            let all = sites
-                .iter()
-                .filter(|s| last_part(&s.path) == name)
-                .all(|s| chosen.contains(&s.path));
-            if all { name.to_owned() } else { path.clone() }
+            let mut named = all.iter().filter(|other| last_part(other) == name);
+            match named.all(|other| chosen.iter().any(|path| path == other)) {
+                true => name.to_owned(),
+                false => path.clone(),
+            }
         })
         .collect();
     names.sort_unstable();
@@ -224,7 +268,7 @@ mod tests {
     #[test]
     fn peft_names_are_short_where_they_are_exact() {
         let sites = sites();
-        let sites: Vec<&Site> = sites.iter().collect();
+        let sites: Vec<&str> = sites.iter().map(|s| s.path.as_str()).collect();
         let up = "model.layers.0.mlp.up_proj".to_owned();
         let q1 = "model.layers.1.self_attn.q_proj".to_owned();
         assert_eq!(

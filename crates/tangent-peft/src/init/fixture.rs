@@ -1,10 +1,12 @@
 //! Sites, settings and comparisons for the tests of initializations.
 
+use std::sync::Arc;
+
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tangent_linalg::{Mat, mat, product};
 use tangent_model::{Site, SiteKind};
-use tangent_ops::FrozenMatrix;
+use tangent_ops::{FourBitType, FrozenMatrix, Quantization};
 
 use super::Factors;
 use crate::adapter::start_factors;
@@ -40,6 +42,16 @@ pub(super) fn site(rows: usize, cols: usize, seed: u64) -> Site {
 pub(super) fn site_of(weight: Vec<f32>, rows: usize, cols: usize) -> Site {
     let weight = FrozenMatrix::from_values(weight, rows, cols);
     Site::new("layers.0.proj".into(), SiteKind::Linear, Some(0), weight)
+}
+
+/// A linear site whose random weights were quantized.
+pub(super) fn quantized(rows: usize, cols: usize, seed: u64) -> Site {
+    let mut site = site(rows, cols, seed);
+    let original = site.weight.clone();
+    let nf4 = Quantization::FourBit(FourBitType::Nf4);
+    site.weight = original.quantize(nf4).unwrap();
+    site.original = Some(Arc::new(move || Ok(original.clone())));
+    site
 }
 
 /// LoRA of some rank with scaling 2 and an initialization with its settings.

@@ -16,6 +16,7 @@ pub mod corda;
 pub mod eva;
 pub mod gaussian;
 pub mod kaiming;
+pub mod loftq;
 pub mod lora_ga;
 pub mod milora;
 pub mod olora;
@@ -68,6 +69,8 @@ impl Init {
 pub enum Needs {
     /// Nothing.
     Nothing,
+    /// The weight before it was quantized, `(d_out, d_in)`.
+    Original,
     /// The gradient of the mean loss with respect to the weight, `(d_out, d_in)`.
     Gradient,
     /// Second moments of the site's inputs, `(d_in, d_in)`.
@@ -79,9 +82,15 @@ impl Needs {
     pub fn words(self) -> &'static str {
         match self {
             Self::Nothing => "",
+            Self::Original => "original weights",
             Self::Gradient => "gradients",
             Self::Inputs(_) => "inputs",
         }
+    }
+
+    /// Whether it takes a pass over training data.
+    pub fn is_of_data(self) -> bool {
+        matches!(self, Self::Gradient | Self::Inputs(_))
     }
 }
 
@@ -150,6 +159,7 @@ pub const INITS: &[Init] = &[
     lora_ga::INIT,
     eva::INIT,
     corda::INIT,
+    loftq::INIT,
 ];
 
 /// The setting of all initializations that look at training data.
@@ -177,7 +187,7 @@ pub fn check(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
     if init.id == KAIMING.id {
         return Ok(());
     }
-    if init.needs != Needs::Nothing {
+    if init.needs.is_of_data() {
         rows(config)?;
     }
     for site in chosen(config, sites)? {
@@ -205,6 +215,28 @@ pub fn rows(config: &AdapterConfig) -> Result<usize, PeftError> {
     config.whole("rows", 1, "must be a whole number of at least 1")
 }
 
+/// The values of a site's weight before it was quantized, for [`Needs::Original`].
+///
+/// # Errors
+/// If it was not quantized when the model was opened, or cannot be read again.
+pub fn original(init: &Init, site: &Site) -> Result<Vec<f32>, PeftError> {
+    let original = site.original.as_ref();
+    let original = original.ok_or_else(|| not_quantized(init.id, site))?;
+    let original = original()?;
+    let values = original.to_values();
+    original.leave();
+    Ok(values)
+}
+
+fn not_quantized(method: &'static str, site: &Site) -> PeftError {
+    PeftError::Site {
+        method,
+        site: site.path.clone(),
+        why: "the weight was not quantized when the model was opened; give the original model with \
+              --base-dtype nf4, fp4 or int8, which quantizes the linear maps of layers",
+    }
+}
+
 /// [`Init::check`] where every setting and rank fits.
 fn anything(_: &AdapterConfig, _: &Site, _: usize) -> Result<(), PeftError> {
     Ok(())
@@ -230,7 +262,7 @@ fn one_of(
 
 #[cfg(test)]
 mod tests {
-    use super::fixture::{config, site};
+    use super::fixture::{config, quantized, site};
     use super::*;
 
     #[test]
@@ -239,7 +271,7 @@ mod tests {
             assert!(INITS[..index].iter().all(|other| other.id != init.id));
             assert_eq!(find(init.id).unwrap().id, init.id);
             let reads_rows = init.settings.iter().any(|s| s.name == ROWS.name);
-            assert_eq!(reads_rows, init.needs != Needs::Nothing, "{}", init.id);
+            assert_eq!(reads_rows, init.needs.is_of_data(), "{}", init.id);
             let has_rho = init.settings.iter().any(|s| s.name == "rho");
             assert_eq!(has_rho, init.redistributes, "{}", init.id);
         }
@@ -291,6 +323,7 @@ mod tests {
             }
         }
         for init in INITS {
+            let site = quantized(6, 10, 1);
             check(&config(init.id, 2, &[]), &[&site]).unwrap();
             // The rank of the default one is its method's to check.
             if init.id != KAIMING.id {

@@ -33,7 +33,7 @@ use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
 use super::low_rank::{Product, checked_rank};
-use super::{Common, Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -90,11 +90,14 @@ pub const METHOD: Method = Method {
             "steps that the budget is laid out for; 0: those of the run",
         ),
     ],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: Some(allocator::control),
     peft: Some(PeftType {
         name: "ADALORA",
+        of_modules: true,
+        known_to_peft: true,
         keys: files::KEYS,
         claims: |_| true,
         read: files::read,

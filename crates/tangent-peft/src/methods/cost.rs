@@ -32,6 +32,9 @@ pub struct Cost {
     pub per_pass: usize,
     /// Values that are held as long as the run lasts.
     pub resident: usize,
+    /// Values that the site's operation forms and lets go again within its backward pass, whatever
+    /// its tokens are.
+    pub working: usize,
     /// Work of a token with what trains, in the forward pass. The backward pass does twice as much.
     pub trained_work: usize,
     /// Work of a token with the frozen weight beyond its one product, in the forward pass. The
@@ -48,6 +51,7 @@ impl Cost {
         per_token: 0,
         per_pass: 0,
         resident: 0,
+        working: 0,
         trained_work: 0,
         frozen_work: 0,
         pass_work: 0,
@@ -66,6 +70,14 @@ impl Cost {
 /// Never.
 pub fn of_weight(_: &AdapterConfig, _: &Site) -> Result<Cost, PeftError> {
     Ok(Cost::OF_WEIGHT)
+}
+
+/// What a method takes that adapts no weight.
+///
+/// # Errors
+/// Never.
+pub fn nothing(_: &AdapterConfig, _: &Site) -> Result<Cost, PeftError> {
+    Ok(Cost::NOTHING)
 }
 
 /// The cost of a method that has a definition and no fast path: the effective weight is formed from
@@ -107,7 +119,8 @@ mod tests {
         }
     }
 
-    /// Holds a cost, but for the input, to numbers in the order of its fields.
+    /// Holds a cost that has no working values, but for the input, to numbers in the order of its
+    /// fields.
     #[track_caller]
     fn check(config: &AdapterConfig, input: Input, want: [usize; 6]) {
         config.validate().unwrap();
@@ -125,6 +138,7 @@ mod tests {
             per_token,
             per_pass,
             resident,
+            working: 0,
             trained_work,
             frozen_work,
             pass_work,
@@ -218,6 +232,55 @@ mod tests {
         let exact = ("use_cayley_neumann", SettingValue::Flag(false));
         let want = [0, 2 * blocks, 3 * 64, blocks, 0, 5 * blocks * 8];
         check(&rotation(&[size, exact]), Input::Kept, want);
+    }
+
+    #[test]
+    fn block_diagonal_factors() {
+        // Four blocks of 12 inputs, 8 outputs and rank 4.
+        let work = 4 * 4 * (12 + 8);
+        let want = [4 * 4, 0, 0, work, 0, 0];
+        check(&config("monarch", 4), Input::FormedAgain, want);
+        let dropped = AdapterConfig {
+            dropout: 0.1,
+            ..config("monarch", 4)
+        };
+        check(&dropped, Input::Kept, want);
+    }
+
+    #[test]
+    fn scaled_inputs_and_outputs() {
+        // The site is one whose inputs are scaled, unless none is.
+        check(&config("ia3", 1), Input::Kept, [0; 6]);
+        let outputs = AdapterConfig {
+            own: [("feedforward_modules".to_owned(), SettingValue::text("none"))].into(),
+            ..config("ia3", 1)
+        };
+        check(&outputs, Input::Unread, [32, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn projections_of_a_short_vector() {
+        let of = |projection: &'static str| {
+            let config = AdapterConfig {
+                own: [
+                    ("dimension".to_owned(), SettingValue::Number(10.0)),
+                    ("projection".to_owned(), SettingValue::text(projection)),
+                ]
+                .into(),
+                ..config("intrinsic", 1)
+            };
+            config.validate().unwrap();
+            let cost = (find("intrinsic").unwrap().cost)(&config, &site()).unwrap();
+            assert_eq!((cost.input, cost.per_token), (Input::FormedAgain, 0));
+            assert_eq!((cost.per_pass, cost.trained_work), (0, WEIGHT));
+            (cost.resident, cost.working, cost.pass_work)
+        };
+        // The change and the gradient of the weight, beside them two transforms of 2048 numbers.
+        let (both, transforms) = (2 * WEIGHT, 2 * 2048);
+        assert_eq!(of("fastfood"), (0, both + transforms, 3 * 2 * 2048 * 11));
+        // Ten columns with a number in each of 39 runs.
+        assert_eq!(of("sparse"), (0, both, 3 * 10 * 39));
+        assert_eq!(of("dense"), (10 * WEIGHT, both, 3 * 10 * WEIGHT));
     }
 
     #[test]

@@ -39,7 +39,7 @@ use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
 use super::low_rank::{self, Pairing};
-use super::{Common, Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -70,11 +70,14 @@ pub const METHOD: Method = Method {
         default: SettingValue::Flag(true),
         summary: "norms of rows are constants of the backward pass",
     }],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: None,
     peft: Some(PeftType {
         name: "LORA",
+        of_modules: true,
+        known_to_peft: true,
         keys: low_rank::KEYS,
         claims: low_rank::uses_dora,
         read: low_rank::read,

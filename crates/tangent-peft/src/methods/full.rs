@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tangent_model::{Site, WeightAdapter};
 
-use super::{Method, cost};
+use super::{Attach, Method, cost};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -27,7 +27,8 @@ pub const METHOD: Method = Method {
     rank: 1,
     reads: &[],
     settings: &[],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: &[],
     cost: cost::of_weight,
     control: None,
     peft: None,

@@ -22,7 +22,7 @@ use tangent_ops::FrozenMatrix;
 use super::cost::{Cost, Input};
 use super::low_rank::{Product, checked_rank};
 use super::lycoris::{self, uniform};
-use super::{Common, Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -38,11 +38,14 @@ pub const METHOD: Method = Method {
     rank: 8,
     reads: &[Common::Rank, Common::Alpha, Common::Patterns],
     settings: &[],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: None,
     peft: Some(PeftType {
         name: "LOHA",
+        of_modules: true,
+        known_to_peft: true,
         keys: &[
             "r",
             "alpha",

@@ -27,7 +27,7 @@ use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
 use super::lycoris::{self, uniform};
-use super::{Common, Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -66,11 +66,14 @@ pub const METHOD: Method = Method {
             summary: "peft: the first factor starts at 0; lycoris: the second",
         },
     ],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: None,
     peft: Some(PeftType {
         name: "LOKR",
+        of_modules: true,
+        known_to_peft: true,
         keys: &[
             "r",
             "alpha",

@@ -25,7 +25,7 @@ use tangent_model::{Parameter, Pass, Site, SiteKind, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::low_rank::{self, Pairing, Product};
-use super::{Common, Method, PeftType};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -50,11 +50,14 @@ pub const METHOD: Method = Method {
         Common::TokenRows,
     ],
     settings: &[],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost: low_rank::cost,
     control: None,
     peft: Some(PeftType {
         name: "LORA",
+        of_modules: true,
+        known_to_peft: true,
         keys: low_rank::KEYS,
         claims: |map| !low_rank::uses_dora(map),
         read: low_rank::read,

@@ -31,7 +31,7 @@ use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
-use super::{Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -81,11 +81,14 @@ pub const METHOD: Method = Method {
             summary: "terms of the series",
         },
     ],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: None,
     peft: Some(PeftType {
         name: "OFT",
+        of_modules: true,
+        known_to_peft: true,
         keys: &[
             "r",
             "bias",

@@ -27,7 +27,7 @@ use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
 use super::low_rank::Product;
-use super::{Common, Method, PeftType, linear_only};
+use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -58,11 +58,14 @@ pub const METHOD: Method = Method {
             summary: "key of the projections' random numbers",
         },
     ],
-    attach,
+    attach: Attach::Weight(attach),
+    targets: ALL_LINEAR,
     cost,
     control: None,
     peft: Some(PeftType {
         name: "VERA",
+        of_modules: true,
+        known_to_peft: true,
         keys: &[
             "r",
             "vera_dropout",

@@ -43,14 +43,16 @@ pub fn read_config(path: &Path) -> Result<AdapterConfig, PeftError> {
     let fields = Fields { map, path };
     let (method, kind) = fields.method()?;
     fields.refuse_unsupported(kind.keys)?;
-    let targets = fields
-        .get("target_modules")
-        .ok_or_else(|| fields.fault("target_modules", "missing"))?;
+    let targets = fields.get("target_modules");
+    if kind.of_modules && targets.is_none() {
+        return Err(fields.fault("target_modules", "missing"));
+    }
+    let targets = targets.map(|v| fields.targets("target_modules", v));
     let exclude = fields.get("exclude_modules");
     let mut config = AdapterConfig {
         method: method.id.to_owned(),
         rank: method.rank,
-        targets: fields.targets("target_modules", targets)?,
+        targets: targets.transpose()?.unwrap_or_default(),
         exclude: exclude
             .map(|v| fields.targets("exclude_modules", v))
             .transpose()?,

@@ -316,6 +316,34 @@ fn biases_of_sites_without_triplets_stay() {
 }
 
 #[test]
+fn what_plain_lora_has_no_place_for_is_refused_with_another_way() {
+    for (method, targets, words) in [
+        ("houlsby", &["mlp"][..], ["beside the weights", "--adapter"]),
+        ("norms", &["norm"], ["normalizations", "merge"]),
+        ("ia3", &["k_proj"], ["changes biases", "merge"]),
+        (
+            "select",
+            &["q_proj", "q_proj.bias"],
+            ["changes biases", "merge"],
+        ),
+    ] {
+        let (mut place, adapter) = Place::with("bias_all", &config(method, 4, targets));
+        let before = place.logits();
+        let error = to_lora(&mut *place.model, &adapter, None).err().unwrap();
+        for word in words {
+            assert!(error.to_string().contains(word), "{word}: {error}");
+        }
+        assert_eq!(place.logits(), before);
+    }
+    // Weights that train in place change by a matrix like any other.
+    let (mut place, adapter) = Place::with("bias_all", &config("select", 4, &["v_proj"]));
+    let before = place.logits();
+    let conversion = place.convert(&adapter, Some(32));
+    assert!(conversion.relative_error() < 1e-5);
+    close("logits", &place.logits(), &before, 1e-5);
+}
+
+#[test]
 fn what_cannot_be_converted_is_refused_and_stays_attached() {
     let loha = config("loha", 3, &["q_proj", "v_proj"]);
     let full = AdapterConfig {

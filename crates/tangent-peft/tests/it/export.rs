@@ -60,7 +60,12 @@ fn merge(base: &Path, name: &str) -> PathBuf {
 
 #[test]
 fn unmerged_models_are_the_base_where_adapters_hold_its_weights() {
-    for (base_name, name) in [("base_tied", "embedding_tied"), ("base_biased", "lm_head")] {
+    for (base_name, name) in [
+        ("base_tied", "embedding_tied"),
+        ("base_biased", "lm_head"),
+        // Vectors are divided out, of biases as well.
+        ("base_biased", "../ia3/biased"),
+    ] {
         let root = tempfile::tempdir().unwrap();
         let base = base(base_name, root.path());
         let merged = merge(&base, name);
@@ -73,13 +78,16 @@ fn unmerged_models_are_the_base_where_adapters_hold_its_weights() {
         let moved = distance(&*before.model, &*open(&merged).model).unwrap();
         let left = distance(&*before.model, &*after.model).unwrap();
         assert!(moved > 1e-3 && left < 1e-5, "{name}: {moved:e}, {left:e}");
+        let batch = Reference::open(&adapter(name).join("reference.safetensors")).batch();
+        let want = all_logits(&*before.model, &batch);
+        close(name, &all_logits(&*after.model, &batch), &want, 1e-4);
     }
 }
 
 #[test]
 fn a_switched_model_computes_what_the_new_adapter_does() {
-    // The new adapter parts the head from the embedding, which the merged model has tied.
-    for name in ["embedding_tied", "qv"] {
+    // The first new adapter parts the head from the embedding, which the merged model has tied.
+    for name in ["embedding_tied", "qv", "../ia3/usual"] {
         let root = tempfile::tempdir().unwrap();
         let merged = merge(&base("base_tied", root.path()), "qv");
         let place = root.path().join("switched");
@@ -96,6 +104,7 @@ fn a_switched_model_computes_what_the_new_adapter_does() {
             1e-4,
         );
         let config = read_json(&place.join("config.json")).unwrap();
-        assert_eq!(config["tie_word_embeddings"], json!(name == "qv"));
+        let tied = name != "embedding_tied";
+        assert_eq!(config["tie_word_embeddings"], json!(tied));
     }
 }

@@ -1,18 +1,19 @@
 //! Initializations: the model is unchanged on every kind of base, files are those of plain LoRA,
 //! and factors are those of the stored references.
 
+use burn::tensor::Device;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tangent_linalg::{Mat, mat, product, to_rows};
-use tangent_model::family::Model;
+use tangent_model::family::{self, Model};
 use tangent_model::folder::NewFolder;
-use tangent_model::{Site, SiteKind, read_json};
+use tangent_model::{Pass, Site, SiteKind, Weights, read_json};
 use tangent_ops::{FrozenMatrix, StoredType};
 use tangent_peft::adapter::{chosen, start_factors};
 use tangent_peft::init::{self, Needs};
 use tangent_peft::{
     Adapter, AdapterConfig, Factors, INITS, Init, SettingValue, Start, Targets, attach,
-    attach_from, peft_format,
+    attach_from, onto, peft_format,
 };
 use tangent_testkit::{Reference, all_logits, close, folder, model, quantized};
 
@@ -46,12 +47,18 @@ fn evidence(needs: Needs, site: &Site) -> Vec<f32> {
     let (rows, cols) = (site.weight.rows(), site.weight.cols());
     match needs {
         Needs::Nothing => vec![],
+        Needs::Original => site.weight.to_values(),
         Needs::Gradient => random(rows * cols, 1),
         Needs::Inputs(_) => {
             let x = mat(&random(2 * cols * cols, 2), 2 * cols, cols);
             to_rows(product(x.transpose(), x.as_ref()).as_ref())
         }
     }
+}
+
+/// The initializations that leave the model as it is, on every base.
+fn unchanging() -> impl Iterator<Item = &'static Init> {
+    INITS.iter().filter(|init| init.needs != Needs::Original)
 }
 
 fn config(init: &Init) -> AdapterConfig {
@@ -75,6 +82,7 @@ fn start(model: &dyn Model, config: &AdapterConfig) -> Start {
     Start {
         seed: 3,
         factors: factors.collect(),
+        ..Start::default()
     }
 }
 
@@ -97,7 +105,7 @@ fn randomize(adapter: &Adapter) {
 #[test]
 fn the_start_leaves_the_model_unchanged_on_every_base() {
     let batch = reference().batch();
-    for (init, method) in INITS.iter().flat_map(|i| [(i, "lora"), (i, "dora")]) {
+    for (init, method) in unchanging().flat_map(|i| [(i, "lora"), (i, "dora")]) {
         for kind in BASES {
             let mut model = base(kind);
             let before = all_logits(&*model, &batch);
@@ -123,6 +131,90 @@ fn the_start_leaves_the_model_unchanged_on_every_base() {
             }
         }
     }
+}
+
+/// A base whose linear maps are quantized when it is opened.
+fn quantized_base() -> Box<dyn Model> {
+    let dir = folder(UNTIED);
+    let path = dir.join("config.json");
+    let weights = Weights::folder(&dir, "nf4".parse().unwrap()).unwrap();
+    let config = read_json(&path).unwrap();
+    family::open(&config, &path, &weights, &Device::flex()).unwrap()
+}
+
+#[test]
+fn what_quantization_lost_comes_back_in_part() {
+    let batch = reference().batch();
+    let loftq = AdapterConfig {
+        rank: 8,
+        alpha: 6.0,
+        init: "loftq".into(),
+        targets: Targets::parse(&["all-linear".into()]),
+        ..AdapterConfig::default()
+    };
+    // The originals are read from the files.
+    let mut model = quantized_base();
+    let adapter = attach(&mut *model, &loftq, 3).unwrap();
+    let original = base("f32");
+    let pass = Pass::inference(&model.device());
+    let mut compared = 0;
+    for (site, before) in model.sites().into_iter().zip(original.sites()) {
+        if !site.is_adapted() {
+            continue;
+        }
+        let want = before.weight.to_values();
+        let off = |values: Vec<f32>| -> f32 {
+            let pairs = values.iter().zip(&want);
+            pairs.map(|(v, w)| (v - w) * (v - w)).sum()
+        };
+        let (held, started) = (site.weight.to_values(), site.effective_weight(&pass));
+        let (held, started) = (off(held), off(tangent_ops::values(started)));
+        assert!(started < 0.8 * held, "{}: {held} {started}", site.path);
+        compared += 1;
+    }
+    assert_eq!(compared, 14);
+    assert!(adapter.pairs.iter().all(|pair| pair.offset.is_none()));
+
+    // The file is plain LoRA of the quantized base.
+    let out = tempfile::tempdir().unwrap();
+    let place = out.path().join("adapter");
+    let new = NewFolder::begin(&place, false).unwrap();
+    peft_format::write(&new, &adapter, &*model, "base").unwrap();
+    new.finish().unwrap();
+    let mut again = quantized_base();
+    let loaded = peft_format::load(&mut *again, &place).unwrap();
+    assert_eq!(
+        (loaded.config.init.as_str(), loaded.config.rank),
+        ("kaiming", 8)
+    );
+    let (got, want) = (all_logits(&*again, &batch), all_logits(&*model, &batch));
+    close("loaded", &got, &want, 1e-5);
+
+    let error = attach(&mut *base("f32"), &loftq, 3).err().unwrap();
+    assert!(error.to_string().contains("--base-dtype nf4"), "{error}");
+}
+
+#[test]
+fn merged_onto_either_base_the_difference_is_told() {
+    let batch = reference().batch();
+    let mut model = quantized_base();
+    let config = config(init::find("gaussian").unwrap());
+    let adapter = attach(&mut *model, &config, 3).unwrap();
+    randomize(&adapter);
+    let trained_on = all_logits(&*model, &batch);
+    let apart = onto::relative_difference(&*model).unwrap().unwrap();
+    assert!((0.001..0.2).contains(&apart), "{apart}");
+
+    let mut original = base("f32");
+    assert!(onto::relative_difference(&*original).unwrap().is_none());
+    let other = attach(&mut *original, &config, 3).unwrap();
+    randomize(&other);
+    let want = all_logits(&*original, &batch);
+    onto::restore(&mut *model).unwrap();
+    let got = all_logits(&*model, &batch);
+    close("restored", &got, &want, 1e-5);
+    assert!(got != trained_on);
+    assert!(model.sites().iter().all(|site| site.original.is_none()));
 }
 
 #[test]
@@ -169,7 +261,7 @@ fn files_are_plain_lora_of_twice_the_rank() {
 
 #[test]
 fn without_its_data_an_initialization_says_so() {
-    for init in INITS.iter().filter(|init| init.needs != Needs::Nothing) {
+    for init in INITS.iter().filter(|init| init.needs.is_of_data()) {
         let mut model = base("f32");
         let text = attach(&mut *model, &config(init), 0)
             .err()
@@ -189,7 +281,7 @@ fn seeds_decide_what_is_random() {
         .iter()
         .find(|site| site.kind == SiteKind::Linear)
         .unwrap();
-    for init in INITS {
+    for init in unchanging() {
         let evidence = evidence(init.needs, site);
         let of = |seed| start_factors(&config(init), site, seed, &evidence).unwrap();
         assert_eq!(of(1), of(1), "{}", init.id);

@@ -2,20 +2,22 @@
 
 use std::collections::BTreeMap;
 
+use burn::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tangent_model::family::{self, Model};
 use tangent_model::folder::NewFolder;
 use tangent_model::site::WeightAdapter;
-use tangent_model::{BaseDtype, Pass, SiteKind, Weights, read_json};
+use tangent_model::{BaseDtype, Batch, Parameter, Pass, SiteKind, Weights, read_json};
+use tangent_peft::export::check_mergeable;
 use tangent_peft::methods::Common;
-use tangent_peft::setting::SettingValue;
 use tangent_peft::{
-    Adapter, AdapterConfig, BiasMode, METHODS, Method, PeftError, Targets, attach, check_patterns,
-    peft_format,
+    Adapter, AdapterConfig, Attach, BiasMode, METHODS, Method, PeftError, Targets, attach,
+    check_patterns, peft_format,
 };
-
 use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, quantized};
+
+use crate::variants::{Own, usual_targets, variants};
 
 /// How a base's weights are held.
 #[derive(Clone, Copy)]
@@ -28,8 +30,8 @@ enum Base {
 const BASES: &[Base] = &[Base::F32, Base::Bf16, Base::Quantized];
 
 /// Models with every part that sites can have, and with a tied head.
-const UNTIED: &str = "llama/everything";
-const TIED: &str = "llama/tied_gqa";
+pub(crate) const UNTIED: &str = "llama/everything";
+pub(crate) const TIED: &str = "llama/tied_gqa";
 
 fn base(name: &str, kind: Base) -> Box<dyn Model> {
     let dir = folder(name);
@@ -52,8 +54,10 @@ fn base(name: &str, kind: Base) -> Box<dyn Model> {
     model
 }
 
-fn reference() -> Reference {
-    Reference::open(&folder("llama/everything/reference.safetensors"))
+/// The stored rows after the virtual tokens of the model.
+fn batch_of(model: &dyn Model) -> Batch {
+    let path = folder("llama/everything/reference.safetensors");
+    Reference::open(&path).batch_of(model)
 }
 
 /// A method with its settings, and the model that it is attached to.
@@ -61,37 +65,6 @@ struct Case {
     method: &'static Method,
     base: &'static str,
     config: AdapterConfig,
-}
-
-/// Settings of a method's own.
-type Own = BTreeMap<String, SettingValue>;
-
-/// Settings of its own with which a method is tried.
-fn variants(method: &Method) -> Vec<Own> {
-    let own = |settings: &[(&str, SettingValue)]| -> Own {
-        let settings = settings.iter().cloned();
-        settings
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect()
-    };
-    // The default of 32 does not divide the inputs of down_proj.
-    let blocks = ("oft_block_size", SettingValue::Number(8.0));
-    match method.id {
-        "dora" => vec![own(&[]), own(&[("detach_norm", SettingValue::Flag(false))])],
-        "lokr" => vec![
-            own(&[]),
-            own(&[
-                ("decompose_both", SettingValue::Flag(true)),
-                ("decompose_factor", SettingValue::Number(16.0)),
-                ("start", SettingValue::text("lycoris")),
-            ]),
-        ],
-        "oft" => vec![
-            own(std::slice::from_ref(&blocks)),
-            own(&[blocks, ("use_cayley_neumann", SettingValue::Flag(false))]),
-        ],
-        _ => vec![own(&[])],
-    }
 }
 
 /// Whether a method adapts embeddings.
@@ -135,6 +108,23 @@ fn cases() -> Vec<Case> {
                 base: UNTIED,
                 config,
             });
+            continue;
+        }
+        if !matches!(method.attach, Attach::Weight(_)) {
+            for own in variants(method) {
+                for base in [UNTIED, TIED] {
+                    let Some(targets) = usual_targets(method, base) else {
+                        continue;
+                    };
+                    let mut config = adapting(method, &own, &[]);
+                    config.targets = targets;
+                    cases.push(Case {
+                        method,
+                        base,
+                        config,
+                    });
+                }
+            }
             continue;
         }
         let everything = match adapts_embeddings(method) {
@@ -183,12 +173,12 @@ fn for_every_case(check: impl Fn(&Method, &AdapterConfig, Box<dyn Model>)) {
 
 #[test]
 fn the_start_leaves_the_model_unchanged() {
-    let batch = reference().batch();
     for_every_case(|method, config, mut model| {
-        let before = all_logits(&*model, &batch);
+        let before = all_logits(&*model, &batch_of(&*model));
         attach(&mut *model, config, 3).unwrap();
         if method.identity_at_start {
-            close(method.id, &all_logits(&*model, &batch), &before, 1e-6);
+            let after = all_logits(&*model, &batch_of(&*model));
+            close(method.id, &after, &before, 1e-6);
         }
     });
 }
@@ -198,14 +188,17 @@ fn fast_paths_equal_the_definition_in_outputs_and_gradients() {
     /// The definition alone, every fast path left at its default.
     struct ByDefinition(std::sync::Arc<dyn WeightAdapter>);
     impl WeightAdapter for ByDefinition {
-        fn weight(&self, base: burn::tensor::Tensor<2>, pass: &Pass) -> burn::tensor::Tensor<2> {
+        fn weight(&self, base: Tensor<2>, pass: &Pass) -> Tensor<2> {
             self.0.weight(base, pass)
         }
+        fn bias(&self, bias: Option<Tensor<2>>, pass: &Pass) -> Option<Tensor<2>> {
+            self.0.bias(bias, pass)
+        }
     }
-    let batch = reference().batch();
     for_every_case(|method, config, mut model| {
         let adapter = attach(&mut *model, config, 3).unwrap();
         randomize(&adapter);
+        let batch = batch_of(&*model);
         let gradients = |model: &dyn Model| -> Vec<Vec<f32>> {
             let mut gradients = mean_loss(model, &batch).backward();
             let all = adapter.parameters.iter();
@@ -228,20 +221,29 @@ fn fast_paths_equal_the_definition_in_outputs_and_gradients() {
 
 #[test]
 fn gradients_equal_finite_differences() {
-    let batch = reference().batch();
     for Case {
         method,
         base: name,
         config,
     } in cases()
     {
-        // DoRA's gradients are exact only where none is cut off.
-        if method.id == "dora" && config.own("detach_norm").is_set() {
+        // DoRA's gradients are exact only where none is cut off, a rectifier's only where it does
+        // not turn.
+        let inexact = match method.id {
+            "dora" => config.own("detach_norm").is_set(),
+            "p-tuning" => true,
+            "houlsby" | "pfeiffer" | "lin" | "parallel-adapter" => {
+                config.own("non_linearity").word() == "relu"
+            }
+            _ => false,
+        };
+        if inexact {
             continue;
         }
         let mut model = base(name, Base::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
+        let batch = batch_of(&*model);
         let mut gradients = mean_loss(&*model, &batch).backward();
         for parameter in &adapter.parameters {
             let gradient = parameter.take_gradient(&mut gradients).unwrap();
@@ -256,7 +258,9 @@ fn gradients_equal_finite_differences() {
                 parameter.update(|values| values[at] -= by);
                 f64::from(loss)
             };
-            let difference = ((moved(5e-3) - moved(-5e-3)) / 1e-2) as f32;
+            let around = |by: f32| moved(by) - moved(-by);
+            // Of fourth order: gates divide what they read by a small temperature.
+            let difference = ((8.0 * around(2.5e-3) - around(5e-3)) / 3e-2) as f32;
             assert!(
                 (difference - largest).abs() <= 0.03 * largest.abs() + 2e-4,
                 "{} {}: {largest} against {difference}",
@@ -269,10 +273,13 @@ fn gradients_equal_finite_differences() {
 
 #[test]
 fn merged_equals_adapted() {
-    let batch = reference().batch();
     for_every_case(|method, config, mut model| {
         let adapter = attach(&mut *model, config, 3).unwrap();
+        if check_mergeable(&*model).is_err() {
+            return;
+        }
         randomize(&adapter);
+        let batch = batch_of(&*model);
         let adapted = all_logits(&*model, &batch);
         let pass = Pass::inference(&model.device());
         for site in model.sites_mut() {
@@ -308,7 +315,6 @@ fn counts_names_and_frozen_weights_are_right() {
 
 #[test]
 fn saved_and_loaded_is_exact() {
-    let batch = reference().batch();
     for Case {
         method,
         base: name,
@@ -318,6 +324,7 @@ fn saved_and_loaded_is_exact() {
         let mut model = base(name, Base::F32);
         let adapter = attach(&mut *model, &config, 3).unwrap();
         randomize(&adapter);
+        let batch = batch_of(&*model);
         let out = tempfile::tempdir().unwrap();
         let place = out.path().join("adapter");
         let new = NewFolder::begin(&place, false).unwrap();
@@ -325,7 +332,10 @@ fn saved_and_loaded_is_exact() {
         new.finish().unwrap();
         let mut again = base(name, Base::F32);
         let loaded = peft_format::load(&mut *again, &place).unwrap();
-        for (a, b) in adapter.parameters.iter().zip(&loaded.parameters) {
+        // What an encoder gives is in the file in its place.
+        let encoded = |p: &&Parameter| p.name().starts_with("prompt_encoder.");
+        let kept = adapter.parameters.iter().filter(|p| !encoded(p));
+        for (a, b) in kept.zip(&loaded.parameters) {
             assert_eq!(
                 (a.name(), a.values()),
                 (b.name(), b.values()),
@@ -339,9 +349,9 @@ fn saved_and_loaded_is_exact() {
 
 #[test]
 fn twenty_steps_lower_the_loss() {
-    let batch = reference().batch();
     for_every_case(|method, config, mut model| {
         let adapter = attach(&mut *model, config, 3).unwrap();
+        let batch = batch_of(&*model);
         let loss = || tangent_ops::values(mean_loss(&*model, &batch))[0];
         let before = loss();
         for _ in 0..20 {

@@ -21,8 +21,10 @@ pub(crate) fn check(method: &str, case: &str) {
         reference,
         mut model,
     } = LoraCase::of(method, case);
-    let batch = reference.batch();
     let adapter = peft_format::load(&mut *model, &dir).unwrap();
+    let batch = reference.batch_of(&*model);
+    let of_modules = adapter.method.peft.as_ref().is_some_and(|p| p.of_modules);
+    let prefix = if of_modules { PREFIX } else { "" };
     assert_eq!(
         adapter.parameters.len() as u64,
         description["trained"].as_u64().unwrap(),
@@ -49,7 +51,7 @@ pub(crate) fn check(method: &str, case: &str) {
         }
         let got = parameter.take_gradient(&mut gradients);
         let got = got.unwrap_or_else(|| panic!("{} got no gradient", parameter.name()));
-        let want = reference.values(&format!("grad.{PREFIX}{}", parameter.name()));
+        let want = reference.values(&format!("grad.{prefix}{}", parameter.name()));
         close(parameter.name(), &got, &want, 1e-4);
     }
 
@@ -80,8 +82,9 @@ pub(crate) fn check(method: &str, case: &str) {
     same_config(&place, &dir, case);
 }
 
+/// Holds the tensors of an adapter to those of another.
 #[track_caller]
-fn same_tensors(got: &Path, want: &Path) {
+pub(crate) fn same_tensors(got: &Path, want: &Path) {
     let read = |dir: &Path| std::fs::read(dir.join("adapter_model.safetensors")).unwrap();
     let (got, want) = (read(got), read(want));
     let (got, want) = (
@@ -99,8 +102,9 @@ fn same_tensors(got: &Path, want: &Path) {
     }
 }
 
+/// Holds the configuration of an adapter to that of another.
 #[track_caller]
-fn same_config(got: &Path, want: &Path, case: &str) {
+pub(crate) fn same_config(got: &Path, want: &Path, case: &str) {
     let read = |dir: &Path| read_json(&dir.join("adapter_config.json")).unwrap();
     let (mut got, mut want) = (read(got), read(want));
     for json in [&mut got, &mut want] {
