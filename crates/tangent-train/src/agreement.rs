@@ -26,9 +26,10 @@ pub fn agreement(first: &dyn Model, second: &dyn Model, rows: &[Vec<u32>]) -> Ag
     for row in rows.iter().filter(|r| !r.is_empty()) {
         let row = &row[..row.len().min(TOKENS)];
         let supervised = vec![false; row.len()];
-        let batch = Batch::new([(row, &supervised[..])]);
-        let all: Vec<usize> = (0..row.len()).collect();
         let logits = |model: &dyn Model| {
+            let batch = Batch::of(model, [(row, &supervised[..])]);
+            let all = batch.rows.iter().flat_map(|row| row.places.clone());
+            let all: Vec<usize> = all.collect();
             let pass = Pass::inference(&model.device());
             tangent_ops::values(forward::logits(model, &batch, &all, &pass))
         };

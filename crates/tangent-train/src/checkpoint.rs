@@ -76,7 +76,8 @@ impl Sums {
     }
 }
 
-/// Writes what the run has trained so far: the adapter, or the model for full fine-tuning.
+/// Writes what the run has trained so far: the adapter, those that train along in folders inside, or
+/// the model for full fine-tuning.
 ///
 /// # Errors
 /// If the system refuses.

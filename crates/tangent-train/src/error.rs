@@ -40,6 +40,18 @@ pub enum TrainError {
         /// Those that move whatever trains.
         others: String,
     },
+    /// Readings of an adapter that has nothing to read.
+    #[error(
+        "--meter reads how much of a linear map's gradient its trained tensors can follow, and with \
+         method {method} no linear map has trained tensors of its own ({trains}): nothing can be \
+         read; leave --meter out, or choose a method that adapts linear maps one by one"
+    )]
+    NothingToMeasure {
+        /// The method.
+        method: &'static str,
+        /// What it trains.
+        trains: &'static str,
+    },
     /// A run that does not fit into the memory that it may take.
     #[error(
         "--max-memory {} is too little; the least is {}: {how}. Predicted: {parts}. {remedy}",
@@ -131,6 +143,18 @@ pub enum TrainError {
         /// What is wrong.
         why: String,
     },
+    /// A folder of stored hidden states that cannot be used.
+    #[error(
+        "{path} cannot be used as --cache-activations: {why}; choose another folder, or remove this \
+         one, and the hidden states are computed again",
+        path = path.display()
+    )]
+    StoredStates {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// The twin of a run could not be trained.
     #[error(
         "the twin of full fine-tuning, at learning rate {learning_rate}: {source}; lower \
@@ -153,6 +177,24 @@ pub enum TrainError {
         path: PathBuf,
         /// What is wrong.
         why: String,
+    },
+    /// Hidden states that take too much space.
+    #[error(
+        "hidden states in {path} would take {}, and {} {what}; make room, raise --cache-limit, or \
+         store fewer with --set skip_layers=every=2, --set state_type=bf16 or fewer rows",
+        megabytes(*.needed),
+        megabytes(*.limit),
+        path = path.display()
+    )]
+    Space {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes that they take.
+        needed: u64,
+        /// Bytes that they may take.
+        limit: u64,
+        /// Why not more.
+        what: &'static str,
     },
     /// A file could not be read or written.
     #[error(

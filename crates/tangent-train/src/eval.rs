@@ -66,6 +66,24 @@ fn labels(examples: &[Example]) -> Option<Vec<u32>> {
     Some(firsts.into_iter().collect())
 }
 
+/// The tokens of a row from its first supervised one on.
+fn answer(example: &Example) -> Option<&[u32]> {
+    let first = example.supervised.iter().position(|s| *s)?;
+    example.tokens.get(first..)
+}
+
+/// The rows of `held_out` with a label that no row of `train` has; none where the answers of
+/// `held_out` are not a closed set.
+pub fn unseen_labels<'e>(train: &[Example], held_out: &'e [Example]) -> Vec<&'e Example> {
+    if labels(held_out).is_none() {
+        return vec![];
+    }
+    let seen: BTreeSet<&[u32]> = train.iter().filter_map(answer).collect();
+    let is_unseen =
+        |example: &&Example| answer(example).is_some_and(|answer| !seen.contains(answer));
+    held_out.iter().filter(is_unseen).collect()
+}
+
 /// Groups of consecutive examples that take about [`TOKENS`] tokens to compute.
 pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
     let (mut groups, mut start) = (vec![], 0);
@@ -127,7 +145,10 @@ pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowS
     let labels = labels(examples);
     let mut rows = Vec::with_capacity(examples.len());
     for group in groups(examples) {
-        let batch = Batch::new(group.iter().map(|e| (&e.tokens[..], &e.supervised[..])));
+        let batch = Batch::of(
+            model,
+            group.iter().map(|e| (&e.tokens[..], &e.supervised[..])),
+        );
         let firsts = first_targets(&batch);
         let mut scores: Vec<f32> = Vec::with_capacity(batch.targets.len());
         let mut right = BTreeSet::new();
@@ -176,4 +197,42 @@ fn best(logits: &[f32], labels: &[u32]) -> Option<u32> {
         }
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::data::Origin;
+
+    /// A prompt of two tokens with each of these answers.
+    fn rows(answers: &[&[u32]]) -> Vec<Example> {
+        let file = Arc::new("rows.jsonl".into());
+        let row = |(line, answer): (usize, &&[u32])| Example {
+            tokens: [&[1, 2][..], *answer].concat(),
+            supervised: [vec![false; 2], vec![true; answer.len()]].concat(),
+            origin: Origin {
+                file: Arc::clone(&file),
+                line: line + 1,
+            },
+            full_length: 2 + answer.len(),
+        };
+        answers.iter().enumerate().map(row).collect()
+    }
+
+    #[test]
+    fn labels_that_nothing_trains_on_are_found() {
+        let train = rows(&[&[7, 3], &[8, 3]]);
+        let lines = |held_out: &[Example]| -> Vec<usize> {
+            let unseen = unseen_labels(&train, held_out).into_iter();
+            unseen.map(|example| example.origin.line).collect()
+        };
+        assert_eq!(lines(&rows(&[&[7, 3], &[9, 3], &[8, 3], &[8]])), [2, 4]);
+        assert!(lines(&[]).is_empty());
+        // More answers than labels have.
+        let many: Vec<Vec<u32>> = (0..40).map(|token| vec![token]).collect();
+        let many: Vec<&[u32]> = many.iter().map(Vec::as_slice).collect();
+        assert!(lines(&rows(&many)).is_empty());
+    }
 }

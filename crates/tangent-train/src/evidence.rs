@@ -1,10 +1,12 @@
-//! Start values that are computed once, before the first step: from the weights alone, from their
-//! gradients or from their inputs, and the file that keeps them for a run that is resumed.
+//! Start values that are computed once, before the first step: from the weights, as they are or as
+//! they were before they were quantized, from their gradients or from their inputs, and the file
+//! that keeps them for a run that is resumed.
 //!
 //! The pass over data takes the first rows in the order of training and holds the gradients or
 //! moments of one layer at a time: the layer's factors are computed, its sites side by side, and
 //! only they are kept.
 
+pub mod fisher;
 pub mod gradient;
 pub mod moments;
 mod record;
@@ -16,7 +18,7 @@ use tangent_model::{Batch, Site};
 use tangent_peft::adapter::{chosen, start_factors_of};
 use tangent_peft::init::ranks::{self, Offer};
 use tangent_peft::init::{self, Needs};
-use tangent_peft::{AdapterConfig, Factors, PeftError, Start};
+use tangent_peft::{AdapterConfig, Attach, Factors, PeftError, Start, detach, methods};
 
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -107,9 +109,23 @@ pub type OfSites<'a> = Vec<(&'a Site, Vec<f32>)>;
 /// Takes what the pass has found at the sites of one layer, or at the head.
 pub type Done<'a, 'f> = dyn FnMut(OfSites<'a>) -> Result<(), TrainError> + 'f;
 
-/// Computes the start factors of an initialization that computes them once; nothing but the seed
-/// for the others. Whatever is attached to the model is removed. Where ranks move between sites,
-/// the settings get the new ones.
+/// How many rows of training data the start values of an adapter look at; 0 for none.
+///
+/// # Errors
+/// If a setting is out of its range.
+pub fn rows(config: &AdapterConfig) -> Result<usize, TrainError> {
+    if let Attach::Side(side) = methods::find(&config.method)?.attach {
+        return Ok((side.rows)(config)?.unwrap_or(0));
+    }
+    Ok(match init::find(&config.init)?.needs.is_of_data() {
+        true => init::rows(config)?,
+        false => 0,
+    })
+}
+
+/// Computes the start values of an adapter that are computed once: the factors of an initialization
+/// or those of a network beside the layers; nothing but the seed for the others. Whatever is
+/// attached to the model is removed. Where ranks move between sites, the settings get the new ones.
 ///
 /// # Errors
 /// If a setting or a site does not fit the initialization, the device cannot be listened to, or a
@@ -126,20 +142,24 @@ pub fn start(
         seed,
         ..Start::default()
     };
+    if let Attach::Side(side) = methods::find(&config.method)?.attach {
+        if self::rows(config)? > 0 {
+            check_device(model, side.setting, config.own(side.setting).to_string())?;
+            detach(model);
+            let looked_at = settings.batches.iter().flatten();
+            let looked_at = looked_at.filter_map(|&row| rows.get(row));
+            let importances = fisher::importances(model, looked_at);
+            start.values = (side.values)(config, model, &importances)?;
+        }
+        return Ok(start);
+    }
     if !init.is_kept() {
         return Ok(start);
     }
-    if init.needs != Needs::Nothing && model.device().without_autodiff() != Device::flex() {
-        return Err(TrainError::Setting {
-            setting: "init",
-            value: init.id.into(),
-            why: "looks at gradients or inputs of layers, which only the CPU's kernels show; \
-                  choose another initialization or the device cpu",
-        });
+    if init.needs.is_of_data() {
+        check_device(model, "init", init.id.to_owned())?;
     }
-    for site in model.sites_mut() {
-        site.detach();
-    }
+    detach(model);
     let model: &dyn Model = model;
     let sites = model.sites();
     init::check(config, &sites)?;
@@ -148,6 +168,13 @@ pub fn start(
     let batches = settings.micro_batches(rows);
     match init.needs {
         Needs::Nothing => found.add(wanted.iter().map(|site| (*site, vec![])).collect())?,
+        Needs::Original => {
+            for layer in wanted.chunk_by(|a, b| a.layer == b.layer) {
+                let sites = layer.iter();
+                let originals = sites.map(|site| Ok((*site, init::original(init, site)?)));
+                found.add(originals.collect::<Result<_, PeftError>>()?)?;
+            }
+        }
         Needs::Gradient => {
             let sparse = settings.sparse;
             gradient::gradients(model, &batches, &wanted, sparse, &mut |layer| {
@@ -166,6 +193,19 @@ pub fn start(
     }
     start.factors = factors.into_iter().collect();
     Ok(start)
+}
+
+/// Refuses start values that look into layers on a device that shows nothing of them.
+fn check_device(model: &dyn Model, setting: &'static str, value: String) -> Result<(), TrainError> {
+    if model.device().without_autodiff() == Device::flex() {
+        return Ok(());
+    }
+    Err(TrainError::Setting {
+        setting,
+        value,
+        why: "looks at gradients or inputs of layers, which only the CPU's kernels show; choose \
+              other start values or the device cpu",
+    })
 }
 
 /// Factors as they are found, layer by layer.

@@ -19,7 +19,8 @@ pub type Accumulated = Vec<Option<Vec<f32>>>;
 /// Adds the gradients of `factor * summed loss` of the batch to `into` and returns that loss.
 ///
 /// With `checkpointing` only each layer's input is kept; a layer is computed again when its turn
-/// in the backward pass comes. Loss and gradients are the same to the bit.
+/// in the backward pass comes. Loss and gradients are the same to the bit; those of a parameter that
+/// layers share up to the order of additions.
 pub fn accumulate(
     model: &dyn Model,
     batch: &Batch,
@@ -32,7 +33,8 @@ pub fn accumulate(
     // A parameter that is used twice gets two parts; they are added to each other first, so that
     // the order of additions does not depend on how the batch was computed.
     let mut own: Accumulated = vec![None; parameters.len()];
-    let loss = if checkpointing {
+    // The layers below a network beside them keep nothing as it is.
+    let loss = if checkpointing && model.whole().side.is_none() {
         profile::span("layer by layer", Kind::Phase, || {
             layer_by_layer(model, batch, factor, pass, parameters, &mut own)
         })
@@ -80,7 +82,7 @@ pub fn of_step(
 ) -> Result<StepGradients, usize> {
     let batches = micro_batches.iter().map(|indices| {
         let examples = indices.iter().map(|&row| &rows[row]);
-        Batch::new(examples.map(|e| (&e.tokens[..], &e.supervised[..])))
+        Batch::of(model, examples.map(|e| (&e.tokens[..], &e.supervised[..])))
     });
     let batches: Vec<Batch> = batches.collect();
     let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();
@@ -151,6 +153,14 @@ fn layer_by_layer(
     parameters: &[Parameter],
     into: &mut Accumulated,
 ) -> f32 {
+    // The layers share the keys and values of virtual tokens; what made these comes at the end.
+    let prefix = forward::with_prefix(model, pass).prefix;
+    let shared = prefix.clone().map(|x| leaf(x.without_autodiff()));
+    let mut d_prefix = None;
+    let pass = &Pass {
+        prefix: shared.clone(),
+        ..pass.clone()
+    };
     let untracked = pass.untracked();
     let embedded = forward::embed(model, batch, pass);
     let mut inputs = vec![embedded.clone().without_autodiff()];
@@ -158,7 +168,6 @@ fn layer_by_layer(
         let x = inputs[index].clone();
         inputs.push(forward::layer(model, index, x, batch, &untracked));
     }
-    let leaf = |x: Tensor<2>| x.autodiff().require_grad();
     let mut x = leaf(inputs.remove(model.layers()));
     let loss = forward::loss(model, x.clone(), &batch.targets, factor, pass);
     let mut gradients = loss.backward();
@@ -175,6 +184,8 @@ fn layer_by_layer(
         let y = forward::layer(model, index, x.clone(), batch, pass);
         gradients = backward(y, d_x);
         collect(parameters, &mut gradients, into);
+        let d_shared = shared.as_ref().and_then(|x| x.grad_remove(&mut gradients));
+        add(&mut d_prefix, d_shared.map(tangent_ops::values));
     }
     if embedded.is_tracked()
         && let Some(d_x) = x.grad_remove(&mut gradients)
@@ -182,18 +193,30 @@ fn layer_by_layer(
         let mut gradients = backward(embedded, d_x);
         collect(parameters, &mut gradients, into);
     }
+    if let (Some(prefix), Some(d_prefix)) = (prefix, d_prefix) {
+        let [rows, cols] = prefix.dims();
+        let d_prefix = tangent_ops::tensor(d_prefix, rows, cols, &pass.device);
+        collect(parameters, &mut backward(prefix, d_prefix), into);
+    }
     tangent_ops::values(loss)[0]
+}
+
+/// A tensor that starts a graph of its own.
+fn leaf(x: Tensor<2>) -> Tensor<2> {
+    x.autodiff().require_grad()
 }
 
 /// The first layer with something to train; the number of layers if there is none.
 fn lowest_trained_layer(model: &dyn Model, embedding_trained: bool) -> usize {
-    if embedding_trained {
+    if embedding_trained || model.whole().prefix.is_some() {
         return 0;
     }
-    let sites = model.sites();
-    let trained = sites.iter().filter(|s| s.is_trained());
-    trained
+    let (sites, sublayers) = (model.sites(), model.sublayers());
+    let weights = sites.iter().filter(|s| s.is_trained());
+    let outputs = sublayers.iter().filter(|s| s.is_adapted());
+    weights
         .filter_map(|s| s.layer)
+        .chain(outputs.map(|s| s.layer))
         .min()
         .unwrap_or(model.layers())
 }

@@ -1,5 +1,6 @@
 //! Fine-tuning: data, the training loop, optimizers, checkpoints, evaluation.
 
+pub mod activations;
 pub mod agreement;
 pub mod checkpoint;
 pub mod compare;
@@ -10,6 +11,7 @@ pub mod eval;
 pub mod event;
 pub mod evidence;
 pub mod gradients;
+pub mod intrinsic;
 pub mod memory;
 pub mod meter;
 pub mod metrics;
@@ -25,7 +27,7 @@ pub mod twin;
 
 pub use config::{Batching, TrainConfig};
 pub use error::TrainError;
-pub use eval::{EvalReport, evaluate};
+pub use eval::{EvalReport, evaluate, unseen_labels};
 pub use event::{Event, LogEntry};
 pub use meter::{Meter, Reading};
 pub use plan::Plan;

@@ -170,6 +170,30 @@ pub fn check(every: usize, model: &dyn Model) -> Result<(), TrainError> {
     })
 }
 
+/// Refuses an adapter of which nothing can be read: one without trained tensors of single linear
+/// maps.
+///
+/// # Errors
+/// If it is such a one, and readings are asked for.
+pub fn check_adapter(every: usize, model: &dyn Model, adapter: &Adapter) -> Result<(), TrainError> {
+    if every == 0 || measured(model, adapter).next().is_some() {
+        return Ok(());
+    }
+    Err(TrainError::NothingToMeasure {
+        method: adapter.method.id,
+        trains: adapter.method.summary,
+    })
+}
+
+/// The sites that are measured.
+fn measured<'a>(model: &'a dyn Model, adapter: &'a Adapter) -> impl Iterator<Item = Measured<'a>> {
+    let pass = Pass::inference(&model.device());
+    let adapted: BTreeSet<&String> = adapter.sites.iter().collect();
+    let all = model.sites().into_iter();
+    all.filter(move |site| adapted.contains(&site.path))
+        .filter_map(move |site| Measured::new(site, adapter, &pass))
+}
+
 /// The measurement of one step: begun before its gradients are computed, finished after the
 /// optimizer has moved the parameters.
 pub struct Meter<'a> {
@@ -181,13 +205,7 @@ pub struct Meter<'a> {
 impl<'a> Meter<'a> {
     /// Begins the measurement of a step of so many micro-batches, each of which uses a site once.
     pub fn begin(model: &'a dyn Model, adapter: &'a Adapter, micro_batches: usize) -> Self {
-        let pass = Pass::inference(&model.device());
-        let adapted: BTreeSet<&String> = adapter.sites.iter().collect();
-        let all = model.sites().into_iter();
-        let sites: Vec<Measured<'a>> = all
-            .filter(|site| adapted.contains(&site.path))
-            .filter_map(|site| Measured::new(site, adapter, &pass))
-            .collect();
+        let sites: Vec<Measured<'a>> = measured(model, adapter).collect();
         let slots: Vec<_> = sites
             .par_iter()
             .map(|s| (s.site.path.clone(), s.shape(), s.bases()))

@@ -56,8 +56,14 @@ fn page(
     twin: Option<&twin::Record>,
 ) -> String {
     let word = |key: &str| settings.get(key).and_then(Value::as_str);
+    let also = settings.get("also").and_then(Value::as_array);
+    let also = also
+        .into_iter()
+        .flatten()
+        .filter_map(|further| further["method"].as_str());
+    let also: String = also.map(|method| format!(" + {method}")).collect();
     let mut page = match (word("method"), word("model")) {
-        (Some(method), Some(model)) => Page::new(format!("{method} on {model}")),
+        (Some(method), Some(model)) => Page::new(format!("{method}{also} on {model}")),
         _ => Page::new("Training run"),
     };
     let losses = vec![
@@ -90,9 +96,13 @@ fn page(
     page.finish()
 }
 
-/// The part on how close the steps were to full fine-tuning, if that was measured.
+/// The part on how close the steps were to full fine-tuning, if that was measured at some site.
 fn meter(page: &mut Page, lines: &[Value], sentence: Option<&str>) {
-    let readings: Vec<&Value> = lines.iter().filter(|l| l.get("meter").is_some()).collect();
+    let has_sites = |line: &&Value| {
+        let sites = line.get("meter").and_then(Value::as_object);
+        sites.is_some_and(|sites| !sites.is_empty())
+    };
+    let readings: Vec<&Value> = lines.iter().filter(has_sites).collect();
     if readings.is_empty() {
         return;
     }
@@ -360,12 +370,18 @@ mod tests {
         write(dir.path()).unwrap();
         let read = || fs::read_to_string(dir.path().join(REPORT)).unwrap();
         assert!(read().contains("Training run") && !read().contains("full fine-tuning"));
+        // Where every gradient was zero, readings have no site.
+        let empty = json!({"step": 10, "kappa": null, "cosine": null, "meter": {}});
+        fs::write(dir.path().join(METRICS), format!("{text}{empty}\n")).unwrap();
+        write(dir.path()).unwrap();
+        assert!(!read().contains("full fine-tuning") && read().contains("Learning rate"));
         let settings = json!({"method": "lora", "model": "m", "rank": 8, "data": {"rows": 2}});
         fs::write(dir.path().join("run.json"), settings.to_string()).unwrap();
         let reading = json!({"step": 10, "kappa": 0.5, "cosine": 0.1, "meter": {
             "model.layers.0.self_attn.q_proj": {"kappa": 0.5, "gradient_norm": 1.0},
         }});
-        fs::write(dir.path().join(METRICS), format!("{text}{reading}\n")).unwrap();
+        let text = format!("{text}{empty}\n{reading}\n");
+        fs::write(dir.path().join(METRICS), text).unwrap();
         write(dir.path()).unwrap();
         let html = read();
         for part in [

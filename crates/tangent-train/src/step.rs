@@ -7,7 +7,7 @@
 
 use tangent_model::family::Model;
 use tangent_ops::profile::{self, Kind};
-use tangent_peft::{Adapter, Controller};
+use tangent_peft::{Adapter, Controller, controller};
 
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -61,7 +61,6 @@ impl<'a> Stepper<'a> {
         let optimizer = Optimizer::for_adapter(config, adapter)?;
         meter::check(config.meter_every, model)?;
         let total = total_steps(rows, config);
-        let control = adapter.method.control;
         Ok(Self {
             model,
             adapter,
@@ -70,7 +69,7 @@ impl<'a> Stepper<'a> {
             total,
             warmup: config.warmup_steps(total),
             optimizer,
-            controller: control.map(|begin| begin(adapter, total)).transpose()?,
+            controller: controller::of(adapter, total)?,
         })
     }
 

@@ -1,5 +1,6 @@
 //! The training loop.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use tangent_model::folder::{self, NewFolder};
 use tangent_model::{LanguageModel, pass};
 use tangent_ops::profile::{self, Kind};
-use tangent_peft::{Adapter, export};
+use tangent_peft::{Adapter, export, peft_format};
 
 use crate::checkpoint::{self, Progress};
 use crate::config::TrainConfig;
@@ -19,6 +20,7 @@ use crate::eval::{EvalReport, evaluate};
 use crate::event::{Event, LogEntry};
 use crate::evidence;
 use crate::memory;
+use crate::meter;
 use crate::metrics::Metrics;
 use crate::run_report;
 use crate::sampler::epoch_steps;
@@ -87,7 +89,9 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
     let begun = Instant::now();
     let config = run.config;
     config.validate()?;
-    let mut stepper = Stepper::new(&*run.opened.model, run.adapter, config, run.train)?;
+    let model = &*run.opened.model;
+    meter::check_adapter(config.meter_every, model, run.adapter)?;
+    let mut stepper = Stepper::new(model, run.adapter, config, run.train)?;
     if run.adapter.method.whole_model {
         // Known now rather than at the first checkpoint.
         export::check_exportable(run.opened)?;
@@ -218,7 +222,30 @@ fn publish(run: &Run<'_>) -> Result<(), TrainError> {
         .filter(|name| !result.path().join(name).exists());
     let stale: Vec<&str> = stale.copied().collect();
     result.finish_into(&run.output)?;
-    remove_files(&run.output, &stale)
+    remove_files(&run.output, &stale)?;
+    remove_further(&run.output, run.adapter)
+}
+
+/// Removes the adapters that an earlier result had beside its first one and this one has not.
+fn remove_further(output: &Path, adapter: &Adapter) -> Result<(), TrainError> {
+    let all = output.join(peft_format::ALSO);
+    let stands = |name: &OsStr| {
+        adapter
+            .parts
+            .iter()
+            .skip(1)
+            .any(|part| name == part.method.id)
+    };
+    for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
+        let folder = entry.path();
+        if folder.is_dir() && !stands(&entry.file_name()) {
+            remove_files(&folder, RESULTS)?;
+            // A folder with files of others stays.
+            let _ = fs::remove_dir(&folder);
+        }
+    }
+    let _ = fs::remove_dir(&all);
+    Ok(())
 }
 
 /// Removes those of the named files that are there.

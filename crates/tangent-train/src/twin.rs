@@ -31,7 +31,7 @@ use serde_json::Value;
 use tangent_model::Pass;
 use tangent_model::family::Model;
 use tangent_peft::export::{LazyTensor, WriteDtype};
-use tangent_peft::{AdapterConfig, attach};
+use tangent_peft::{AdapterConfig, attach, detach};
 
 use crate::checkpoint;
 use crate::config::{TrainConfig, TwinConfig};
@@ -213,10 +213,4 @@ fn keep(model: &dyn Model, of: &TwinOf<'_>, record: &Record) -> Result<(), Train
         (site.path.clone(), tensor)
     });
     record::save(of.output, record, tensors.collect())
-}
-
-fn detach(model: &mut dyn Model) {
-    for site in model.sites_mut() {
-        site.detach();
-    }
 }

@@ -59,7 +59,7 @@ pub enum CompareError {
     },
     /// A line of the ledger that is none of its entries.
     #[error(
-        "{path}:{line} is no entry of a comparison: {why}; remove the line, or the file to begin \
+        "{path}:{line} is no entry of a finished run: {why}; remove the line, or the file to begin \
          again",
         path = path.display()
     )]

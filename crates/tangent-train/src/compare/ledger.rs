@@ -78,7 +78,14 @@ impl Ledger {
     /// # Errors
     /// If the system refuses or a whole line is no record.
     pub fn open(output: &Path) -> Result<Self, CompareError> {
-        let path = output.join(LEDGER);
+        Self::open_file(output.join(LEDGER))
+    }
+
+    /// [`open`](Self::open) of a file of another name.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_file(path: PathBuf) -> Result<Self, CompareError> {
         let io = |action, source| {
             let path = path.clone();
             CompareError::from(TrainError::Io {

@@ -40,7 +40,6 @@ use crate::error::TrainError;
 use crate::sampler::total_steps;
 use crate::trainer;
 
-use ledger::Ledger;
 use session::Session;
 
 pub use bootstrap::Estimate;
@@ -51,6 +50,10 @@ pub use report::{REPORT, Report};
 pub use runs::Data;
 pub use search::{Grid, Search, Trial};
 pub use standing::{Standing, Standings};
+
+pub(crate) use ledger::Ledger;
+pub(crate) use runs::{RunPlan, Starts, make};
+pub(crate) use search::halving;
 
 /// Steps of a run at least, so that a quarter of them trains.
 pub const LEAST_STEPS: usize = 8;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use tangent_model::family::Model;
-use tangent_peft::{AdapterConfig, PeftError, SettingValue, attach, init, methods};
+use tangent_peft::{AdapterConfig, PeftError, SettingValue, attach, detach, init, methods};
 
 use super::recipe::{Recipe, Shared};
 use crate::plan::TrainedSite;
@@ -20,7 +20,7 @@ pub enum Fit {
     Least(usize),
 }
 
-/// The largest size of a recipe with at most `limit` parameters.
+/// The largest size of a recipe with at most `limit` parameters, and at most `room` virtual tokens.
 ///
 /// # Errors
 /// If the recipe does not fit the model, whatever its size.
@@ -29,6 +29,7 @@ pub fn largest(
     recipe: &Recipe,
     shared: &Shared,
     limit: usize,
+    room: usize,
 ) -> Result<Fit, PeftError> {
     let least = recipe.least_size();
     let variant = recipe.variant(shared, Some(least))?;
@@ -42,13 +43,21 @@ pub fn largest(
     init::check(&variant.adapter, &model.sites())?;
     let mut count = |size: usize| -> Result<Option<usize>, PeftError> {
         let variant = recipe.variant(shared, Some(size))?;
+        if variant.adapter.virtual_tokens() > room {
+            return Ok(None);
+        }
         // The least size passes, so this one is too large for its start values.
         if init::check(&variant.adapter, &model.sites()).is_err() {
             return Ok(None);
         }
         match parameters(model, &variant.adapter) {
-            // No matrix has such a rank.
-            Err(PeftError::Rank { .. } | PeftError::Blocks { .. }) => Ok(None),
+            // No matrix has such a rank, no row so many tokens, no model so many values.
+            Err(
+                PeftError::Rank { .. }
+                | PeftError::Blocks { .. }
+                | PeftError::VirtualTokens { .. }
+                | PeftError::Dimension { .. },
+            ) => Ok(None),
             counted => counted.map(Some),
         }
     };
@@ -127,13 +136,6 @@ fn own(config: &AdapterConfig) -> Result<BTreeMap<String, SettingValue>, PeftErr
     Ok(own)
 }
 
-/// Takes adapters off all sites.
-pub fn detach(model: &mut dyn Model) {
-    for site in model.sites_mut() {
-        site.detach();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
@@ -173,8 +175,9 @@ mod tests {
         let shared = Shared::default();
         let mut fit = |name: &str, limit| {
             let recipe = recipe::find(&[name.to_owned()]).unwrap()[0];
-            let found = largest(&mut *model, recipe, &shared, limit).unwrap();
+            let found = largest(&mut *model, recipe, &shared, limit, 40).unwrap();
             assert!(model.sites().iter().all(|site| !site.is_trained()));
+            assert!(model.whole().prefix.is_none());
             found
         };
         // q and o (32, 32), k and v (16, 32), gate and up (48, 32), down (32, 48), in two layers.
@@ -189,5 +192,8 @@ mod tests {
             panic!("all parameters are more than a few");
         };
         assert_eq!(fit("full", all), Fit::Size(0));
+        // 32 features of each virtual token, and no more tokens than there is room for.
+        assert_eq!(fit("prompt-tuning", 7 * 32 + 31), Fit::Size(7));
+        assert_eq!(fit("prompt-tuning", usize::MAX), Fit::Size(40));
     }
 }

@@ -2,7 +2,7 @@
 //! recipe is one line in [`RECIPES`].
 
 use tangent_peft::methods::{self, Common};
-use tangent_peft::{AdapterConfig, PeftError, SettingValue, name};
+use tangent_peft::{AdapterConfig, Attach, PeftError, SettingValue, Targets, name};
 
 use super::error::CompareError;
 use crate::config::TrainConfig;
@@ -30,13 +30,15 @@ pub struct Recipe {
 enum Size {
     /// Its rank.
     Rank,
-    /// A setting of the method that counts something from 2 on.
+    /// A setting of the method that counts something from 2 on; 0 where another one decides.
     Setting {
         /// Name of the setting.
         name: &'static str,
         /// What it is, for tables.
         words: &'static str,
     },
+    /// Nothing: the model decides.
+    Fixed,
 }
 
 /// What a recipe's rank is called in tables.
@@ -50,11 +52,28 @@ const BLOCKS: Size = Size::Setting {
     words: BLOCK_SIZE,
 };
 
+const DIMENSION: Size = Size::Setting {
+    name: "dimension",
+    words: "dimension",
+};
+
+const TOKENS: Size = Size::Setting {
+    name: "num_virtual_tokens",
+    words: "virtual tokens",
+};
+
+const UNITS: Size = Size::Setting {
+    name: "bottleneck_size",
+    words: "bottleneck",
+};
+
 /// Settings that all recipes begin with.
 #[derive(Clone, Debug, Default)]
 pub struct Shared {
-    /// Targets and dropout of adapters; recipes choose the rest.
+    /// Dropout of adapters and what they leave out; recipes choose the rest.
     pub adapter: AdapterConfig,
+    /// Targets; each method's own if `None`.
+    pub targets: Option<Targets>,
     /// Rank of the recipes that have one; each method's default if `None`.
     pub rank: Option<usize>,
     /// Numerator of the scaling; twice the rank if `None`.
@@ -91,9 +110,23 @@ pub const RECIPES: &[Recipe] = &[
     recipe("altlora+", "A and B in turn", "lora", 2e-4, |_, t| optim(t, "altlora+")),
     recipe("lora-rite", "whatever the factors", "lora", 2e-4, |_, t| optim(t, "lora-rite")),
     recipe("vera", "vectors around random projections", "vera", 3e-3, |_, _| {}),
+    recipe("ia3", "vectors that scale activations", "ia3", 3e-3, |_, _| {}).fixed(),
     recipe("loha", "two low-rank products, elementwise", "loha", 1e-3, |_, _| {}),
     recipe("lokr", "Kronecker product of small matrices", "lokr", 1e-3, |_, _| {}),
     recipe("oft", "rotations of inputs", "oft", 3e-4, |a, _| nearest(a)).sized_by(BLOCKS),
+    recipe("monarch", "block-diagonal factors, permuted", "monarch", 5e-4, |_, _| {}),
+    recipe("intrinsic", "a random subspace", "intrinsic", 1e-2, |_, _| {}).sized_by(DIMENSION),
+    recipe("prompt-tuning", "embeddings of virtual tokens", "prompt-tuning", 1e-2, |_, _| {}).sized_by(TOKENS),
+    recipe("p-tuning", "virtual tokens out of a network", "p-tuning", 1e-3, |_, _| {}).sized_by(TOKENS),
+    recipe("prefix-tuning", "keys and values of virtual tokens", "prefix-tuning", 5e-3, |a, _| sampled(a)).sized_by(TOKENS),
+    recipe("lst", "a narrow network beside the layers", "lst", 3e-3, |_, _| {}).fixed(),
+    recipe("houlsby", "bottlenecks after sub-layers", "houlsby", 5e-4, |_, _| {}).sized_by(UNITS),
+    recipe("pfeiffer", "bottlenecks after feed-forwards", "pfeiffer", 5e-4, |_, _| {}).sized_by(UNITS),
+    recipe("lin", "normalized bottlenecks", "lin", 5e-4, |_, _| {}).sized_by(UNITS),
+    recipe("parallel-adapter", "bottlenecks beside feed-forwards", "parallel-adapter", 2e-4, |_, _| {}).sized_by(UNITS),
+    recipe("bitfit", "biases", "bitfit", 1e-3, |_, _| {}).fixed(),
+    recipe("norms", "scales of normalizations", "norms", 1e-3, |_, _| {}).fixed(),
+    recipe("last-layers", "the last two layers", "last-layers", 5e-5, |_, _| {}).fixed(),
     recipe("full", "full fine-tuning", "full", 2e-5, |_, _| {}),
 ];
 
@@ -146,6 +179,11 @@ fn nearest(adapter: &mut AdapterConfig) {
     set(adapter, "nearest_divisor", SettingValue::Flag(true));
 }
 
+/// Keys and values that begin with those of tokens.
+fn sampled(adapter: &mut AdapterConfig) {
+    set(adapter, "prefix_init", SettingValue::text("sample-vocab"));
+}
+
 impl Recipe {
     /// The recipe, sized by something else than a rank.
     const fn sized_by(self, size: Size) -> Self {
@@ -155,8 +193,16 @@ impl Recipe {
     /// What its size is: a rank, or what its method has in the place of one.
     pub fn size_name(&self) -> &'static str {
         match self.size {
-            Size::Rank => RANK,
+            Size::Rank | Size::Fixed => RANK,
             Size::Setting { words, .. } => words,
+        }
+    }
+
+    /// The recipe, of one size.
+    const fn fixed(self) -> Self {
+        Self {
+            size: Size::Fixed,
+            ..self
         }
     }
 
@@ -165,6 +211,7 @@ impl Recipe {
         match self.size {
             Size::Rank => 1,
             Size::Setting { .. } => 2,
+            Size::Fixed => 0,
         }
     }
 
@@ -178,11 +225,17 @@ impl Recipe {
         let (mut adapter, mut train) = (shared.adapter.clone(), shared.train.clone());
         if method.whole_model {
             adapter = AdapterConfig::default();
+        } else if method.targets.is_empty() || !matches!(method.attach, Attach::Weight(_)) {
+            // What is shared names linear maps.
+            (adapter.targets, adapter.exclude) = (method.usual_targets(), None);
+        } else {
+            let targets = shared.targets.clone();
+            adapter.targets = targets.unwrap_or_else(|| method.usual_targets());
         }
         adapter.method = method.id.into();
         adapter.rank = match self.size {
             Size::Rank => size.or(shared.rank).unwrap_or(method.rank),
-            Size::Setting { .. } => method.rank,
+            Size::Setting { .. } | Size::Fixed => method.rank,
         };
         adapter.alpha = shared.alpha.unwrap_or(2.0 * adapter.rank as f32);
         if !method.reads.contains(&Common::Dropout) {
@@ -191,6 +244,7 @@ impl Recipe {
         (self.change)(&mut adapter, &mut train);
         let size = match self.size {
             _ if method.whole_model => 0,
+            Size::Fixed => 0,
             Size::Rank => adapter.rank,
             Size::Setting { name, .. } => {
                 let size = size.unwrap_or_else(|| adapter.own(name).number() as usize);
@@ -233,8 +287,10 @@ mod tests {
         let shared = Shared {
             adapter: AdapterConfig {
                 dropout: 0.1,
+                exclude: Some(Targets::parse(&["down_proj".into()])),
                 ..AdapterConfig::default()
             },
+            targets: Some(Targets::default()),
             ..Shared::default()
         };
         for (index, recipe) in RECIPES.iter().enumerate() {
@@ -243,7 +299,8 @@ mod tests {
             let named = |e: &dyn std::fmt::Display| panic!("{}: {e}", recipe.id);
             variant.adapter.validate().unwrap_or_else(|e| named(&e));
             variant.train.validate().unwrap_or_else(|e| named(&e));
-            assert_eq!(variant.size == 0, recipe.id == "full");
+            let may_be_0 = recipe.id == "full" || recipe.size != Size::Rank;
+            assert!(variant.size > 0 || may_be_0, "{}", recipe.id);
             optim::find(&variant.train.optimizer).unwrap();
         }
     }
@@ -287,9 +344,21 @@ mod tests {
         let oft = of("oft", Some(16));
         assert_eq!(oft.adapter.own["oft_block_size"].number(), 16.0);
         assert_eq!(of("oft", None).size, 32);
+        let prompt = of("prompt-tuning", Some(7));
+        assert_eq!((prompt.size, prompt.adapter.virtual_tokens()), (7, 7));
+        assert_eq!(of("prefix-tuning", None).adapter.virtual_tokens(), 20);
+        let houlsby = of("houlsby", None);
+        assert_eq!((houlsby.size, of("houlsby", Some(6)).size), (64, 6));
+        // Its width follows from the model's unless it is given.
+        let pfeiffer = of("pfeiffer", Some(6));
+        assert_eq!((of("pfeiffer", None).size, pfeiffer.size), (0, 6));
+        assert_eq!(pfeiffer.adapter.own["bottleneck_size"].number(), 6.0);
+        assert_eq!((of("ia3", Some(6)).size, of("full", Some(6)).size), (0, 0));
+        // All ranks are one and the same run.
+        let lst = of("lst", Some(6));
+        assert_eq!((lst.size, &lst), (0, &of("lst", None)));
         let name = |name: &str| find(&[name.to_owned()]).unwrap()[0].size_name();
         assert_eq!((name("lora"), name("oft")), ("rank", "block size"));
-        assert_eq!(of("full", Some(6)).size, 0);
     }
 
     #[test]

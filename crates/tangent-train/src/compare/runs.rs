@@ -5,12 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tangent_model::family::Model;
-use tangent_peft::init::{self, Needs};
-use tangent_peft::{Adapter, AdapterConfig, Start, attach_from};
+use tangent_peft::{Adapter, AdapterConfig, Start, attach_from, detach};
 
 use super::error::CompareError;
 use super::ledger::Record;
-use super::ranks::detach;
 use crate::checkpoint::Sums;
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -73,11 +71,7 @@ impl Starts {
         }
         self.last = None;
         let mut config = plan.adapter.clone();
-        let looked_at = match init::find(&config.init)?.needs {
-            Needs::Nothing => 0,
-            _ => init::rows(&config)?,
-        };
-        let evidence = Evidence::first(rows, plan.train, looked_at);
+        let evidence = Evidence::first(rows, plan.train, evidence::rows(&config)?);
         let start = evidence::start(model, &mut config, rows, &evidence, seed)?;
         self.last = Some((plan.adapter.clone(), seed, start.clone(), config.clone()));
         Ok((start, config))
@@ -229,8 +223,10 @@ fn predicted_peak(
         model,
         trained: &trained,
         adapter: &adapter.config,
+        also: &[],
         train: data.train,
         eval: data.eval,
+        stored_states: false,
     };
     let config = TrainConfig {
         meter_every: 0,

@@ -132,7 +132,8 @@ impl<'a, 'b> Session<'a, 'b> {
         recipe: &'static Recipe,
     ) -> Result<Result<Contender, String>, CompareError> {
         let shared = &self.setup.shared;
-        let sized = sized(self.model, recipe, shared, self.setup.budget);
+        let room = self.room();
+        let sized = sized(self.model, recipe, shared, self.setup.budget, room);
         let (variant, parameters) = match sized {
             Ok(Ok(sized)) => sized,
             Ok(Err(why)) => return Ok(Err(why)),
@@ -169,6 +170,14 @@ impl<'a, 'b> Session<'a, 'b> {
         };
         let record = self.record(&paced, rate, seed, PACE_STEPS)?;
         Ok(record.seconds_per_step.max(f64::MIN_POSITIVE))
+    }
+
+    /// Virtual tokens that leave room for the longest row.
+    fn room(&self) -> usize {
+        let data = &self.setup.data;
+        let rows = data.train.iter().chain(data.validation).chain(data.eval);
+        let longest = rows.map(|row| row.tokens.len()).max().unwrap_or(0);
+        self.model.max_positions().saturating_sub(longest)
     }
 
     fn finding(&self, index: usize) -> &Finding {
@@ -247,20 +256,25 @@ impl<'a, 'b> Session<'a, 'b> {
         Ok(())
     }
 
-    /// A contender of another size; `None` if no matrix of the model has it.
+    /// A contender of another size; `None` if the model cannot have it.
     fn resized(
         &mut self,
         contender: &Contender,
         size: usize,
     ) -> Result<Option<Contender>, CompareError> {
         let variant = contender.recipe.variant(&self.setup.shared, Some(size))?;
+        if variant.adapter.virtual_tokens() > self.room() {
+            return Ok(None);
+        }
         let checked = init::check(&variant.adapter, &self.model.sites());
         let counted = checked.and_then(|()| ranks::parameters(self.model, &variant.adapter));
         let parameters = match counted {
             Err(
                 PeftError::Rank { .. }
                 | PeftError::Blocks { .. }
-                | PeftError::TooFewDirections { .. },
+                | PeftError::TooFewDirections { .. }
+                | PeftError::VirtualTokens { .. }
+                | PeftError::Dimension { .. },
             ) => return Ok(None),
             counted => counted?,
         };
@@ -356,10 +370,11 @@ fn sized(
     recipe: &Recipe,
     shared: &Shared,
     budget: Budget,
+    room: usize,
 ) -> Result<Result<(Variant, usize), String>, PeftError> {
     let mut size = None;
     if let Budget::Parameters(limit) = budget {
-        match ranks::largest(model, recipe, shared, limit)? {
+        match ranks::largest(model, recipe, shared, limit, room)? {
             Fit::Size(largest) => size = Some(largest),
             Fit::Least(least) => {
                 return Ok(Err(format!("it trains at least {least} parameters")));

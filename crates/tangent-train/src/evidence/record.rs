@@ -31,17 +31,23 @@ const SETTINGS: &str = "settings";
 /// # Errors
 /// If the system refuses.
 pub fn save(output: &Path, adapter: &Adapter, settings: &Value) -> Result<(), TrainError> {
-    if !init::find(&adapter.config.init)?.is_kept() {
-        return Ok(());
-    }
-    let mut tensors = vec![];
-    for pair in &adapter.pairs {
-        for (name, index) in [("a", pair.a), ("b", pair.b)] {
-            let parameter = &adapter.parameters[index];
-            let shape = parameter.shape().to_vec();
-            let tensor = LazyTensor::new(shape, WriteDtype::F32, move || parameter.values());
-            tensors.push((format!("{}#{name}", pair.site), tensor));
+    let (mut is_kept, mut tensors) = (false, vec![]);
+    for part in adapter.each() {
+        if !init::find(&part.config.init)?.is_kept() {
+            continue;
         }
+        is_kept = true;
+        for pair in &part.pairs {
+            for (name, index) in [("a", pair.a), ("b", pair.b)] {
+                let parameter = &part.parameters[index];
+                let shape = parameter.shape().to_vec();
+                let tensor = LazyTensor::new(shape, WriteDtype::F32, move || parameter.values());
+                tensors.push((format!("{}#{name}", pair.site), tensor));
+            }
+        }
+    }
+    if !is_kept {
+        return Ok(());
     }
     let metadata = [(SETTINGS.to_owned(), settings.to_string())].into();
     let folder = NewFolder::begin(&output.join(".start"), true)?;

@@ -2,7 +2,6 @@
 
 use super::calibration::MARGIN;
 use super::memory::with_margin;
-use super::survey::Survey;
 use super::{Draft, Form, Plan, Predictor};
 use crate::config::{Batching, TrainConfig};
 use crate::error::TrainError;
@@ -16,7 +15,7 @@ impl Draft<'_> {
     /// If no such settings fit, and as [`plan`](Self::plan).
     pub fn fit(&self, config: &TrainConfig, limit: u64) -> Result<Plan, TrainError> {
         let predictor = Predictor::new(self, config)?;
-        let typed = predictor.plan(config, &Survey::new(self.train, config));
+        let typed = predictor.plan(config, &self.survey(config));
         if typed.memory.limit() <= limit {
             return Ok(typed);
         }
@@ -27,7 +26,7 @@ impl Draft<'_> {
                 gradient_accumulation_steps: accumulation,
                 ..config.clone()
             };
-            let survey = Survey::new(self.train, &config);
+            let survey = self.survey(&config);
             plans.push(predictor.plan(&config, &survey));
             let checkpointed = TrainConfig {
                 activation_checkpointing: true,
@@ -74,11 +73,30 @@ impl Draft<'_> {
         let longest = self.train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
         let mut remedies = vec![
             format!("--max-length below {longest}"),
-            "a base model stored in fewer bits (a quantized GGUF file, --base-dtype bf16)".into(),
+            "a base model stored in fewer bits (a quantized GGUF file, --base-dtype nf4)".into(),
         ];
-        let forms = || self.trained.iter().map(|site| site.form);
-        if forms().any(|form| matches!(form, Form::LowRank { .. })) {
-            remedies.push("a smaller --rank".into());
+        let trains = |is: fn(Form) -> bool| self.trained.iter().any(|site| is(site.form));
+        for (is_so, remedy) in [
+            (
+                trains(|form| matches!(form, Form::LowRank { .. })),
+                "a smaller --rank",
+            ),
+            (
+                trains(|form| matches!(form, Form::VirtualTokens(_))),
+                "fewer virtual tokens (--set)",
+            ),
+            (
+                trains(|form| form == Form::Sublayer),
+                "smaller networks after the sub-layers (--set)",
+            ),
+            (
+                trains(|form| form == Form::Side),
+                "a smaller network beside the layers (--set)",
+            ),
+        ] {
+            if is_so {
+                remedies.push(remedy.into());
+            }
         }
         if self
             .trained
@@ -227,6 +245,26 @@ mod tests {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(!text.contains("--max-length"), "{text}");
+    }
+
+    #[test]
+    fn layers_beside_a_network_are_not_checkpointed() {
+        let mut model = fixture::model("llama/tied_gqa");
+        let adapter = fixture::usual("lst", &[]);
+        let rows = fixture::rows(&[60; 16]);
+        let (trained, _) = fixture::attached(&mut *model, &adapter);
+        let draft = Draft {
+            adapter: &adapter,
+            ..fixture::draft(&*model, &trained, &rows)
+        };
+        let typed = config(Batching::Rows(8), 1);
+        let least = draft.plan(&typed).unwrap().memory.limit();
+        let chosen = draft.fit(&typed, least - 1).unwrap().config;
+        assert!(!chosen.activation_checkpointing);
+        assert_eq!(chosen, config(Batching::Rows(4), 2));
+        let text = draft.fit(&config(Batching::Tokens(960), 1), least - 1);
+        let text = text.unwrap_err().to_string();
+        assert!(text.contains("a smaller network beside"), "{text}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::{Arc, LazyLock};
 
 use tangent_model::family::Model;
-use tangent_peft::{Adapter, AdapterConfig, Targets, attach};
+use tangent_peft::{Adapter, AdapterConfig, SettingValue, Targets, attach, methods};
 
 use super::{Draft, TrainedSite};
 use crate::data::{Example, Origin};
@@ -28,6 +28,17 @@ pub(super) fn lora(targets: &[&str]) -> AdapterConfig {
     AdapterConfig {
         rank: 4,
         targets: Targets::parse(&targets),
+        ..AdapterConfig::default()
+    }
+}
+
+/// A method with settings of its own, on its usual targets.
+pub(super) fn usual(method: &str, own: &[(&str, SettingValue)]) -> AdapterConfig {
+    let own = own.iter().cloned();
+    AdapterConfig {
+        method: method.into(),
+        own: own.map(|(name, value)| (name.to_owned(), value)).collect(),
+        targets: methods::find(method).unwrap().usual_targets(),
         ..AdapterConfig::default()
     }
 }
@@ -69,7 +80,9 @@ pub(super) fn draft<'a>(
         model,
         trained,
         adapter: &LORA,
+        also: &[],
         train,
         eval: &[],
+        stored_states: false,
     }
 }

@@ -4,17 +4,21 @@ use tangent_model::family::Activation;
 use tangent_peft::methods::cost::Input;
 
 use super::trained::{Costed, lowest_layer, trains_embedding};
-use super::{Draft, metered};
+use super::{Draft, Form, metered};
 
 /// What is kept for the backward pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Kept {
     /// Features of every token, layer by layer.
     pub features: Vec<usize>,
+    /// Features of every token in a network beside the layers.
+    pub beside: usize,
     /// Values that sites form once a pass.
     pub formed: usize,
     /// The most of them that a layer has.
     pub formed_in_layer: usize,
+    /// The most values that the operation of a site forms and lets go again.
+    pub working: usize,
 }
 
 impl Kept {
@@ -35,16 +39,20 @@ impl Kept {
             (features, own.iter().map(|(_, cost)| cost.per_pass).sum())
         };
         let (features, formed): (Vec<usize>, Vec<usize>) = (0..layers).map(layer).unzip();
+        let beside = trained.iter().filter(|(site, _)| site.form == Form::Side);
+        let working = trained.iter().map(|(_, cost)| cost.working);
         Self {
             features,
+            beside: beside.map(|(_, cost)| cost.per_token).sum(),
             formed: trained.iter().map(|(_, cost)| cost.per_pass).sum(),
             formed_in_layer: formed.into_iter().max().unwrap_or(0),
+            working: working.max().unwrap_or(0),
         }
     }
 }
 
 /// Features that a layer keeps of every token for its backward pass. `trained` are the layer's own
-/// sites; `is_tracked` says whether its input wants a gradient.
+/// sites and sub-layers; `is_tracked` says whether its input wants a gradient.
 fn features(
     activations: &[Activation],
     trained: &[Costed<'_>],
@@ -80,8 +88,9 @@ fn features(
 mod tests {
     use tangent_peft::{AdapterConfig, SettingValue, attach};
 
+    use super::super::TrainedSite;
+    use super::super::fixture::{self, usual};
     use super::super::trained::costs;
-    use super::super::{TrainedSite, fixture};
     use super::*;
 
     /// What is kept with an adapter of these settings.
@@ -178,6 +187,76 @@ mod tests {
             ..of("lora", 4)
         };
         check(&moved, (READ + 7 * 8, 8 * sides));
+    }
+
+    /// What a layer passes on without an adapter that reads its inputs: x, q, k, v, x2, gate, up.
+    const PASSED: usize = 3 * 32 + 2 * 16 + 2 * 48;
+
+    #[test]
+    fn sub_layers_keep_what_their_adapters_say() {
+        let units = ("bottleneck_size", SettingValue::Number(6.0));
+        // The input, and six hidden units before and after the activation.
+        let own = 32 + 2 * 6;
+        // In the lowest layer nothing before attention's output wants a gradient, or nothing before
+        // that of the feed-forward.
+        let after_attention = 32 + 2 * 48 + 2 * own;
+        for (method, lowest, upper) in [
+            ("houlsby", after_attention, PASSED + 2 * own),
+            ("pfeiffer", own, PASSED + own),
+            // Its input before and after the division by its length.
+            ("lin", own + 64, PASSED + own + 64),
+            ("parallel-adapter", own, PASSED + own),
+        ] {
+            let kept = kept(&usual(method, std::slice::from_ref(&units)), false);
+            assert_eq!(kept.features, [lowest, upper], "{method}");
+            assert_eq!((kept.beside, kept.formed, kept.working), (0, 0, 0));
+        }
+        let learned = ("learned_scale", SettingValue::Flag(true));
+        let kept = kept(&usual("parallel-adapter", &[units, learned]), false);
+        assert_eq!(kept.features, [own + 32, PASSED + own + 32]);
+    }
+
+    #[test]
+    fn a_network_beside_the_layers_keeps_what_they_do_not() {
+        let half = ("reduction_factor", SettingValue::Number(2.0));
+        let kept = kept(&usual("lst", &[half]), false);
+        assert_eq!(kept.features, [0, 0]);
+        // Three states of 32. Two blocks of 16 features, with four heads of 4, two of keys and
+        // values, and 24 in the feed-forward: six times the stream, queries and what attention
+        // gives, keys and values, gate, up and their product. The last stream, twice.
+        let block = 6 * 16 + 2 * 16 + 2 * 8 + 3 * 24;
+        assert_eq!(kept.beside, 3 * 32 + 2 * block + 2 * 16);
+    }
+
+    #[test]
+    fn virtual_tokens_and_weights_in_place_keep_what_passes_gradients_on() {
+        let kept = |config: &AdapterConfig| kept(config, false).features;
+        // The input of the lowest layer wants a gradient, too.
+        assert_eq!(kept(&usual("prompt-tuning", &[])), [PASSED; 2]);
+        assert_eq!(kept(&usual("prefix-tuning", &[])), [PASSED; 2]);
+        // Scales keep their inputs, which normalization keeps in any case.
+        assert_eq!(kept(&usual("norms", &[])), [PASSED; 2]);
+        // All inputs of the upper layer but its own x.
+        let inputs = ("n", SettingValue::Number(1.0));
+        let whole = PASSED + 3 * 32 + 48;
+        assert_eq!(kept(&usual("last-layers", &[inputs])), [0, whole]);
+    }
+
+    #[test]
+    fn scaled_keys_keep_outputs_and_projections_keep_inputs() {
+        let kept = |config: &AdapterConfig| kept(config, false);
+        // Keys and values before they are scaled, and the product of gate and up.
+        let of_layer = PASSED + 2 * 16 + 48;
+        let got = kept(&usual("ia3", &[])).features;
+        assert_eq!(got, [of_layer - 32, of_layer]);
+        let few = ("dimension", SettingValue::Number(10.0));
+        let got = kept(&usual("intrinsic", &[few]));
+        assert_eq!(got.features, [READ - 32, READ]);
+        // The change of the largest weight, its gradient, and two transforms.
+        assert_eq!((got.formed, got.working), (0, 2 * 1536 + 2 * 2048));
+        let got = kept(&usual("monarch", &[]));
+        // Four blocks of rank 8 between the factors of each map.
+        assert_eq!(got.features, [READ + 7 * 32 - 32, READ + 7 * 32]);
     }
 
     #[test]

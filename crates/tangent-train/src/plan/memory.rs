@@ -66,6 +66,25 @@ pub(super) fn with_margin(bytes: u64) -> u64 {
     (bytes as f64 * (1.0 + measured::MARGIN)).ceil() as u64
 }
 
+/// A network beside the layers, which run without a graph.
+struct Beside {
+    /// Features of a token in the hidden states that it reads.
+    states: usize,
+    /// Features of its widest activation.
+    widest: usize,
+}
+
+impl Beside {
+    fn of(model: &dyn Model) -> Option<Self> {
+        let side = model.whole().side.as_ref()?;
+        let read = (0..=model.layers()).filter(|&state| side.reads(state));
+        Some(Self {
+            states: read.count() * model.head().weight.cols(),
+            widest: side.widest(),
+        })
+    }
+}
+
 /// A model with what trains in it, in the numbers that memory depends on.
 pub(super) struct MemoryModel {
     layers: usize,
@@ -76,12 +95,13 @@ pub(super) struct MemoryModel {
     /// Features of the widest activation.
     widest: usize,
     kept: Kept,
+    beside: Option<Beside>,
     /// How the head trains, the values that it keeps of a target, and whether its tensor is the
     /// embedding's.
     head: Option<(Form, usize)>,
     shared_head: bool,
     parameters: u64,
-    /// Those of adapted sites.
+    /// Those that are no values of the model.
     thin_parameters: u64,
     /// Values of the optimizer's state.
     state: u64,
@@ -110,8 +130,10 @@ impl MemoryModel {
         let state = trained
             .iter()
             .map(|site| rule.state_values(site.parameters, site.pair) as u64);
-        let thin = |site: &&TrainedSite| matches!(site.form, Form::LowRank { .. } | Form::Adapted);
-        let thin = trained.iter().filter(thin).map(|site| site.parameters);
+        let in_place =
+            |site: &TrainedSite| matches!(site.form, Form::Whole | Form::Rows(_) | Form::Bias);
+        let thin = trained.iter().filter(|site| !in_place(site));
+        let thin = thin.map(|site| site.parameters);
         let held = |(site, cost): &Costed<'_>| (site.shared + cost.resident) as u64;
         Ok(Self {
             layers,
@@ -120,6 +142,7 @@ impl MemoryModel {
             vocabulary: model.vocabulary(),
             widest: widths.max().unwrap_or(0),
             kept: Kept::new(draft, &costs, config.meter_every > 0),
+            beside: Beside::of(model),
             head: head_site.map(|(site, cost)| (site.form, cost.per_token)),
             shared_head: head_site.is_some_and(|(site, _)| site.parameters == 0),
             parameters: parameters as u64,
@@ -129,14 +152,19 @@ impl MemoryModel {
             metered: [false, true].map(|several| metered::values(trained, config, several)),
             base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
-            evaluated: evaluated_tokens(draft.eval).max().unwrap_or(0),
+            evaluated: evaluated_tokens(draft.eval, model.whole().virtual_tokens())
+                .max()
+                .unwrap_or(0),
         })
     }
 
     /// The memory at the worst moment of the run.
     pub fn predict(&self, survey: &Survey, checkpointing: bool) -> Memory {
+        // Layers without a graph keep nothing as it is.
+        let checkpointing = checkpointing && self.beside.is_none();
         let mut worst = self.evaluation();
         for moment in [
+            self.before_side(survey),
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey),
         ] {
@@ -145,6 +173,23 @@ impl MemoryModel {
             }
         }
         worst
+    }
+
+    /// The layers have computed the states of all rows of a micro-batch, row by row, which are not
+    /// yet let go of for the last one. Nothing without a network beside the layers.
+    fn before_side(&self, survey: &Survey) -> Memory {
+        let Some(Beside { states, .. }) = self.beside else {
+            return Memory::default();
+        };
+        let vectors = 1 + self.earlier(survey);
+        let row = survey.longest_row * (states + self.working());
+        Memory {
+            base_weights: self.base_bytes,
+            trained: trained_bytes(self.parameters * vectors + self.state + self.held),
+            activations: activation_bytes(survey.largest.tokens * states + row),
+            loss: 0,
+            fixed: self.fixed_bytes,
+        }
     }
 
     /// All that the forward pass keeps is there. Gradients of this micro-batch are not yet: large
@@ -156,7 +201,7 @@ impl MemoryModel {
             false => (self.kept.formed, self.kept.formed),
         };
         let at_loss = tokens * self.held_at_loss(checkpointing) + of_all;
-        let at_layer = tokens * self.held_at_layer(checkpointing) + of_layer;
+        let at_layer = tokens * self.held_at_layer(checkpointing) + of_layer + self.kept.working;
         let loss = self.loss_bytes(survey.largest);
         let logits = loss.max(self.evaluation().loss);
         let part = |share: f64| (logits as f64 * share) as u64;
@@ -187,20 +232,28 @@ impl MemoryModel {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters * vectors + self.state + self.held + second)
                 + VALUE * self.metered_values(survey),
-            activations: activation_bytes(survey.largest.tokens * self.working()),
+            activations: activation_bytes(
+                survey.largest.tokens * self.working_backward() + self.kept.working,
+            ),
             loss: 0,
             fixed: self.fixed_bytes,
         }
     }
 
-    /// Nothing is kept between layers; the last step's gradients are still there.
+    /// Nothing is kept between layers but what a network beside them reads; the last step's
+    /// gradients are still there.
     fn evaluation(&self) -> Memory {
         let positions = self.evaluated.min(CHUNK);
+        let loss = VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64;
+        let states = self.beside.as_ref().map_or(0, |beside| beside.states);
+        let activations = |features: usize| activation_bytes(self.evaluated * features);
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters * 2 + self.state + self.held),
-            activations: activation_bytes(self.evaluated * self.working()),
-            loss: VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64,
+            // Logits come when the states are free again.
+            activations: activations(self.working())
+                .max(activations(self.working() + states).saturating_sub(loss)),
+            loss,
             fixed: self.fixed_bytes,
         }
     }
@@ -220,7 +273,7 @@ impl MemoryModel {
     fn held_at_loss(&self, checkpointing: bool) -> usize {
         match checkpointing {
             true => (self.layers + 1) * self.hidden,
-            false => self.kept.features.iter().sum::<usize>() + self.hidden,
+            false => self.kept_of_all() + self.hidden,
         }
     }
 
@@ -228,13 +281,26 @@ impl MemoryModel {
     /// is most.
     fn held_at_layer(&self, checkpointing: bool) -> usize {
         if !checkpointing {
-            return self.kept.features.iter().sum::<usize>() + self.working();
+            return self.kept_of_all() + self.working_backward();
         }
         let layers = self.kept.features.iter().enumerate().skip(self.lowest);
         // Inputs of the layers below; the layer's own is among what it keeps.
         let held = layers.map(|(index, kept)| index * self.hidden + kept);
         // Its output, and the gradient that is pushed through it.
         held.max().unwrap_or(0) + self.working() + 2 * self.hidden
+    }
+
+    /// Features of a token that all layers keep, and a network beside them.
+    fn kept_of_all(&self) -> usize {
+        self.kept.features.iter().sum::<usize>() + self.kept.beside
+    }
+
+    /// [`working`](Self::working) of what the backward pass goes through.
+    fn working_backward(&self) -> usize {
+        match &self.beside {
+            None => self.working(),
+            Some(beside) => 3 * beside.widest + 2 * self.hidden,
+        }
     }
 
     /// Features of a token that a layer needs while it is computed: the widest activations (gate,
@@ -267,8 +333,7 @@ fn trained_bytes(values: u64) -> u64 {
 }
 
 fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
-    let row = matrix.stored().row_bytes(matrix.cols()).unwrap_or(0);
-    (row * matrix.rows()) as u64
+    matrix.stored_bytes() as u64
 }
 
 /// Resident bytes of the weights as they are held, shared ones counted once.
@@ -291,158 +356,4 @@ fn fixed_bytes(draft: &Draft<'_>) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::fixture;
-    use super::*;
-    use crate::config::Batching;
-
-    #[test]
-    fn full_fine_tuning_holds_four_copies() {
-        let model = fixture::model("llama/tied_gqa");
-        let trained = TrainedSite::whole_model(&*model);
-        let draft = fixture::draft(&*model, &trained, &[]);
-        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-        assert!(memory.shared_head);
-        // Values, gradients and two moments.
-        let end = memory.end_of_backward(&Survey::default());
-        let count: usize = trained.iter().map(|site| site.parameters).sum();
-        assert_eq!(end.trained, trained_bytes((4 * count + 96 * 32) as u64));
-    }
-
-    #[test]
-    fn state_of_pairs_is_counted_and_pairs_are_asked_for() {
-        let mut model = fixture::model("llama/tied_gqa");
-        let config = tangent_peft::AdapterConfig {
-            modules_to_save: vec!["model.norm".into()],
-            ..fixture::lora(&["q_proj", "k_proj"])
-        };
-        let (trained, adapter) = fixture::attached(&mut *model, &config);
-        let draft = fixture::draft(&*model, &trained, &[]);
-        let state = |optimizer: &str| {
-            let config = TrainConfig {
-                optimizer: optimizer.into(),
-                ..TrainConfig::default()
-            };
-            MemoryModel::new(&draft, &config).map(|memory| memory.state as usize)
-        };
-        // Two layers of queries (32, 32) and keys (16, 32) at rank 4, and a scale of 32.
-        let factors = 2 * 4 * (32 + 32 + 16 + 32);
-        assert_eq!(adapter.count(), factors + 32);
-        let weights = 2 * (32 * 32 + 16 * 32);
-        for (optimizer, want) in [
-            ("sgd", factors + 32),
-            ("adamw", 2 * factors + 2 * 32),
-            ("lora-pro", 2 * weights + 2 * 32),
-            ("lora-pro-sgd", 0),
-            ("altlora+", 3 * factors + 2 * 32),
-            ("lora-rite", 2 * factors + 2 * 4 * 4 * 4 + 2 * 32),
-        ] {
-            assert_eq!(state(optimizer).unwrap(), want, "{optimizer}");
-        }
-        let whole = TrainedSite::whole_model(&*model);
-        let draft = fixture::draft(&*model, &whole, &[]);
-        let config = TrainConfig {
-            optimizer: "lora-pro".into(),
-            ..TrainConfig::default()
-        };
-        let refused = MemoryModel::new(&draft, &config).map(|_| ());
-        assert!(matches!(refused, Err(TrainError::NoPairs { .. })));
-    }
-
-    #[test]
-    fn methods_hold_what_they_say_beside_what_trains() {
-        // Inputs and outputs of a layer's seven linear maps.
-        let (inputs, outputs) = (5 * 32 + 32 + 48, 32 + 2 * 16 + 32 + 2 * 48 + 32);
-        let sides = inputs + outputs;
-        for (method, init, want) in [
-            ("lora", "kaiming", 0),
-            // Constant factors twice, and their part of the gradients of both.
-            ("lora", "pissa", 2 * 3 * 4 * sides),
-            ("dora", "kaiming", 2 * outputs),
-            ("adalora", "kaiming", 2 * 2 * 4 * (sides + 7)),
-            // Two projections for all.
-            ("vera", "kaiming", 2 * 4 * 48),
-        ] {
-            let mut model = fixture::model("llama/tied_gqa");
-            let config = tangent_peft::AdapterConfig {
-                method: method.into(),
-                ..fixture::lora(&["all-linear"])
-            };
-            let (trained, _) = fixture::attached(&mut *model, &config);
-            let adapter = tangent_peft::AdapterConfig {
-                init: init.into(),
-                ..config
-            };
-            let draft = Draft {
-                adapter: &adapter,
-                ..fixture::draft(&*model, &trained, &[])
-            };
-            let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-            assert_eq!(memory.held, want as u64, "{method} {init}");
-            let end = memory.end_of_backward(&Survey::default());
-            let values = 4 * memory.parameters + memory.held;
-            assert_eq!(end.trained, trained_bytes(values), "{method} {init}");
-        }
-    }
-
-    #[test]
-    fn what_sites_form_is_there_for_all_layers_or_for_one() {
-        let mut model = fixture::model("llama/tied_gqa");
-        let config = tangent_peft::AdapterConfig {
-            method: "vera".into(),
-            ..fixture::lora(&["all-linear"])
-        };
-        let (trained, _) = fixture::attached(&mut *model, &config);
-        let draft = Draft {
-            adapter: &config,
-            ..fixture::draft(&*model, &trained, &[])
-        };
-        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-        let of_layer = 4 * (240 + 224);
-        for (checkpointing, formed) in [(false, 2 * of_layer), (true, of_layer)] {
-            // Without a token nothing else is kept.
-            let start = memory.start_of_backward(&Survey::default(), checkpointing);
-            assert_eq!(start.activations, activation_bytes(formed));
-        }
-    }
-
-    fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
-        let mut model = fixture::model("llama/tied_gqa");
-        let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
-        let train = fixture::rows(rows);
-        let config = TrainConfig {
-            batching: Batching::Rows(batch),
-            activation_checkpointing: checkpointing,
-            ..TrainConfig::default()
-        };
-        let draft = fixture::draft(&*model, &trained, &train);
-        draft.plan(&config).unwrap().memory
-    }
-
-    #[test]
-    fn activations_grow_with_the_tokens_and_shrink_with_checkpointing() {
-        let rows = [30; 8];
-        let (whole, half) = (peak(&rows, 8, false), peak(&rows, 4, false));
-        assert_eq!(whole.base_weights, half.base_weights);
-        assert!(whole.activations > half.activations);
-        let checkpointed = peak(&rows, 8, true);
-        assert!(checkpointed.activations < whole.activations);
-        assert_eq!(checkpointed.fixed, whole.fixed);
-    }
-
-    #[test]
-    fn weights_count_as_they_are_held() {
-        let model = fixture::model("llama/tied_gqa");
-        // All of the stored model is f32.
-        let stored = 4 * super::super::values(&*model) as u64;
-        let scales: u64 = norms(&*model);
-        assert!(weight_bytes(&*model) >= stored && weight_bytes(&*model) <= stored + scales);
-    }
-
-    /// Bytes of the scales, which may be copies.
-    fn norms(model: &dyn Model) -> u64 {
-        let sites = model.sites().into_iter();
-        let vectors = sites.filter(|site| site.weight.rows() == 1);
-        vectors.map(|site| matrix_bytes(&site.weight)).sum()
-    }
-}
+mod tests;

@@ -18,10 +18,10 @@ const LEAST_SQUARES: f64 = 200.0;
 pub(super) fn is_read(site: &TrainedSite) -> bool {
     let adapted = site.parameters > 0 && !matches!(site.form, Form::Rows(_) | Form::Bias);
     match site.kind {
-        SiteKind::Linear => adapted,
+        Some(SiteKind::Linear) => adapted,
         // The loss goes around a head that trains itself.
-        SiteKind::Head => adapted && site.form != Form::Whole,
-        SiteKind::Embedding | SiteKind::Norm => false,
+        Some(SiteKind::Head) => adapted && site.form != Form::Whole,
+        Some(SiteKind::Embedding | SiteKind::Norm) | None => false,
     }
 }
 

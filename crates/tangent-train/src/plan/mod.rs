@@ -44,24 +44,29 @@ pub fn batch_tokens(rows: &[&Example]) -> usize {
     tokens.count()
 }
 
-/// Tokens that each group of rows computes in an evaluation.
-fn evaluated_tokens(rows: &[Example]) -> impl Iterator<Item = usize> {
+/// Tokens that each group of rows computes in an evaluation, with so many virtual ones.
+fn evaluated_tokens(rows: &[Example], virtual_tokens: usize) -> impl Iterator<Item = usize> {
     let groups = eval::groups(rows).into_iter();
-    groups.map(|group| batch_tokens(&group.iter().collect::<Vec<_>>()))
+    groups.map(move |group| virtual_tokens + batch_tokens(&group.iter().collect::<Vec<_>>()))
 }
 
 /// A run whose settings are not decided yet.
 pub struct Draft<'a> {
-    /// The model; the adapter need not be attached.
+    /// The model; adapters of weights need not be attached.
     pub model: &'a dyn Model,
     /// What trains.
     pub trained: &'a [TrainedSite],
     /// The settings of the adapter that the run trains.
     pub adapter: &'a AdapterConfig,
+    /// Those of the adapters that train along, in their order.
+    pub also: &'a [AdapterConfig],
     /// Rows to train on.
     pub train: &'a [Example],
     /// Rows to evaluate on; may be empty.
     pub eval: &'a [Example],
+    /// Whether hidden states of the rows to train on are stored for a network beside the layers,
+    /// which then run once for each row.
+    pub stored_states: bool,
 }
 
 impl Draft<'_> {
@@ -70,8 +75,17 @@ impl Draft<'_> {
     /// # Errors
     /// If the optimizer or the method does not exist, or a setting of the adapter is out of range.
     pub fn plan(&self, config: &TrainConfig) -> Result<Plan, TrainError> {
-        let survey = Survey::new(self.train, config);
+        let survey = self.survey(config);
         Ok(Predictor::new(self, config)?.plan(config, &survey))
+    }
+
+    /// The settings of all adapters.
+    fn adapters(&self) -> impl Iterator<Item = &AdapterConfig> {
+        std::iter::once(self.adapter).chain(self.also)
+    }
+
+    fn survey(&self, config: &TrainConfig) -> Survey {
+        Survey::new(self.train, config, self.model.whole().virtual_tokens())
     }
 }
 
@@ -162,6 +176,10 @@ impl SiteGroup {
             Form::Adapted => ("adapted", None),
             Form::Rows(rows) => ("rows", Some(rows)),
             Form::Bias => ("bias", None),
+            Form::Sublayer => ("sublayer", None),
+            Form::VirtualTokens(tokens) => ("virtual_tokens", Some(tokens)),
+            Form::Side => ("side", None),
+            Form::Shared => ("shared", None),
         };
         let mut json = json!({
             "name": self.name,
@@ -173,6 +191,7 @@ impl SiteGroup {
         if let (Value::Object(fields), Some(amount)) = (&mut json, amount) {
             let key = match self.form {
                 Form::Rows(_) => "trained_rows",
+                Form::VirtualTokens(_) => "virtual_tokens",
                 _ => "rank",
             };
             fields.insert(key.into(), json!(amount));
@@ -323,6 +342,35 @@ mod tests {
         assert_eq!(json["rows"], 10);
         assert_eq!(json["truncated_rows"], 1);
         assert_eq!(json["sites"][0]["rank"], 4);
+    }
+
+    #[test]
+    fn forms_have_names_and_sizes() {
+        let group = |form| {
+            let group = SiteGroup {
+                name: "mlp".into(),
+                shape: (4, 8),
+                form,
+                in_layers: true,
+                sites: 2,
+                parameters: 64,
+            };
+            group.to_json()
+        };
+        for (form, name) in [
+            (Form::Adapted, "adapted"),
+            (Form::Sublayer, "sublayer"),
+            (Form::Side, "side"),
+            (Form::Shared, "shared"),
+        ] {
+            assert_eq!(group(form)["form"], name);
+        }
+        assert_eq!(group(Form::LowRank { rank: 3 })["rank"], 3);
+        assert_eq!(group(Form::Rows(5))["trained_rows"], 5);
+        let tokens = group(Form::VirtualTokens(7));
+        assert_eq!(tokens["form"], "virtual_tokens");
+        assert_eq!(tokens["virtual_tokens"], 7);
+        assert_eq!(tokens["shape"], json!([4, 8]));
     }
 
     #[test]

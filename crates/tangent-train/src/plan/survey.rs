@@ -12,6 +12,32 @@ pub(super) struct MicroBatch {
     pub targets: usize,
 }
 
+/// Sums over rows that are computed one by one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Alone {
+    pub rows: usize,
+    pub tokens: usize,
+    /// As [`Survey::pairs`].
+    pub pairs: f64,
+}
+
+impl Alone {
+    /// Sums over these rows.
+    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Example>) -> Self {
+        let mut alone = Self::default();
+        alone.add(rows);
+        alone
+    }
+
+    fn add<'a>(&mut self, rows: impl IntoIterator<Item = &'a Example>) {
+        for row in rows {
+            self.rows += 1;
+            self.tokens += row.tokens.len();
+            self.pairs += pairs([row], 0);
+        }
+    }
+}
+
 /// Sums over the steps that were looked at.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Survey {
@@ -25,8 +51,12 @@ pub(super) struct Survey {
     pub targets: usize,
     /// Pairs of a token and one that it may see, times two.
     pub pairs: f64,
+    /// The rows of these micro-batches, each by itself.
+    pub alone: Alone,
     /// The largest numbers that a micro-batch has.
     pub largest: MicroBatch,
+    /// Tokens of the longest row.
+    pub longest_row: usize,
     /// Whether a step adds up several micro-batches.
     pub accumulates: bool,
 }
@@ -36,16 +66,16 @@ pub(super) fn targets(row: &Example) -> usize {
     row.supervised.iter().skip(1).filter(|s| **s).count()
 }
 
-/// The sum of the squares of the rows' lengths.
-pub(super) fn pairs<'a>(rows: impl IntoIterator<Item = &'a Example>) -> f64 {
-    let squares = rows.into_iter().map(|e| (e.tokens.len() as f64).powi(2));
-    squares.sum()
+/// The sum of the squares of the rows' lengths, each after so many virtual tokens.
+pub(super) fn pairs<'a>(rows: impl IntoIterator<Item = &'a Example>, virtual_tokens: usize) -> f64 {
+    let lengths = rows.into_iter().map(|e| e.tokens.len() + virtual_tokens);
+    lengths.map(|length| (length as f64).powi(2)).sum()
 }
 
 impl Survey {
     /// Looks at the steps of the run in their order: at all of a pass over the data, and at more
-    /// passes as long as the rows are few.
-    pub fn new(train: &[Example], config: &TrainConfig) -> Self {
+    /// passes as long as the rows are few. Every micro-batch has so many virtual tokens besides.
+    pub fn new(train: &[Example], config: &TrainConfig, virtual_tokens: usize) -> Self {
         let mut survey = Self {
             total_steps: total_steps(train, config),
             ..Self::default()
@@ -56,20 +86,20 @@ impl Survey {
                 if survey.steps == survey.total_steps {
                     return survey;
                 }
-                survey.add(train, &step);
+                survey.add(train, &step, virtual_tokens);
             }
         }
         survey
     }
 
-    /// These micro-batches alone.
+    /// These micro-batches alone, without virtual tokens.
     pub fn of(train: &[Example], batches: &StepRows) -> Self {
         let mut survey = Self::default();
-        survey.add(train, batches);
+        survey.add(train, batches, 0);
         survey
     }
 
-    fn add(&mut self, train: &[Example], step: &StepRows) {
+    fn add(&mut self, train: &[Example], step: &StepRows, virtual_tokens: usize) {
         let before = self.micro_batches;
         for rows in step {
             let rows: Vec<&Example> = rows.iter().filter_map(|&row| train.get(row)).collect();
@@ -79,12 +109,17 @@ impl Survey {
             }
             let tokens = batch_tokens(&rows);
             // Tokens that rows share are computed once.
-            let all: usize = rows.iter().map(|row| row.tokens.len()).sum();
+            let lengths = rows.iter().map(|row| row.tokens.len());
+            let longest = lengths.clone().max().unwrap_or(0);
+            let all: usize = lengths.sum();
             let share = tokens as f64 / all.max(1) as f64;
+            let tokens = tokens + virtual_tokens;
             self.micro_batches += 1;
             self.tokens += tokens;
             self.targets += targets;
-            self.pairs += pairs(rows.iter().copied()) * share;
+            self.pairs += pairs(rows.iter().copied(), virtual_tokens) * share;
+            self.alone.add(rows.iter().copied());
+            self.longest_row = self.longest_row.max(longest);
             self.largest = MicroBatch {
                 tokens: self.largest.tokens.max(tokens),
                 targets: self.largest.targets.max(targets),
@@ -110,7 +145,7 @@ mod tests {
             length: Length::Steps(7),
             ..TrainConfig::default()
         };
-        let survey = Survey::new(&rows, &config);
+        let survey = Survey::new(&rows, &config, 0);
         // Two passes of 3 steps, the last one of a single row, and one step more.
         assert_eq!((survey.steps, survey.total_steps), (7, 7));
         assert_eq!(survey.micro_batches, 2 * 5 + 2);
@@ -122,8 +157,19 @@ mod tests {
         assert!(survey.accumulates);
         // Rows without a supervised token are not computed.
         rows[3].supervised.fill(false);
-        let survey = Survey::new(&rows, &config);
+        let survey = Survey::new(&rows, &config, 0);
         assert_eq!((survey.largest.tokens, survey.largest.targets), (3, 2));
         assert_eq!(survey.pairs, 9.0 * survey.micro_batches as f64);
+        let alone = Alone {
+            rows: survey.micro_batches,
+            tokens: 3 * survey.micro_batches,
+            pairs: survey.pairs,
+        };
+        assert_eq!((survey.alone, survey.longest_row), (alone, 3));
+        // Virtual tokens come before every row, and once in a micro-batch.
+        let after = Survey::new(&rows, &config, 4);
+        assert_eq!((after.largest.tokens, after.largest.targets), (7, 2));
+        assert_eq!(after.tokens, survey.tokens + 4 * survey.micro_batches);
+        assert_eq!(after.pairs, 49.0 * survey.micro_batches as f64);
     }
 }

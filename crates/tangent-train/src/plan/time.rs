@@ -1,35 +1,38 @@
 //! The time model: operations of a step and of an evaluation, and the machine's rate.
 
+use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
+use tangent_model::family::Model;
 use tangent_model::{Site, SiteKind};
 use tangent_ops::{FrozenMatrix, frozen_linear};
+use tangent_peft::AdapterConfig;
 use tangent_peft::init::{self, Needs};
 use tangent_peft::methods::cost::Cost;
 
 use super::calibration as measured;
 use super::metered;
-use super::survey::{Survey, pairs, targets};
+use super::survey::{Alone, Survey, pairs, targets};
 use super::trained::{costs, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated_tokens};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
-use crate::evidence::Evidence;
+use crate::evidence::{self, Evidence};
 use crate::optim::{self, Rule};
 
 /// A model with what trains in it, in the numbers that time depends on: multiply-adds, most of them
 /// of a token, one for each value of a weight.
 pub(super) struct Work {
-    /// Linear maps of all layers.
+    /// Linear maps of all layers that run.
     layers: f64,
     /// Those of the layers through which gradients flow.
     upper: f64,
     /// Those whose weights train themselves.
     whole: f64,
-    /// What methods do with what trains, forward.
+    /// What methods do with what trains, forward, a network beside the layers included.
     trained: f64,
     /// What they do with frozen weights once more, forward.
     frozen: f64,
@@ -40,30 +43,66 @@ pub(super) struct Work {
     /// The head.
     head: f64,
     head_trains: bool,
-    /// Features of the queries of all layers, and of the layers through which gradients flow.
+    /// Features of the queries of all layers that run, and of those through which gradients flow.
     queries: f64,
     upper_queries: f64,
+    beside: Option<Beside>,
+    /// Virtual tokens before every row.
+    virtual_tokens: usize,
     /// Operations of a step's update.
     update: f64,
     meter: metered::Work,
 }
 
+/// A network beside the layers.
+#[derive(Clone, Copy)]
+struct Beside {
+    /// Features of the queries of all its blocks.
+    queries: f64,
+    /// Whether the states that it reads are there before the first step.
+    stored: bool,
+}
+
+impl Beside {
+    fn of(draft: &Draft<'_>) -> Option<Self> {
+        let side = draft.model.whole().side.as_ref()?;
+        let shape = side.attention_shape();
+        Some(Self {
+            queries: (side.blocks() * shape.heads * shape.head_dim) as f64,
+            stored: draft.stored_states,
+        })
+    }
+}
+
+/// Layers that run: all, or those up to the last state that a network beside them reads.
+fn running(model: &dyn Model) -> usize {
+    let layers = model.layers();
+    match &model.whole().side {
+        None => layers,
+        Some(side) => (0..=layers)
+            .rev()
+            .find(|&state| side.reads(state))
+            .unwrap_or(0),
+    }
+}
+
 impl Work {
     pub fn new(draft: &Draft<'_>, config: &TrainConfig) -> Result<Self, TrainError> {
         let (model, trained) = (draft.model, draft.trained);
-        let layers = model.layers();
-        let lowest = lowest_layer(trained, layers);
+        let layers = running(model);
+        let lowest = lowest_layer(trained, model.layers()).min(layers);
         let sites = model.sites();
         let linear = |from: usize| -> f64 {
             let maps = sites.iter().filter(|s| s.kind == SiteKind::Linear);
-            let maps = maps.filter(|s| s.layer.is_some_and(|layer| layer >= from));
+            let maps = maps.filter(|s| s.layer.is_some_and(|at| (from..layers).contains(&at)));
             maps.map(|s| values(s)).sum()
         };
         let whole = linear_maps(trained).filter(|s| s.form == Form::Whole);
         let costs = costs(draft)?;
+        // Those of a head, of embeddings and of scales are counted elsewhere, or small.
         let own = costs
             .iter()
-            .filter(|(site, _)| site.kind == SiteKind::Linear);
+            .filter(|(site, _)| matches!(site.kind, Some(SiteKind::Linear) | None));
         let sum = |of: fn(&Cost) -> usize| -> f64 {
             let parts = own.clone().map(|(_, cost)| of(cost) as f64);
             parts.sum()
@@ -86,6 +125,8 @@ impl Work {
                 .any(|s| s.path == head.path && s.form == Form::Whole),
             queries: query * layers as f64,
             upper_queries: query * (layers - lowest) as f64,
+            beside: Beside::of(draft),
+            virtual_tokens: model.whole().virtual_tokens(),
             update: trained.iter().map(|site| update(rule, site)).sum(),
             meter: metered::Work::new(trained, config),
         })
@@ -94,6 +135,8 @@ impl Work {
     /// Operations of the steps of a survey.
     pub fn of_steps(&self, survey: &Survey, checkpointing: bool) -> f64 {
         let again = if checkpointing { 1.0 } else { 0.0 };
+        // Layers without a graph are gone through once.
+        let again = if self.beside.is_some() { 0.0 } else { again };
         // Forward, backward to the inputs, to the weights; what trains of methods does all three.
         let own = self.whole + (3.0 + again) * self.trained + (2.0 + again) * self.frozen;
         let readings = self.meter.readings_a_step(survey);
@@ -110,29 +153,71 @@ impl Work {
     /// Operations of the passes of a survey, with so much of a token's own in the layers; those
     /// above the lowest one that trains are computed `again` so many times.
     fn passes(&self, survey: &Survey, again: f64, own: f64) -> f64 {
-        let weights = self.layers + (1.0 + again) * self.upper;
-        let passes = if self.head_trains { 3.0 } else { 2.0 };
-        let head = passes * self.head * survey.targets as f64;
+        let head = self.head_passes() * self.head * survey.targets as f64;
+        let tokens = tokens(survey.tokens, survey.micro_batches);
         // Scores and their sums with values; the backward pass forms the scores again and has
         // four products more. Half of all pairs are visible.
-        let attention = 2.0 * self.queries + (5.0 + 2.0 * again) * self.upper_queries;
-        2.0 * (tokens(survey) * (weights + own) + head) + attention * survey.pairs
+        let (forward, backward) = (2.0, 5.0);
+        let upper = tokens * ((1.0 + again) * self.upper + own);
+        let upper_queries = (backward + forward * again) * self.upper_queries;
+        let layers = match self.beside {
+            None => 2.0 * tokens * self.layers + forward * self.queries * survey.pairs,
+            Some(Beside { stored: true, .. }) => 0.0,
+            Some(_) => self.of_rows(survey.alone),
+        };
+        let beside = (forward + backward) * self.beside.map_or(0.0, |beside| beside.queries);
+        layers + 2.0 * (upper + head) + (upper_queries + beside) * survey.pairs
     }
 
-    /// Operations of what start values see of the data before the first step. What is decomposed is
-    /// not counted.
+    /// Passes through the head: forward, back to what it reads, and to its weight.
+    fn head_passes(&self) -> f64 {
+        if self.head_trains { 3.0 } else { 2.0 }
+    }
+
+    /// Operations of the layers, forward, of rows that are computed one by one.
+    fn of_rows(&self, rows: Alone) -> f64 {
+        2.0 * (tokens(rows.tokens, rows.rows) * self.layers + self.queries * rows.pairs)
+    }
+
+    /// Operations of what start values see of the data before the first step, and of hidden states
+    /// that are stored then. What is decomposed is not counted.
     ///
     /// # Errors
-    /// If the initialization does not exist, or the number of its rows is out of range.
+    /// If the method or the initialization does not exist, or a setting of theirs is out of range.
     pub fn of_start(&self, draft: &Draft<'_>, config: &TrainConfig) -> Result<f64, TrainError> {
-        let needs = init::find(&draft.adapter.init)?.needs;
-        if needs == Needs::Nothing {
+        let states = match self.beside {
+            Some(Beside { stored: true, .. }) => self.of_rows(Alone::of(distinct(draft.train))),
+            _ => 0.0,
+        };
+        let mut all = states;
+        for (part, adapter) in draft.adapters().enumerate() {
+            all += self.of_evidence(draft, (part, adapter), config)?;
+        }
+        Ok(all)
+    }
+
+    /// Operations of what the start values of one of the adapters see of the data.
+    fn of_evidence(
+        &self,
+        draft: &Draft<'_>,
+        (part, adapter): (usize, &AdapterConfig),
+        config: &TrainConfig,
+    ) -> Result<f64, TrainError> {
+        let rows = evidence::rows(adapter)?;
+        if rows == 0 {
             return Ok(0.0);
         }
-        let evidence = Evidence::first(draft.train, config, init::rows(draft.adapter)?);
+        let evidence = Evidence::first(draft.train, config, rows);
+        if self.beside.is_some() {
+            let looked_at = evidence.batches.iter().flatten();
+            let looked_at = looked_at.filter_map(|&row| draft.train.get(row));
+            return Ok(self.of_importances(draft.model, looked_at));
+        }
+        let needs = init::find(&adapter.init)?.needs;
         let survey = Survey::of(draft.train, &evidence.batches);
         let sum = |of: fn((usize, usize)) -> usize| -> f64 {
             let adapted = linear_maps(draft.trained);
+            let adapted = adapted.filter(|site| site.part == part);
             let adapted = adapted.filter(|site| matches!(site.form, Form::LowRank { .. }));
             adapted.map(|site| of(site.shape) as f64).sum()
         };
@@ -142,17 +227,37 @@ impl Work {
             return Ok(self.passes(&survey, again, sum(|(d_out, d_in)| d_out * d_in)));
         }
         let weights = self.layers + sum(|(_, d_in)| d_in * d_in);
-        Ok(2.0 * (tokens(&survey) * weights + self.queries * survey.pairs))
+        let tokens = tokens(survey.tokens, survey.micro_batches);
+        Ok(2.0 * (tokens * weights + self.queries * survey.pairs))
+    }
+
+    /// Operations of a forward and a backward pass for each row, with the gradients of all linear
+    /// maps.
+    fn of_importances<'r>(
+        &self,
+        model: &dyn Model,
+        rows: impl Iterator<Item = &'r Example> + Clone,
+    ) -> f64 {
+        let supervised: usize = rows.clone().map(targets).sum();
+        let rows = Alone::of(rows.filter(|row| targets(row) > 0));
+        let sites = model.sites();
+        let maps = sites.iter().filter(|site| site.kind == SiteKind::Linear);
+        let maps: f64 = maps.map(|site| values(site)).sum();
+        let shape = model.attention_shape();
+        let queries = (shape.heads * shape.head_dim * model.layers()) as f64;
+        let tokens = 3.0 * tokens(rows.tokens, rows.rows) * maps;
+        2.0 * (tokens + 2.0 * self.head * supervised as f64) + 7.0 * queries * rows.pairs
     }
 
     /// Operations of an evaluation of these rows.
     pub fn of_evaluation(&self, rows: &[Example]) -> f64 {
         let given: usize = rows.iter().map(|row| row.tokens.len()).sum();
-        let tokens = evaluated_tokens(rows).sum::<usize>() as f64;
-        let share = tokens / given.max(1) as f64;
+        let tokens = evaluated_tokens(rows, self.virtual_tokens).sum::<usize>() as f64;
+        let share = (tokens / given.max(1) as f64).min(1.0);
         let supervised: usize = rows.iter().map(targets).sum();
         let layers = tokens * (self.layers + self.trained);
-        let attention = self.queries * pairs(rows) * share;
+        let queries = self.queries + self.beside.map_or(0.0, |beside| beside.queries);
+        let attention = queries * pairs(rows, self.virtual_tokens) * share;
         2.0 * (layers + supervised as f64 * self.head + attention)
     }
 }
@@ -171,14 +276,21 @@ fn update(rule: &Rule, site: &TrainedSite) -> f64 {
     measured::OPTIMIZER_FLOPS * moved + 2.0 * products as f64
 }
 
-/// Tokens of a survey; a micro-batch has a cost of its own.
-fn tokens(survey: &Survey) -> f64 {
-    survey.tokens as f64 + measured::MICRO_BATCH_TOKENS * survey.micro_batches as f64
+/// Rows without those whose tokens are another one's.
+fn distinct(rows: &[Example]) -> impl Iterator<Item = &Example> {
+    let distinct: BTreeMap<&[u32], &Example> =
+        rows.iter().map(|row| (&row.tokens[..], row)).collect();
+    distinct.into_values()
+}
+
+/// Tokens that take as long as these in so many batches: each of them reads and widens all weights.
+fn tokens(tokens: usize, batches: usize) -> f64 {
+    tokens as f64 + measured::MICRO_BATCH_TOKENS * batches as f64
 }
 
 /// Trained linear maps in layers.
 fn linear_maps(trained: &[TrainedSite]) -> impl Iterator<Item = &TrainedSite> {
-    trained.iter().filter(|s| s.kind == SiteKind::Linear)
+    trained.iter().filter(|s| s.kind == Some(SiteKind::Linear))
 }
 
 fn values(site: &Site) -> f64 {
@@ -205,185 +317,4 @@ pub fn measured_rate(device: &Device) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use tangent_peft::AdapterConfig;
-
-    use super::super::fixture;
-    use super::*;
-
-    /// Does something with the work of a run over two rows of 10 tokens; other start values than
-    /// those of `config` are attached.
-    fn with<T>(
-        config: &AdapterConfig,
-        train: &TrainConfig,
-        act: impl FnOnce(&Draft<'_>, Work) -> T,
-    ) -> T {
-        let mut model = fixture::model("llama/tied_gqa");
-        let plain = AdapterConfig {
-            init: AdapterConfig::default().init,
-            ..config.clone()
-        };
-        let (trained, _) = fixture::attached(&mut *model, &plain);
-        let rows = fixture::rows(&[10, 10]);
-        let draft = Draft {
-            adapter: config,
-            ..fixture::draft(&*model, &trained, &rows)
-        };
-        let work = Work::new(&draft, train).unwrap();
-        act(&draft, work)
-    }
-
-    /// Operations of the steps, without what is measured.
-    fn flops(config: &AdapterConfig, checkpointing: bool) -> f64 {
-        with(config, &TrainConfig::default(), |draft, work| {
-            let survey = Survey {
-                micro_batches: 0,
-                ..Survey::new(draft.train, &TrainConfig::default())
-            };
-            let work = Work {
-                update: 0.0,
-                ..work
-            };
-            work.of_steps(&survey, checkpointing)
-        })
-    }
-
-    #[test]
-    fn operations_are_those_of_the_products() {
-        // Weights of a layer: q, k, v, o, gate, up, down; three passes over 20 tokens.
-        let layer = f64::from(32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48);
-        let (steps, tokens, head) = (3.0, 20.0, f64::from(96 * 32 * 18));
-        let pairs = 200.0 * 32.0;
-        let q = f64::from(4 * (32 + 32));
-        let one = fixture::lora(&["model.layers.1.*q_proj"]);
-        let forward = 2.0 * tokens * 2.0 * layer;
-        let backward = 2.0 * tokens * layer;
-        let want = forward + backward + 6.0 * tokens * q + 4.0 * head + (4.0 + 5.0) * pairs;
-        let got = flops(&one, false);
-        assert!((got / (steps * want) - 1.0).abs() < 1e-12, "{got}");
-        let again = 2.0 * tokens * (layer + q) + 2.0 * pairs;
-        let got = flops(&one, true);
-        assert!(
-            (got / (steps * (want + again)) - 1.0).abs() < 1e-12,
-            "{got}"
-        );
-        let want = 3.0 * (forward + 2.0 * head) + (4.0 + 10.0) * pairs;
-        // Biases and normalizations are all that is left.
-        let got = flops(&fixture::full(), false);
-        assert!((got / (steps * want) - 1.0).abs() < 1e-12, "{got}");
-    }
-
-    /// What a layer's queries take with a method, as `(trained, frozen, pass, formed)`.
-    fn of_queries(config: &AdapterConfig) -> (f64, f64, f64, f64) {
-        with(config, &TrainConfig::default(), |_, work| {
-            (work.trained, work.frozen, work.pass, work.formed)
-        })
-    }
-
-    #[test]
-    fn methods_take_what_they_say() {
-        let of = |method: &str| AdapterConfig {
-            method: method.into(),
-            ..fixture::lora(&["model.layers.1.*q_proj"])
-        };
-        assert_eq!(of_queries(&of("lora")), (256.0, 0.0, 0.0, 0.0));
-        let moved = AdapterConfig {
-            init: "milora".into(),
-            ..of("lora")
-        };
-        assert_eq!(of_queries(&moved), (512.0, 0.0, 0.0, 512.0));
-        let dropped = AdapterConfig {
-            dropout: 0.1,
-            ..of("dora")
-        };
-        let along = 4.0 * 1024.0;
-        assert_eq!(of_queries(&dropped), (256.0, 1024.0, along, 64.0));
-        assert_eq!(of_queries(&of("vera")), (256.0, 0.0, 0.0, 256.0));
-        // What they take is part of a step: two applications of the base, and norms once a pass.
-        with(&dropped, &TrainConfig::default(), |draft, work| {
-            let survey = Survey::new(draft.train, &TrainConfig::default());
-            let without = Work {
-                frozen: 0.0,
-                pass: 0.0,
-                ..Work::new(draft, &TrainConfig::default()).unwrap()
-            };
-            let more = work.of_steps(&survey, false) - without.of_steps(&survey, false);
-            let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
-            let want = 3.0 * (4.0 * tokens * 1024.0 + 2.0 * along);
-            assert!((more / want - 1.0).abs() < 1e-9, "{more} {want}");
-        });
-    }
-
-    #[test]
-    fn updates_are_those_of_their_state() {
-        let config = fixture::lora(&["q_proj"]);
-        // Two weights of (32, 32), each with factors of 256 values.
-        for (optimizer, moved, products) in [
-            ("adamw", 256, 0),
-            ("sgd", 256, 0),
-            ("lora-pro", 1024, 4 * 4 * 1024),
-            ("lora-pro-sgd", 256, 0),
-            ("altlora+", 3 * 256 / 2, 2 * 4 * 3 * 256),
-            ("lora-rite", 256 + 16, 2 * 4 * (2 * 256 + 32)),
-        ] {
-            let train = TrainConfig {
-                optimizer: optimizer.into(),
-                ..TrainConfig::default()
-            };
-            let update = with(&config, &train, |_, work| work.update);
-            let one = measured::OPTIMIZER_FLOPS * f64::from(moved) + 2.0 * f64::from(products);
-            assert_eq!(update, 2.0 * one, "{optimizer}");
-        }
-    }
-
-    #[test]
-    fn a_reading_adds_a_product_to_its_step() {
-        let config = fixture::lora(&["model.layers.1.*q_proj"]);
-        let of_steps = |meter_every: usize| {
-            let train = TrainConfig {
-                meter_every,
-                ..TrainConfig::default()
-            };
-            with(&config, &train, |draft, work| {
-                work.of_steps(&Survey::new(draft.train, &train), false)
-            })
-        };
-        // Three steps: one of them is read, or all are.
-        for (every, readings) in [(4, 0.0), (2, 1.0), (1, 3.0)] {
-            let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
-            let want = readings * 2.0 * (tokens * 1024.0 + 2.0 * 4.0 * 1024.0);
-            let more = of_steps(every) - of_steps(0);
-            assert!((more - want).abs() <= 1e-9 * of_steps(0), "{more} {want}");
-        }
-    }
-
-    #[test]
-    fn start_values_see_the_data_first() {
-        let start = |init: &str| {
-            let config = AdapterConfig {
-                init: init.into(),
-                ..fixture::lora(&["q_proj"])
-            };
-            with(&config, &TrainConfig::default(), |draft, work| {
-                work.of_start(draft, &TrainConfig::default()).unwrap()
-            })
-        };
-        assert_eq!(start("pissa"), 0.0);
-        let layers = f64::from(2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48));
-        let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
-        let queries = 2.0 * 1024.0;
-        let (pairs, head) = (200.0 * 64.0, f64::from(96 * 32 * 18));
-        // A forward pass, and second moments.
-        let want = 2.0 * tokens * (layers + queries) + 2.0 * pairs;
-        assert!((start("eva") / want - 1.0).abs() < 1e-12);
-        // Two, the gradients of inputs, and those of the weights.
-        let want = 2.0 * tokens * (3.0 * layers + queries) + 4.0 * head + 9.0 * pairs;
-        assert!((start("lora-ga") / want - 1.0).abs() < 1e-12);
-    }
-
-    #[test]
-    fn a_rate_is_measured() {
-        let rate = measured_rate(&Device::flex());
-        assert!(rate > 1e6 && rate.is_finite(), "{rate}");
-    }
-}
+mod tests;

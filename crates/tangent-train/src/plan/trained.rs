@@ -4,7 +4,7 @@ use tangent_model::family::Model;
 use tangent_model::{Parameter, Site, SiteKind};
 use tangent_peft::methods::cost::Cost;
 use tangent_peft::methods::{self, Common};
-use tangent_peft::{Adapter, PeftError};
+use tangent_peft::{Adapter, AdapterConfig, Attach, PeftError};
 
 use super::Draft;
 use crate::optim::PairShape;
@@ -25,21 +25,34 @@ pub enum Form {
     Rows(usize),
     /// Its bias alone.
     Bias,
+    /// An adapter of a sub-layer's output.
+    Sublayer,
+    /// So many virtual tokens before every row.
+    VirtualTokens(usize),
+    /// A network beside the layers.
+    Side,
+    /// What all adapted weights have in common.
+    Shared,
 }
 
-/// A site that trains.
+/// Whether a method is of a kind.
+type IsKind = fn(Attach) -> bool;
+
+/// A site that trains, or what trains beside the sites.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrainedSite {
-    /// Path of the site.
+    /// Path of the site or the sub-layer, or what it is.
     pub path: String,
-    /// What its weight is used for.
-    pub kind: SiteKind,
+    /// What its weight is used for; `None` of what is no weight of the model.
+    pub kind: Option<SiteKind>,
     /// The layer that it belongs to.
     pub layer: Option<usize>,
-    /// `(d_out, d_in)` of its weight.
+    /// `(d_out, d_in)` of its weight; where it is none of the model's, that of its first matrix.
     pub shape: (usize, usize),
     /// How it trains.
     pub form: Form,
+    /// Of which adapter of the run its method is: 0 is the first, others train along.
+    pub part: usize,
     /// Trained values; none where the tensor is another site's (a tied head).
     pub parameters: usize,
     /// Frozen values that they take the place of.
@@ -59,10 +72,11 @@ impl TrainedSite {
     fn new(site: &Site, form: Form, parameters: usize, replaced: usize) -> Self {
         Self {
             path: site.path.clone(),
-            kind: site.kind,
+            kind: Some(site.kind),
             layer: site.layer,
             shape: (site.weight.rows(), site.weight.cols()),
             form,
+            part: 0,
             parameters,
             replaced,
             shared: 0,
@@ -77,8 +91,9 @@ impl TrainedSite {
             let prefix = format!("{}.", site.path);
             let own = |p: &&Parameter| p.name().starts_with(&prefix);
             let own: Vec<&Parameter> = adapter.parameters.iter().filter(own).collect();
-            let form = match own.is_empty() {
-                false => form(site, &own, adapter),
+            let part = adapter.part_at(&site.path);
+            let form = match own.is_empty() && part.is_none() {
+                false => form(site, &own, part.map(|(_, part)| part)),
                 // A tied head trains as its embedding does.
                 true => trained
                     .iter()
@@ -87,11 +102,12 @@ impl TrainedSite {
             };
             let parameters: usize = own.iter().map(|p| p.count()).sum();
             let replaced = match form {
-                Form::LowRank { .. } | Form::Adapted => bias_count(&own),
                 Form::Whole | Form::Rows(_) | Form::Bias => parameters,
+                _ => bias_count(&own),
             };
             let pair = adapter.pairs.iter().find(|pair| pair.site == site.path);
             trained.push(Self {
+                part: part.map_or(0, |(index, _)| index),
                 pair: pair.map(|pair| PairShape::of(pair, &adapter.parameters)),
                 ..Self::new(site, form, parameters, replaced)
             });
@@ -100,7 +116,64 @@ impl TrainedSite {
         if let Some(first) = trained.iter_mut().find(is_adapted) {
             first.shared = adapter.fixed.iter().map(Parameter::count).sum();
         }
+        trained.extend(Self::sublayers(model, adapter));
+        trained.extend(Self::others(model, adapter));
         trained
+    }
+
+    /// What trains beside the sites.
+    fn beside(path: &str, form: Form, tensors: &[&Parameter]) -> Self {
+        let parameters = tensors.iter().map(|p| p.count()).sum();
+        let mut matrices = tensors.iter().filter_map(|p| match p.shape() {
+            [rows, cols] => Some((*rows, *cols)),
+            _ => None,
+        });
+        Self {
+            path: path.to_owned(),
+            kind: None,
+            layer: None,
+            shape: matrices.next().unwrap_or((1, parameters)),
+            form,
+            part: 0,
+            parameters,
+            replaced: 0,
+            shared: 0,
+            pair: None,
+        }
+    }
+
+    /// The sub-layers whose outputs are adapted.
+    fn sublayers(model: &dyn Model, adapter: &Adapter) -> Vec<Self> {
+        let tensors = beside_sites(model, adapter, |a| matches!(a, Attach::Activation(_)));
+        let adapted = model.sublayers().into_iter().filter(|s| s.is_adapted());
+        let trained = adapted.map(|sublayer| {
+            let prefix = format!("{}.", sublayer.path);
+            let own = tensors.iter().filter(|p| p.name().starts_with(&prefix));
+            let own: Vec<&Parameter> = own.copied().collect();
+            Self {
+                layer: Some(sublayer.layer),
+                ..Self::beside(&sublayer.path, Form::Sublayer, &own)
+            }
+        });
+        trained.collect()
+    }
+
+    /// What belongs to no layer: virtual tokens, a network beside the layers, and what weights have
+    /// in common and none of them by itself.
+    fn others(model: &dyn Model, adapter: &Adapter) -> Vec<Self> {
+        let virtual_tokens = Form::VirtualTokens(model.whole().virtual_tokens());
+        let kinds: [(&str, Form, IsKind); 3] = [
+            ("virtual_tokens", virtual_tokens, |a| {
+                matches!(a, Attach::Prefix(_))
+            }),
+            ("side", Form::Side, |a| matches!(a, Attach::Side(_))),
+            ("shared", Form::Shared, |a| matches!(a, Attach::Weight(_))),
+        ];
+        let found = kinds.map(|(path, form, is_kind)| {
+            let tensors = beside_sites(model, adapter, is_kind);
+            (!tensors.is_empty()).then(|| Self::beside(path, form, &tensors))
+        });
+        found.into_iter().flatten().collect()
     }
 
     /// The trained sites of a model of which every weight and bias trains, before anything is
@@ -121,12 +194,33 @@ impl TrainedSite {
     }
 }
 
-fn form(site: &Site, own: &[&Parameter], adapter: &Adapter) -> Form {
+/// The trained tensors of adapters of one kind that belong to no site.
+fn beside_sites<'a>(
+    model: &dyn Model,
+    adapter: &'a Adapter,
+    is_kind: fn(Attach) -> bool,
+) -> Vec<&'a Parameter> {
+    let sites = model.sites();
+    let of_a_site = |p: &Parameter| {
+        let within = |site: &&Site| p.name().strip_prefix(site.path.as_str());
+        let mut rests = sites.iter().filter_map(within);
+        rests.any(|rest| rest.starts_with('.'))
+    };
+    let parts = adapter.each().iter();
+    let parts = parts.filter(|part| is_kind(part.method.attach));
+    let tensors = parts.flat_map(|part| &part.parameters);
+    tensors.filter(|p| !of_a_site(p)).collect()
+}
+
+/// How a site trains whose weight `adapter` adapts, if one does.
+fn form(site: &Site, own: &[&Parameter], adapter: Option<&Adapter>) -> Form {
     let weight = format!("{}.weight", site.path);
-    if own.iter().any(|p| p.name() == weight) {
+    // Files of PEFT have a name of their own for a trained scale.
+    let is_whole = |p: &&Parameter| p.name() == weight || site.kind == SiteKind::Norm;
+    if own.iter().any(is_whole) {
         return Form::Whole;
     }
-    if adapter.sites.contains(&site.path) {
+    if let Some(adapter) = adapter {
         let config = &adapter.config;
         return match adapter.method.reads.contains(&Common::Rank) {
             // Patterns that do not parse are refused before anything is attached.
@@ -150,20 +244,46 @@ fn bias_count(own: &[&Parameter]) -> usize {
 /// A trained site and what it takes beside its trained values.
 pub(super) type Costed<'a> = (&'a TrainedSite, Cost);
 
-/// What the trained sites take, as the method of the draft says.
+/// What the trained sites take, as the methods of the draft say.
 pub(super) fn costs<'a>(draft: &Draft<'a>) -> Result<Vec<Costed<'a>>, PeftError> {
-    let method = methods::find(&draft.adapter.method)?;
+    let configs: Vec<&AdapterConfig> = draft.adapters().collect();
     let sites = draft.model.sites();
     let at = |path: &str| sites.iter().find(|site| site.path == path);
-    let cost = |site: &TrainedSite| match (site.form, at(&site.path)) {
-        (Form::Whole, _) => Ok(Cost::OF_WEIGHT),
-        (Form::LowRank { .. } | Form::Adapted, Some(at)) => (method.cost)(draft.adapter, at),
-        (_, _) => Ok(Cost::NOTHING),
+    let of_method = |site: &TrainedSite| -> Result<Cost, PeftError> {
+        match (configs.get(site.part), at(&site.path)) {
+            (Some(config), Some(at)) => (methods::find(&config.method)?.cost)(config, at),
+            _ => Ok(Cost::NOTHING),
+        }
+    };
+    let cost = |site: &TrainedSite| match site.form {
+        Form::Whole => Ok(Cost::OF_WEIGHT),
+        Form::LowRank { .. } | Form::Adapted => of_method(site),
+        Form::Sublayer | Form::Side => Ok(Cost {
+            per_token: kept_values(draft.model, site),
+            // Maps that take every token once.
+            trained_work: site.parameters,
+            ..Cost::NOTHING
+        }),
+        // What gives virtual tokens is small beside layers.
+        _ => Ok(Cost::NOTHING),
     };
     let trained = draft.trained.iter();
     trained
         .map(|site| cost(site).map(|cost| (site, cost)))
         .collect()
+}
+
+/// Values of a token that an adapter of a sub-layer or a network beside the layers keeps for its
+/// derivative, as it says itself.
+fn kept_values(model: &dyn Model, site: &TrainedSite) -> usize {
+    if site.form == Form::Side {
+        let side = model.whole().side.as_ref();
+        return side.map_or(0, |side| side.kept());
+    }
+    let sublayers = model.sublayers();
+    let at = sublayers.iter().find(|sublayer| sublayer.path == site.path);
+    let attached = at.and_then(|sublayer| sublayer.attached());
+    attached.map_or(0, |adapter| adapter.kept())
 }
 
 /// The first layer with something to train, 0 if the embedding trains; the number of layers if
@@ -178,7 +298,11 @@ pub(super) fn lowest_layer(trained: &[TrainedSite], layers: usize) -> usize {
 
 /// Whether the input of the first layer wants a gradient.
 pub(super) fn trains_embedding(trained: &[TrainedSite]) -> bool {
-    trained.iter().any(|site| site.kind == SiteKind::Embedding)
+    let is_read_first = |site: &TrainedSite| match site.form {
+        Form::VirtualTokens(_) => true,
+        _ => site.kind == Some(SiteKind::Embedding),
+    };
+    trained.iter().any(is_read_first)
 }
 
 /// Trained sites of one name, shape and form.
@@ -229,105 +353,4 @@ impl SiteGroup {
 }
 
 #[cfg(test)]
-mod tests {
-    use tangent_peft::{SettingValue, attach};
-
-    use super::super::fixture;
-    use super::*;
-
-    #[test]
-    fn full_fine_tuning_is_told_without_attaching() {
-        for base in ["llama/tied_gqa", "llama/everything"] {
-            let mut model = fixture::model(base);
-            let told = TrainedSite::whole_model(&*model);
-            let adapter = attach(&mut *model, &fixture::full(), 1).unwrap();
-            assert_eq!(told, TrainedSite::of_adapter(&*model, &adapter), "{base}");
-            let count: usize = told.iter().map(|site| site.parameters).sum();
-            assert_eq!(count, adapter.count());
-            let own = told.iter().filter(|site| site.parameters > 0);
-            let own: Vec<String> = own.map(|site| site.path.clone()).collect();
-            assert_eq!(own, adapter.sites);
-        }
-    }
-
-    #[test]
-    fn low_rank_sites_are_grouped_over_layers() {
-        let mut model = fixture::model("llama/tied_gqa");
-        let (trained, adapter) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
-        let groups = SiteGroup::of(&trained);
-        assert_eq!(groups.len(), 7);
-        let q = &groups[0];
-        assert_eq!((q.name.as_str(), q.shape, q.sites), ("q_proj", (32, 32), 2));
-        assert_eq!(q.form, Form::LowRank { rank: 4 });
-        assert_eq!(q.parameters, 2 * 4 * (32 + 32));
-        let count: usize = groups.iter().map(|group| group.parameters).sum();
-        assert_eq!(count, adapter.count());
-        assert_eq!(lowest_layer(&trained, 2), 0);
-        assert!(trained.iter().all(|site| site.replaced == 0));
-    }
-
-    #[test]
-    fn other_forms_are_told_from_the_tensors() {
-        let mut model = fixture::model("llama/tied_gqa");
-        let config = tangent_peft::AdapterConfig {
-            modules_to_save: vec!["model.norm".into()],
-            trainable_tokens: [("embed_tokens".to_owned(), vec![3, 5])].into(),
-            ..fixture::lora(&["model.layers.1.*q_proj"])
-        };
-        let (trained, adapter) = fixture::attached(&mut *model, &config);
-        let told: Vec<(&str, Form, usize)> = trained
-            .iter()
-            .map(|site| (site.name(), site.form, site.replaced))
-            .collect();
-        let want = [
-            ("embed_tokens", Form::Rows(2), 2 * 32),
-            ("q_proj", Form::LowRank { rank: 4 }, 0),
-            ("norm", Form::Whole, 32),
-            ("lm_head", Form::Rows(2), 0),
-        ];
-        assert_eq!(told, want);
-        let count: usize = trained.iter().map(|site| site.parameters).sum();
-        assert_eq!(count, adapter.count());
-    }
-
-    #[test]
-    fn every_method_has_its_form() {
-        for method in tangent_peft::METHODS {
-            let mut model = fixture::model("llama/tied_gqa");
-            let config = tangent_peft::AdapterConfig {
-                method: method.id.into(),
-                ..match method.whole_model {
-                    true => fixture::full(),
-                    false => fixture::lora(&["q_proj", "down_proj"]),
-                }
-            };
-            let own = [("oft_block_size".to_owned(), SettingValue::Number(8.0))];
-            let config = tangent_peft::AdapterConfig {
-                own: match method.id {
-                    "oft" => own.into(),
-                    _ => config.own,
-                },
-                ..config
-            };
-            let (trained, adapter) = fixture::attached(&mut *model, &config);
-            let want = match method.id {
-                "full" => Form::Whole,
-                "oft" => Form::Adapted,
-                _ => Form::LowRank { rank: 4 },
-            };
-            let of_method = trained.iter().filter(|s| adapter.sites.contains(&s.path));
-            assert!(of_method.clone().count() > 0);
-            assert!(of_method.clone().all(|s| s.form == want), "{}", method.id);
-            // VeRA's projections, (4, 48) and (32, 4).
-            let shared: usize = trained.iter().map(|site| site.shared).sum();
-            let want = if method.id == "vera" {
-                4 * 48 + 32 * 4
-            } else {
-                0
-            };
-            assert_eq!(shared, want, "{}", method.id);
-            let count: usize = trained.iter().map(|site| site.parameters).sum();
-            assert_eq!(count, adapter.count());
-        }
-    }
-}
+mod tests;

@@ -168,7 +168,9 @@ fn started(model: &mut dyn Model, config: &mut AdapterConfig) -> Start {
 #[test]
 fn start_values_leave_the_model_unchanged_and_the_base_as_it_is_stored() {
     let rows = examples();
-    for (init, in_blocks) in INITS.iter().flat_map(|i| [(i, false), (i, true)]) {
+    // LoftQ changes the model, and refuses a base that is not quantized.
+    let inits = INITS.iter().filter(|init| init.id != "loftq");
+    for (init, in_blocks) in inits.flat_map(|i| [(i, false), (i, true)]) {
         let mut model = model(&folder(UNTIED));
         let matrices = model.sites_mut().into_iter();
         for site in matrices.filter(|site| in_blocks && site.kind != SiteKind::Norm) {

@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod activations;
 mod evidence;
+mod fisher;
 mod gradients;
 mod meter;
 mod optimizers;

@@ -415,7 +415,10 @@ fn directions_of_dora_move_as_pairs_and_lengths_beside_them() {
 
 #[test]
 fn what_needs_factors_is_refused_without_them() {
-    let without = |method: &&tangent_peft::Method| !["lora", "dora"].contains(&method.id);
+    let without = |method: &&tangent_peft::Method| {
+        let of_weights = matches!(method.attach, tangent_peft::Attach::Weight(_));
+        of_weights && !["lora", "dora"].contains(&method.id)
+    };
     for method in tangent_peft::METHODS.iter().filter(without) {
         let adapter = attached(&AdapterConfig {
             method: method.id.into(),

@@ -1,0 +1,258 @@
+//! Tests of the memory model, counted by hand on tiny models.
+
+use tangent_model::SiteKind;
+use tangent_ops::Quantization;
+use tangent_peft::{AdapterConfig, SettingValue};
+
+use super::super::fixture;
+use super::*;
+use crate::config::Batching;
+
+#[test]
+fn full_fine_tuning_holds_four_copies() {
+    let model = fixture::model("llama/tied_gqa");
+    let trained = TrainedSite::whole_model(&*model);
+    let draft = fixture::draft(&*model, &trained, &[]);
+    let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+    assert!(memory.shared_head);
+    // Values, gradients and two moments.
+    let end = memory.end_of_backward(&Survey::default());
+    let count: usize = trained.iter().map(|site| site.parameters).sum();
+    assert_eq!(end.trained, trained_bytes((4 * count + 96 * 32) as u64));
+}
+
+#[test]
+fn state_of_pairs_is_counted_and_pairs_are_asked_for() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let config = AdapterConfig {
+        modules_to_save: vec!["model.norm".into()],
+        ..fixture::lora(&["q_proj", "k_proj"])
+    };
+    let (trained, adapter) = fixture::attached(&mut *model, &config);
+    let draft = fixture::draft(&*model, &trained, &[]);
+    let state = |optimizer: &str| {
+        let config = TrainConfig {
+            optimizer: optimizer.into(),
+            ..TrainConfig::default()
+        };
+        MemoryModel::new(&draft, &config).map(|memory| memory.state as usize)
+    };
+    // Two layers of queries (32, 32) and keys (16, 32) at rank 4, and a scale of 32.
+    let factors = 2 * 4 * (32 + 32 + 16 + 32);
+    assert_eq!(adapter.count(), factors + 32);
+    let weights = 2 * (32 * 32 + 16 * 32);
+    for (optimizer, want) in [
+        ("sgd", factors + 32),
+        ("adamw", 2 * factors + 2 * 32),
+        ("lora-pro", 2 * weights + 2 * 32),
+        ("lora-pro-sgd", 0),
+        ("altlora+", 3 * factors + 2 * 32),
+        ("lora-rite", 2 * factors + 2 * 4 * 4 * 4 + 2 * 32),
+    ] {
+        assert_eq!(state(optimizer).unwrap(), want, "{optimizer}");
+    }
+    let whole = TrainedSite::whole_model(&*model);
+    let draft = fixture::draft(&*model, &whole, &[]);
+    let config = TrainConfig {
+        optimizer: "lora-pro".into(),
+        ..TrainConfig::default()
+    };
+    let refused = MemoryModel::new(&draft, &config).map(|_| ());
+    assert!(matches!(refused, Err(TrainError::NoPairs { .. })));
+}
+
+#[test]
+fn methods_hold_what_they_say_beside_what_trains() {
+    // Inputs and outputs of a layer's seven linear maps.
+    let (inputs, outputs) = (5 * 32 + 32 + 48, 32 + 2 * 16 + 32 + 2 * 48 + 32);
+    let sides = inputs + outputs;
+    for (method, init, want) in [
+        ("lora", "kaiming", 0),
+        // Constant factors twice, and their part of the gradients of both.
+        ("lora", "pissa", 2 * 3 * 4 * sides),
+        ("dora", "kaiming", 2 * outputs),
+        ("adalora", "kaiming", 2 * 2 * 4 * (sides + 7)),
+        // Two projections for all.
+        ("vera", "kaiming", 2 * 4 * 48),
+    ] {
+        let mut model = fixture::model("llama/tied_gqa");
+        let config = AdapterConfig {
+            method: method.into(),
+            ..fixture::lora(&["all-linear"])
+        };
+        let (trained, _) = fixture::attached(&mut *model, &config);
+        let adapter = AdapterConfig {
+            init: init.into(),
+            ..config
+        };
+        let draft = Draft {
+            adapter: &adapter,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+        assert_eq!(memory.held, want as u64, "{method} {init}");
+        let end = memory.end_of_backward(&Survey::default());
+        let values = 4 * memory.parameters + memory.held;
+        assert_eq!(end.trained, trained_bytes(values), "{method} {init}");
+    }
+}
+
+#[test]
+fn what_sites_form_is_there_for_all_layers_or_for_one() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let config = AdapterConfig {
+        method: "vera".into(),
+        ..fixture::lora(&["all-linear"])
+    };
+    let (trained, _) = fixture::attached(&mut *model, &config);
+    let draft = Draft {
+        adapter: &config,
+        ..fixture::draft(&*model, &trained, &[])
+    };
+    let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+    let of_layer = 4 * (240 + 224);
+    for (checkpointing, formed) in [(false, 2 * of_layer), (true, of_layer)] {
+        // Without a token nothing else is kept.
+        let start = memory.start_of_backward(&Survey::default(), checkpointing);
+        assert_eq!(start.activations, activation_bytes(formed));
+    }
+}
+
+#[test]
+fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let half = ("reduction_factor", SettingValue::Number(2.0));
+    let config = fixture::usual("lst", &[half]);
+    let (trained, adapter) = fixture::attached(&mut *model, &config);
+    let (train, eval) = (fixture::rows(&[10, 6]), fixture::rows(&[10, 10]));
+    let draft = Draft {
+        adapter: &config,
+        eval: &eval,
+        ..fixture::draft(&*model, &trained, &train)
+    };
+    let settings = TrainConfig::default();
+    let memory = MemoryModel::new(&draft, &settings).unwrap();
+    let survey = Survey::new(&train, &settings, 0);
+    // Three states; of the layers gate, up, their product, and what goes around them.
+    let (states, working) = (3 * 32, 3 * 48 + 2 * 32);
+    let before = memory.before_side(&survey);
+    let of_row = 10 * (states + working);
+    assert_eq!(before.activations, activation_bytes(16 * states + of_row));
+    // What the network keeps, the states among it, and what the head reads.
+    let kept = model.whole().side.as_ref().unwrap().kept();
+    let start = memory.start_of_backward(&survey, false);
+    assert_eq!(start.activations, activation_bytes(16 * (kept + 32)));
+    // Values and two moments, and half of the gradients.
+    let count = adapter.count() as u64;
+    assert_eq!(start.trained, trained_bytes(3 * count + count / 2));
+    // Activations of its feed-forward are 24 wide.
+    let end = memory.end_of_backward(&survey);
+    assert_eq!(end.activations, activation_bytes(16 * (3 * 24 + 2 * 32)));
+    let evaluation = memory.evaluation();
+    let with_states = activation_bytes(20 * (states + working));
+    assert!(evaluation.activations + evaluation.loss >= with_states);
+    assert_eq!(
+        memory.predict(&survey, true),
+        memory.predict(&survey, false)
+    );
+}
+
+#[test]
+fn the_change_of_a_weight_is_there_while_its_site_is_gone_through() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let config = fixture::usual("intrinsic", &[]);
+    let (trained, _) = fixture::attached(&mut *model, &config);
+    let draft = Draft {
+        adapter: &config,
+        ..fixture::draft(&*model, &trained, &[])
+    };
+    let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+    assert_eq!((memory.parameters, memory.thin_parameters), (1000, 1000));
+    assert_eq!((memory.state, memory.held), (2000, 0));
+    // Of the largest weight: its change, its gradient, and two transforms; without a token nothing
+    // else is there.
+    let working = activation_bytes(2 * 32 * 48 + 2 * 2048);
+    let survey = Survey::default();
+    for checkpointing in [false, true] {
+        let start = memory.start_of_backward(&survey, checkpointing);
+        assert_eq!(start.activations, working);
+    }
+    assert_eq!(memory.end_of_backward(&survey).activations, working);
+}
+
+#[test]
+fn trained_values_of_every_kind_have_gradients_and_moments() {
+    for (method, thin) in [("houlsby", true), ("prefix-tuning", true), ("norms", false)] {
+        let mut model = fixture::model("llama/tied_gqa");
+        let config = fixture::usual(method, &[]);
+        let (trained, adapter) = fixture::attached(&mut *model, &config);
+        let draft = Draft {
+            adapter: &config,
+            ..fixture::draft(&*model, &trained, &[])
+        };
+        let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+        let count = adapter.count() as u64;
+        assert_eq!((memory.parameters, memory.state), (count, 2 * count));
+        let of_adapter = if thin { count } else { 0 };
+        assert_eq!(memory.thin_parameters, of_adapter, "{method}");
+        let end = memory.end_of_backward(&Survey::default());
+        assert_eq!(end.trained, trained_bytes(4 * count), "{method}");
+    }
+}
+
+#[test]
+fn quantized_weights_count_as_codes_and_scales() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let before = weight_bytes(&*model);
+    let (mut dense, mut stored) = (0, 0);
+    for site in model.sites_mut() {
+        if site.kind == SiteKind::Linear {
+            dense += 4 * site.weight.rows() * site.weight.cols();
+            site.weight = site.weight.quantize(Quantization::Int8).unwrap();
+            // A byte a value, and a scale a row.
+            stored += site.weight.rows() * (site.weight.cols() + 4);
+        }
+    }
+    let want = before - dense as u64 + stored as u64;
+    assert_eq!(weight_bytes(&*model), want);
+}
+
+fn peak(rows: &[usize], batch: usize, checkpointing: bool) -> Memory {
+    let mut model = fixture::model("llama/tied_gqa");
+    let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+    let train = fixture::rows(rows);
+    let config = TrainConfig {
+        batching: Batching::Rows(batch),
+        activation_checkpointing: checkpointing,
+        ..TrainConfig::default()
+    };
+    let draft = fixture::draft(&*model, &trained, &train);
+    draft.plan(&config).unwrap().memory
+}
+
+#[test]
+fn activations_grow_with_the_tokens_and_shrink_with_checkpointing() {
+    let rows = [30; 8];
+    let (whole, half) = (peak(&rows, 8, false), peak(&rows, 4, false));
+    assert_eq!(whole.base_weights, half.base_weights);
+    assert!(whole.activations > half.activations);
+    let checkpointed = peak(&rows, 8, true);
+    assert!(checkpointed.activations < whole.activations);
+    assert_eq!(checkpointed.fixed, whole.fixed);
+}
+
+#[test]
+fn weights_count_as_they_are_held() {
+    let model = fixture::model("llama/tied_gqa");
+    // All of the stored model is f32.
+    let stored = 4 * super::super::values(&*model) as u64;
+    let scales: u64 = norms(&*model);
+    assert!(weight_bytes(&*model) >= stored && weight_bytes(&*model) <= stored + scales);
+}
+
+/// Bytes of the scales, which may be copies.
+fn norms(model: &dyn Model) -> u64 {
+    let sites = model.sites().into_iter();
+    let vectors = sites.filter(|site| site.weight.rows() == 1);
+    vectors.map(|site| matrix_bytes(&site.weight)).sum()
+}
