@@ -81,6 +81,39 @@ const CASES: &[Case] = &[
     case("dora", Data::Texts(128), "--batch-size 4 --method dora"),
     case("vera", Data::Texts(128), "--batch-size 4 --method vera"),
     case("oft", Data::Texts(128), "--batch-size 4 --method oft"),
+    case("ia3", Data::Texts(128), "--batch-size 4 --method ia3"),
+    case(
+        "monarch",
+        Data::Texts(128),
+        "--batch-size 4 --method monarch",
+    ),
+    case(
+        "intrinsic",
+        Data::Texts(128),
+        "--batch-size 4 --method intrinsic",
+    ),
+    case(
+        "prompt-tuning",
+        Data::Texts(128),
+        "--batch-size 4 --method prompt-tuning",
+    ),
+    case(
+        "prefix-tuning",
+        Data::Texts(128),
+        "--batch-size 4 --method prefix-tuning",
+    ),
+    case(
+        "houlsby",
+        Data::Texts(128),
+        "--batch-size 4 --method houlsby",
+    ),
+    case("lst", Data::Texts(128), "--batch-size 4 --method lst"),
+    case(
+        "lst, shared beginnings",
+        Data::Sections,
+        "--batch-size 8 --method lst",
+    ),
+    case("nf4", Data::Texts(128), "--batch-size 4 --base-dtype nf4"),
     case(
         "moved base",
         Data::Texts(128),

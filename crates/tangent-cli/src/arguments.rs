@@ -169,17 +169,37 @@ fn nearest(name: &str, known: &[Known]) -> String {
 }
 
 /// The values of an option as they would be typed, a list's one by one. Those of an option whose
-/// values are names with values may be a map.
+/// values are names with values may be a map, or a list of maps.
 fn values(value: &Value, named: bool) -> Option<Vec<String>> {
     match value {
-        Value::Sequence(items) => items.iter().map(plain).collect(),
-        Value::Mapping(map) if named => {
-            let pair = |(name, value): (&Value, &Value)| {
-                Some(format!("{}={}", plain(name)?, plain(value)?))
-            };
-            map.iter().map(pair).collect()
+        Value::Sequence(items) if named => {
+            let items = items.iter().map(|item| values(item, named));
+            Some(items.collect::<Option<Vec<_>>>()?.concat())
         }
+        Value::Sequence(items) => items.iter().map(plain).collect(),
+        Value::Mapping(map) if named => map.iter().map(named_value).collect(),
         value => Some(vec![plain(value)?]),
+    }
+}
+
+/// A name with its value, with values of its own names, or without any:
+/// `NAME=VALUE`, `NAME:OWN=VALUE,OWN=VALUE`, `NAME`.
+fn named_value((name, value): (&Value, &Value)) -> Option<String> {
+    let name = plain(name)?;
+    let own = |(own, value): (&Value, &Value)| {
+        let values = match value {
+            Value::Sequence(items) => items.iter().map(plain).collect::<Option<Vec<_>>>()?,
+            value => vec![plain(value)?],
+        };
+        Some(format!("{}={}", plain(own)?, values.join(",")))
+    };
+    match value {
+        Value::Null => Some(name),
+        Value::Mapping(map) => {
+            let own: Vec<String> = map.iter().map(own).collect::<Option<_>>()?;
+            Some(format!("{name}:{}", own.join(",")))
+        }
+        value => Some(format!("{name}={}", plain(value)?)),
     }
 }
 
@@ -291,6 +311,39 @@ mod tests {
             "--methods=dora",
         ];
         assert_eq!(got, words(&want));
+    }
+
+    #[test]
+    fn methods_that_train_along_are_names_or_maps() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let config = format!("--config={}", file.path().display());
+        let want = |along: &[&str]| {
+            let along = along.iter().map(|a| format!("--also={a}"));
+            let words = ["tangent", "train"].map(String::from);
+            let all: Vec<String> = words.into_iter().chain(along).collect();
+            all.into_iter().map(OsString::from).collect::<Vec<_>>()
+        };
+        let lora = "lora:rank=4,target_modules=q_proj,v_proj,rank_pattern={\"q_proj\":2}";
+        for (yaml, along) in [
+            ("also: bitfit\n", &["bitfit"][..]),
+            (
+                "also: [bitfit, 'lora:rank=4']\n",
+                &["bitfit", "lora:rank=4"][..],
+            ),
+            (
+                "also:\n  lora:\n    rank: 4\n    target_modules: [q_proj, v_proj]\n\
+                 \x20   rank_pattern: {q_proj: 2}\n  bitfit:\n",
+                &[lora, "bitfit"][..],
+            ),
+            (
+                "also:\n- bitfit\n- prompt-tuning:\n    num_virtual_tokens: 4\n",
+                &["bitfit", "prompt-tuning:num_virtual_tokens=4"][..],
+            ),
+        ] {
+            std::fs::write(file.path(), yaml).unwrap();
+            let got = expand(words(&["tangent", "train", &config])).unwrap();
+            assert_eq!(got, want(along), "{yaml}");
+        }
     }
 
     #[test]

@@ -6,11 +6,13 @@ use std::sync::OnceLock;
 use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel};
 use tangent_peft::export::WriteDtype;
-use tangent_peft::{Adapter, peft_format};
+use tangent_peft::{Adapter, AdapterConfig, PeftError, peft_format};
 use tangent_train::data::{self, EncodeOptions, Example, TrainOn};
+use tangent_train::unseen_labels;
 
 use crate::device::DeviceName;
 use crate::failure::Failure;
+use crate::progress::say;
 
 /// The model that a command works on.
 #[derive(clap::Args, Clone, Debug)]
@@ -23,7 +25,8 @@ pub struct ModelArgs {
         value_name = "PATH"
     )]
     pub model: PathBuf,
-    /// How frozen weights are held: auto (as-stored), f32, bf16.
+    /// How frozen weights are held: auto (as-stored), f32, bf16; or the linear maps of layers
+    /// quantized as bitsandbytes does: nf4, fp4 (blocks of 64, double quantization), int8.
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub base_dtype: BaseDtype,
     /// Where it runs: cpu; wgpu, vulkan, cuda in a binary built with that feature.
@@ -50,6 +53,12 @@ impl ModelArgs {
 
     /// Opens a model that an adapter was merged into, with the adapter of a folder attached.
     pub fn open_merged(&self, adapter: &Path) -> Result<LanguageModel, Failure> {
+        if let BaseDtype::Quantized(quantization) = self.base_dtype {
+            return Err(Failure::Request(format!(
+                "--base-dtype {quantization} would round the merged weights before the adapter is \
+                 taken out of them; leave it out"
+            )));
+        }
         let mut opened = self.open()?;
         peft_format::load_onto_merged(&mut *opened.model, adapter)?;
         Ok(opened)
@@ -84,6 +93,43 @@ fn start_threads(threads: usize) -> Result<(), Failure> {
         .map_err(|e| Failure::Run(format!("cannot start threads: {e}")))?;
     STARTED.get_or_init(|| ());
     Ok(())
+}
+
+/// The longest row that the model takes after so many virtual tokens, in tokens.
+///
+/// # Errors
+/// If they leave no room.
+pub fn room(opened: &LanguageModel, virtual_tokens: usize) -> Result<usize, Failure> {
+    let limit = opened.model.max_positions();
+    match limit.saturating_sub(virtual_tokens) {
+        0 => Err(PeftError::VirtualTokens {
+            tokens: virtual_tokens,
+            limit,
+        }
+        .into()),
+        room => Ok(room),
+    }
+}
+
+/// Tokens of the text that an adapter's virtual tokens begin with; none without one.
+pub fn prompt(opened: &LanguageModel, adapter: &AdapterConfig) -> Result<Vec<u32>, Failure> {
+    match adapter.prompt_text() {
+        Some(text) => Ok(opened.tokenizer.encode(text)?),
+        None => Ok(vec![]),
+    }
+}
+
+/// Tells of held-out rows whose labels nothing trains on.
+pub fn tell_unseen(train: &[Example], held_out: &[Example]) {
+    let unseen = unseen_labels(train, held_out);
+    if let Some(first) = unseen.first() {
+        say(format_args!(
+            "held-out rows with a label that no training row has: {}, the first of them {}; no \
+             method can learn these",
+            unseen.len(),
+            first.origin
+        ));
+    }
 }
 
 /// Where a written model goes.

@@ -4,7 +4,7 @@ mod arguments;
 
 use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -16,22 +16,31 @@ use tangent_train::plan::grouped;
 use super::train::stop_flag;
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::open::examples;
+use crate::open::{examples, room, tell_unseen};
 use crate::progress::{duration, say, show};
 
 pub use arguments::Args;
+pub(super) use arguments::{OptimizationArgs, rates};
 
 /// Compares.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let recipes = compare::find(&args.methods)?;
     let (shared, rates) = (args.shared()?, args.rates()?);
-    begin(&args)?;
+    Place {
+        output: &args.output,
+        what: "comparison",
+        ledger: LEDGER,
+        others: &[REPORT],
+    }
+    .begin(args.resume, args.overwrite)?;
     let mut opened = args.model.open()?;
-    let length = args
-        .data_args
-        .max_length
-        .get()
-        .min(opened.model.max_positions());
+    let mut virtual_tokens = 0;
+    for recipe in &recipes {
+        let adapter = recipe.variant(&shared, None)?.adapter;
+        virtual_tokens = virtual_tokens.max(adapter.virtual_tokens());
+    }
+    let typed = args.data_args.max_length.get();
+    let length = typed.min(room(&opened, virtual_tokens)?);
     let read = |files: &[PathBuf]| {
         let d = &args.data_args;
         examples(
@@ -80,9 +89,10 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         validation.len(),
         eval.len(),
     ));
+    tell_unseen(&train, &eval);
     let mut screen = Screen::new();
     let report = compare::compare(&mut *opened.model, &setup, &args.output, &mut |event| {
-        screen.show(event);
+        tell(&mut screen, event);
     })?;
     drop(screen);
     let mut out = std::io::stdout().lock();
@@ -103,42 +113,91 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     })
 }
 
-/// Sees to it that the output folder is as the flags say.
-fn begin(args: &Args) -> Result<(), Failure> {
-    let output = &args.output;
-    let ledger = output.join(LEDGER);
-    if args.resume {
-        return match ledger.is_file() {
-            true => Ok(()),
-            false => Err(Failure::Request(format!(
-                "{} holds no comparison to resume; start without --resume",
-                output.display()
-            ))),
-        };
-    }
-    if !args.overwrite {
-        // A comparison that failed before its first run leaves an empty ledger.
-        let unused = std::fs::metadata(&ledger).is_ok_and(|file| file.len() == 0);
-        return match folder::is_taken(output) && !unused {
-            true => Err(FolderError::NotEmpty {
-                path: output.clone(),
-            }
-            .into()),
-            false => Ok(()),
-        };
-    }
-    // Nothing else in the folder is ours.
-    for path in [ledger, output.join(REPORT)] {
-        if path.is_file() {
-            std::fs::remove_file(&path)
-                .map_err(|e| Failure::Run(format!("cannot remove {}: {e}", path.display())))?;
+/// Where runs and what they have come to are kept.
+pub(super) struct Place<'a> {
+    /// The folder.
+    pub output: &'a Path,
+    /// What is made of the runs, in words.
+    pub what: &'static str,
+    /// Name of the ledger.
+    pub ledger: &'static str,
+    /// Names of the other files.
+    pub others: &'a [&'static str],
+}
+
+impl Place<'_> {
+    /// Sees to it that the output folder is as the flags say.
+    pub fn begin(&self, resume: bool, overwrite: bool) -> Result<(), Failure> {
+        let (output, ledger) = (self.output, self.output.join(self.ledger));
+        if resume {
+            return match ledger.is_file() {
+                true => Ok(()),
+                false => Err(Failure::Request(format!(
+                    "{} holds no {} to resume; start without --resume",
+                    output.display(),
+                    self.what
+                ))),
+            };
         }
+        if !overwrite {
+            // What failed before its first run leaves an empty ledger.
+            let unused = std::fs::metadata(&ledger).is_ok_and(|file| file.len() == 0);
+            return match folder::is_taken(output) && !unused {
+                true => Err(FolderError::NotEmpty {
+                    path: output.to_owned(),
+                }
+                .into()),
+                false => Ok(()),
+            };
+        }
+        // Nothing else in the folder is ours.
+        let others = self.others.iter().map(|name| output.join(name));
+        for path in std::iter::once(ledger).chain(others) {
+            if path.is_file() {
+                std::fs::remove_file(&path)
+                    .map_err(|e| Failure::Run(format!("cannot remove {}: {e}", path.display())))?;
+            }
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Shows what happens in a comparison.
+fn tell(screen: &mut Screen, event: &Event<'_>) {
+    match event {
+        Event::Ready(contender) => {
+            let size = match contender.variant.size {
+                0 => String::new(),
+                size => format!("{} {size}, ", contender.recipe.size_name()),
+            };
+            screen.line(&format!(
+                "{}: {size}{} trained parameters, {} steps",
+                contender.recipe.id,
+                grouped(contender.parameters),
+                contender.steps,
+            ));
+        }
+        Event::Skipped(skipped) => screen.line(&format!(
+            "{}: left out, beyond the budget: {}",
+            skipped.recipe, skipped.why
+        )),
+        Event::Begin {
+            recipe,
+            rate,
+            seed,
+            steps,
+        } => screen.begin((*recipe, *rate, *seed), *steps),
+        Event::Step { step, loss } => screen.step(*step, *loss),
+        Event::Finished(record) => screen.finished(record),
+        Event::Searched { recipe, search } => screen.line(&match search.best {
+            Some(rate) => format!("{recipe}: rate {rate:e} is the best"),
+            None => format!("{recipe}: diverged at every rate"),
+        }),
+    }
 }
 
 /// What is printed to standard error: a line for every run, and in a terminal its steps.
-struct Screen {
+pub(super) struct Screen {
     terminal: bool,
     /// The run under way, in words, its steps and when it began.
     run: String,
@@ -148,7 +207,7 @@ struct Screen {
 }
 
 impl Screen {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             terminal: std::io::stderr().is_terminal(),
             run: String::new(),
@@ -158,54 +217,32 @@ impl Screen {
         }
     }
 
-    fn show(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Ready(contender) => {
-                let size = match contender.variant.size {
-                    0 => String::new(),
-                    size => format!("{} {size}, ", contender.recipe.size_name()),
-                };
-                self.line(&format!(
-                    "{}: {size}{} trained parameters, {} steps",
-                    contender.recipe.id,
-                    grouped(contender.parameters),
-                    contender.steps,
-                ));
-            }
-            Event::Skipped(skipped) => self.line(&format!(
-                "{}: left out, beyond the budget: {}",
-                skipped.recipe, skipped.why
-            )),
-            Event::Begin {
-                recipe,
-                rate,
-                seed,
-                steps,
-            } => {
-                self.run = format!("{recipe}: rate {rate:e}, {steps} steps, seed {seed}");
-                self.steps = *steps;
-                self.begun = Instant::now();
-            }
-            Event::Step { step, loss } if self.terminal => {
-                let steps = self.steps;
-                let text = format!("{}  step {step}/{steps}  loss {loss:.4}", self.run);
-                show(format_args!("\r\x1b[2K{text}"));
-                self.open_line = true;
-            }
-            Event::Step { .. } => {}
-            Event::Finished(record) => {
-                let spent = duration(self.begun.elapsed());
-                let line = format!("{}  {}  {spent}", self.run, outcome(record));
-                self.line(&line);
-            }
-            Event::Searched { recipe, search } => self.line(&match search.best {
-                Some(rate) => format!("{recipe}: rate {rate:e} is the best"),
-                None => format!("{recipe}: diverged at every rate"),
-            }),
+    /// A run of so many steps begins: what trains, its learning rate and its seed.
+    pub fn begin(&mut self, (what, rate, seed): (&str, f64, u64), steps: usize) {
+        self.run = format!("{what}: rate {rate:e}, {steps} steps, seed {seed}");
+        self.steps = steps;
+        self.begun = Instant::now();
+    }
+
+    /// It took a step.
+    pub fn step(&mut self, step: usize, loss: f64) {
+        if self.terminal {
+            let steps = self.steps;
+            let text = format!("{}  step {step}/{steps}  loss {loss:.4}", self.run);
+            show(format_args!("\r\x1b[2K{text}"));
+            self.open_line = true;
         }
     }
 
-    fn line(&mut self, text: &str) {
+    /// It ended.
+    pub fn finished(&mut self, record: &Record) {
+        let spent = duration(self.begun.elapsed());
+        let line = format!("{}  {}  {spent}", self.run, outcome(record));
+        self.line(&line);
+    }
+
+    /// A line that stays.
+    pub fn line(&mut self, text: &str) {
         if self.open_line {
             show("\r\x1b[2K");
             self.open_line = false;

@@ -75,7 +75,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     folder.finish()?;
     let mut out = io::stdout().lock();
     let report = Report {
-        from: adapter.method.id,
+        from: adapter.method_names(),
         output: &args.output,
         conversion: &conversion,
     };
@@ -99,8 +99,8 @@ fn base_name(args: &Args) -> Result<String, Failure> {
 
 /// What is told of a conversion.
 struct Report<'a> {
-    /// The method of the adapter that was converted.
-    from: &'static str,
+    /// The methods of the adapter that was converted.
+    from: String,
     output: &'a Path,
     conversion: &'a Conversion,
 }

@@ -112,11 +112,17 @@ pub fn prompt_ids(opened: &LanguageModel, messages: &[Value]) -> Result<Vec<u32>
 
 /// Refuses a prompt that leaves no room for an answer.
 fn check_length(opened: &LanguageModel, prompt: &[u32]) -> Result<(), Failure> {
-    let (got, limit) = (prompt.len(), opened.model.max_positions());
+    let before = opened.model.whole().virtual_tokens();
+    let limit = opened.model.max_positions().saturating_sub(before);
+    let got = prompt.len();
     match got {
         0 => Err(Failure::Request("--prompt has no tokens".into())),
         _ if got >= limit => Err(Failure::Request(format!(
-            "the prompt has {got} tokens, the model takes fewer than {limit}; shorten it"
+            "the prompt has {got} tokens, the model takes fewer than {limit}{}; shorten it",
+            match before {
+                0 => String::new(),
+                count => format!(" after the adapter's {count} virtual ones"),
+            }
         ))),
         _ => Ok(()),
     }

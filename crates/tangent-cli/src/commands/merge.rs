@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use tangent_model::BaseDtype;
-use tangent_peft::export;
+use tangent_model::{BaseDtype, LanguageModel};
+use tangent_peft::{Onto, export, onto};
 use tangent_train::agreement::agreement;
 use tangent_train::data::{Example, TrainOn};
 
@@ -22,6 +22,10 @@ pub struct Args {
     /// Adapter folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
+    /// With a base that --base-dtype quantizes: original, the weights of the files, or dequantized,
+    /// those that the adapter was trained on.
+    #[arg(long, value_name = "WEIGHTS")]
+    onto: Option<Onto>,
     #[command(flatten)]
     output: OutputArgs,
     /// Rows (jsonl) on which the merged model is compared; a line of text if not given.
@@ -40,7 +44,8 @@ const TEXT: &str = "The capital of France is Paris. Water boils at one hundred d
 
 /// Merges, compares, and only then puts the folder in its place.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let (opened, _) = args.model.open_with(Some(&args.adapter))?;
+    let (mut opened, _) = args.model.open_with(Some(&args.adapter))?;
+    let told = choose_base(&mut opened, args.model.base_dtype, args.onto)?;
     let rows: Vec<Vec<u32>> = if args.data.is_empty() {
         vec![opened.tokenizer.encode(TEXT)?]
     } else {
@@ -53,6 +58,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let merged = tangent_model::open(folder.path(), BaseDtype::AsStored, &Device::flex())?;
     let found = agreement(&*opened.model, &*merged.model, &rows);
     let mut out = std::io::stdout();
+    if let Some(told) = told {
+        writeln!(out, "{told}")?;
+    }
     writeln!(
         out,
         "adapter against merged model on {} tokens: largest logit difference {:.3e}, mean KL \
@@ -72,4 +80,50 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     folder.finish()?;
     writeln!(out, "merged model: {}", args.output.output.display())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Puts the chosen weights below the adapter; what there is to tell where the base was quantized
+/// when it was opened.
+fn choose_base(
+    opened: &mut LanguageModel,
+    base_dtype: BaseDtype,
+    onto: Option<Onto>,
+) -> Result<Option<String>, Failure> {
+    let sites = opened.model.sites();
+    let quantized_here = sites.iter().any(|site| site.original.is_some());
+    let in_the_file = sites.iter().any(|site| site.weight.is_quantized());
+    let onto = match (onto, quantized_here) {
+        (Some(onto), true) => onto,
+        (None, true) => {
+            return Err(Failure::Request(format!(
+                "--base-dtype {base_dtype} quantizes the base: add --onto original to merge onto \
+                 the weights of the files, or --onto dequantized to merge onto those that were \
+                 trained on"
+            )));
+        }
+        (Some(Onto::Original), false) if in_the_file => {
+            return Err(Failure::Request(format!(
+                "--onto original: {} holds quantized weights only; give the model that it was made \
+                 of as --model",
+                opened.path.display()
+            )));
+        }
+        (Some(Onto::Dequantized), false) if !in_the_file => {
+            return Err(Failure::Request(
+                "--onto dequantized: no weight is quantized here; add the --base-dtype that the \
+                 adapter was trained with, or leave --onto out"
+                    .into(),
+            ));
+        }
+        (_, false) => return Ok(None),
+    };
+    let difference = onto::relative_difference(&*opened.model)?.unwrap_or(0.0);
+    if onto == Onto::Original {
+        onto::restore(&mut *opened.model)?;
+    }
+    Ok(Some(format!(
+        "merged onto the {onto} weights; merged onto the others, the quantized matrices differ by \
+         {:.3} % of their norm",
+        100.0 * difference
+    )))
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use tangent_peft::{INITS, METHODS, Setting};
+use tangent_peft::{INITS, METHODS, Method, Setting};
 use tangent_train::optim::RULES;
 
 use crate::failure::Failure;
@@ -15,15 +15,17 @@ pub struct Args {}
 /// Prints every method, every start and every optimizer.
 pub fn run(_args: Args) -> Result<ExitCode, Failure> {
     let methods = METHODS.iter().map(|method| Row {
-        id: method.id,
-        paper: method.paper,
-        summary: method.summary,
+        cells: vec![
+            method.id.into(),
+            method.attach.kind().into(),
+            peft_type(method),
+            method.paper.into(),
+            method.summary.into(),
+        ],
         settings: settings(method.settings),
     });
     let inits = INITS.iter().map(|init| Row {
-        id: init.id,
-        paper: init.paper,
-        summary: init.summary,
+        cells: Vec::from([init.id, init.paper, init.summary].map(String::from)),
         settings: settings(init.settings),
     });
     let rules = RULES.iter().map(|rule| {
@@ -33,38 +35,47 @@ pub fn run(_args: Args) -> Result<ExitCode, Failure> {
             .map(|name| format!("--{}", name.replace('_', "-")));
         let flags = flags.collect::<Vec<_>>().join(" ");
         Row {
-            id: rule.id,
-            paper: rule.paper,
-            summary: rule.summary,
+            cells: Vec::from([rule.id, rule.paper, rule.summary].map(String::from)),
             settings: vec![(flags, "")],
         }
     });
     let mut out = io::stdout().lock();
     table(
         &mut out,
-        ["--method", "trains"],
+        &["--method", "kind", "PEFT type", "paper", "trains"],
         &methods.collect::<Vec<_>>(),
     )?;
     writeln!(out)?;
     table(
         &mut out,
-        ["--init", "start values of A and B"],
+        &["--init", "paper", "start values of A and B"],
         &inits.collect::<Vec<_>>(),
     )?;
     writeln!(out)?;
     table(
         &mut out,
-        ["--optim", "moves by"],
+        &["--optim", "paper", "moves by"],
         &rules.collect::<Vec<_>>(),
+    )?;
+    writeln!(
+        out,
+        "\nPEFT types in brackets are formats of Tangent's own, which PEFT does not know."
     )?;
     Ok(ExitCode::SUCCESS)
 }
 
+/// The type of a method's files; those that PEFT does not know stand in brackets.
+fn peft_type(method: &Method) -> String {
+    match &method.peft {
+        None => "-".to_owned(),
+        Some(kind) if kind.known_to_peft => kind.name.to_owned(),
+        Some(kind) => format!("({})", kind.name),
+    }
+}
+
 /// An entry of a list, and its settings as they are typed with what they do.
 struct Row {
-    id: &'static str,
-    paper: &'static str,
-    summary: &'static str,
+    cells: Vec<String>,
     settings: Vec<(String, &'static str)>,
 }
 
@@ -74,18 +85,21 @@ fn settings(settings: &'static [Setting]) -> Vec<(String, &'static str)> {
     settings.iter().map(typed).collect()
 }
 
-/// A table under the flag that chooses among its rows; settings stand indented below each.
-fn table(out: &mut impl Write, [flag, what]: [&str; 2], rows: &[Row]) -> io::Result<()> {
-    let ids = widest(rows.iter().map(|row| row.id).chain([flag]));
-    let papers = widest(rows.iter().map(|row| row.paper).chain(["paper"]));
-    let before = ids + papers + 4;
-    writeln!(out, "{flag:<ids$}  {:<papers$}  {what}", "paper")?;
+/// A table under the flag that chooses among its rows; settings stand indented below each. The last
+/// column may be as wide as it is.
+fn table(out: &mut impl Write, titles: &[&str], rows: &[Row]) -> io::Result<()> {
+    let widths: Vec<usize> = (0..titles.len().saturating_sub(1))
+        .map(|column| {
+            let cells = rows.iter().filter_map(|row| row.cells.get(column));
+            let cells = cells.map(String::as_str).chain(titles.get(column).copied());
+            cells.map(str::len).max().unwrap_or(0)
+        })
+        .collect();
+    let before: usize = widths.iter().map(|width| width + 2).sum();
+    writeln!(out, "{}", line(titles.iter().copied(), &widths))?;
     for row in rows {
-        writeln!(
-            out,
-            "{:<ids$}  {:<papers$}  {}",
-            row.id, row.paper, row.summary
-        )?;
+        let cells = row.cells.iter().map(String::as_str);
+        writeln!(out, "{}", line(cells, &widths))?;
         for (typed, summary) in &row.settings {
             // At least two spaces, where what is typed is wider than the columns above it.
             let width = before.saturating_sub(2);
@@ -96,8 +110,13 @@ fn table(out: &mut impl Write, [flag, what]: [&str; 2], rows: &[Row]) -> io::Res
     Ok(())
 }
 
-fn widest<'a>(cells: impl Iterator<Item = &'a str>) -> usize {
-    cells.map(str::len).max().unwrap_or(0)
+/// Cells two spaces apart, all but the last one padded.
+fn line<'a>(cells: impl Iterator<Item = &'a str>, widths: &[usize]) -> String {
+    let widths = widths.iter().copied().chain([0]);
+    let padded = cells
+        .zip(widths)
+        .map(|(cell, width)| format!("{cell:<width$}"));
+    padded.collect::<Vec<_>>().join("  ")
 }
 
 #[cfg(test)]
@@ -106,10 +125,8 @@ mod tests {
 
     #[test]
     fn settings_stand_below_their_row() {
-        let row = |id, settings| Row {
-            id,
-            paper: "1",
-            summary: "all of it",
+        let row = |id: &str, settings| Row {
+            cells: Vec::from([id, "1", "all of it"].map(String::from)),
             settings,
         };
         let wide = ("--set exact=false".to_owned(), "be exact");
@@ -118,7 +135,7 @@ mod tests {
             row("longer", vec![wide, ("--b".into(), "")]),
         ];
         let mut out = vec![];
-        table(&mut out, ["--pick", "does"], &rows).unwrap();
+        table(&mut out, &["--pick", "paper", "does"], &rows).unwrap();
         let want = "\
 --pick  paper  does
 a       1      all of it
@@ -127,5 +144,12 @@ longer  1      all of it
     --b
 ";
         assert_eq!(String::from_utf8(out).unwrap(), want);
+    }
+
+    #[test]
+    fn types_that_peft_does_not_know_stand_in_brackets() {
+        let of = |id: &str| peft_type(tangent_peft::methods::find(id).unwrap());
+        let got = ["lora", "norms", "lst", "select", "full"].map(of);
+        assert_eq!(got, ["LORA", "LN_TUNING", "(LST)", "(SELECT)", "-"]);
     }
 }

@@ -10,6 +10,7 @@ mod convert;
 mod data;
 mod eval;
 mod generate;
+mod intrinsic;
 mod merge;
 mod methods;
 mod plan;
@@ -44,6 +45,8 @@ commands! {
     plan => Plan,
     /// Compare methods on your data: each tuned alike, with intervals and what they cost.
     compare => Compare,
+    /// Find how few numbers, carried to all weights at random, do nearly as well as all weights.
+    intrinsic => Intrinsic,
     /// Loss, perplexity and, where answers are labels, accuracy of a model on rows.
     eval => Eval,
     /// Log-probability of every token of rows.

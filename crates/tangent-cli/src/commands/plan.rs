@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use tangent_train::plan::{Form, Plan, SiteGroup, grouped, measured_rate, megabytes};
 
-use super::train::{Prepared, RunArgs, check_predictable, max_length};
+use super::train::{MemorySize, Prepared, RunArgs, check_predictable, max_length};
 use crate::failure::Failure;
 use crate::progress::duration;
 
@@ -40,22 +40,28 @@ pub struct Args {
     /// Accepted as --output is.
     #[arg(long, hide = true)]
     profile: bool,
+    /// Accepted as --output is; the layers then run once for each row.
+    #[arg(long, hide = true)]
+    cache_activations: Option<PathBuf>,
+    /// Accepted as --output is.
+    #[arg(long, hide = true)]
+    cache_limit: Option<MemorySize>,
 }
 
 /// Plans.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
-    let ranks_from = args.ranks_from;
+    let (ranks_from, stored_states) = (args.ranks_from, args.cache_activations.is_some());
     let args = args.run;
     let typed = args.train_config()?;
     check_predictable(&args)?;
-    let prepared = Prepared::new(&args, typed.seed)?;
+    let prepared = Prepared::new(&args, &typed)?;
     if let Some(file) = ranks_from {
         ranks::run(&file, &prepared, args.json)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let plan = prepared.plan(&args, &typed)?;
+    let plan = prepared.plan(&args, &typed, stored_states)?;
     let rate = measured_rate(&prepared.opened.model.device());
-    let settings = settings(&args, &prepared, &plan);
+    let settings = settings(&args, &prepared, &plan)?;
     let mut out = io::stdout().lock();
     if args.json {
         let mut line = Map::new();
@@ -70,10 +76,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     writeln!(out, "model      {}", prepared.opened.path.display())?;
-    writeln!(out, "method     {}", prepared.adapter_config.method)?;
+    writeln!(out, "method     {}", prepared.method_names())?;
     writeln!(out, "\nsettings")?;
     for (name, value) in &settings {
         if TOLD_BELOW.contains(&name.as_str()) {
+            continue;
+        }
+        if name == ALSO {
+            along(&mut out, value)?;
             continue;
         }
         match value.as_str() {
@@ -92,13 +102,45 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
 /// by their number.
 const TOLD_BELOW: [&str; 5] = ["model", "method", "target_modules", "data", "eval_data"];
 
+/// The setting of methods that train along.
+const ALSO: &str = "also";
+
+/// The settings of methods that train along, a line each.
+fn along(out: &mut impl Write, methods: &Value) -> io::Result<()> {
+    for settings in methods.as_array().into_iter().flatten() {
+        let method = settings["method"].as_str().unwrap_or_default();
+        let mut others = settings.as_object().cloned().unwrap_or_default();
+        others.retain(|name, value| {
+            name != "method" && !TOLD_BELOW.contains(&name.as_str()) && !is_unset(value)
+        });
+        writeln!(out, "  {ALSO:<30}{method} {}", Value::Object(others))?;
+    }
+    Ok(())
+}
+
+/// Whether a setting asks for nothing.
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(is_set) => !is_set,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(_) => false,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+    }
+}
+
 /// Every resolved setting: those that `run.json` records, and those that change no result.
-fn settings(args: &RunArgs, prepared: &Prepared, plan: &Plan) -> Map<String, Value> {
+fn settings(
+    args: &RunArgs,
+    prepared: &Prepared,
+    plan: &Plan,
+) -> Result<Map<String, Value>, Failure> {
     let mut settings = match prepared.settings(args, &plan.config) {
         Value::Object(settings) => settings,
         _ => Map::new(),
     };
-    let length = max_length(args, &prepared.opened);
+    let length = max_length(args, &prepared.opened, &prepared.adapter_configs())?;
     for (name, value) in [
         ("max_length", length),
         ("logging_steps", plan.config.logging_steps),
@@ -109,7 +151,7 @@ fn settings(args: &RunArgs, prepared: &Prepared, plan: &Plan) -> Map<String, Val
     ] {
         settings.insert(name.into(), json!(value));
     }
-    settings
+    Ok(settings)
 }
 
 fn parameters(out: &mut impl Write, plan: &Plan) -> io::Result<()> {
@@ -146,6 +188,11 @@ fn form(group: &SiteGroup) -> String {
         Form::Rows(1) => "1 row".to_owned(),
         Form::Rows(rows) => format!("{} rows", grouped(rows)),
         Form::Bias => "bias".to_owned(),
+        Form::Sublayer => "adapter".to_owned(),
+        Form::VirtualTokens(1) => "1 token".to_owned(),
+        Form::VirtualTokens(tokens) => format!("{} tokens", grouped(tokens)),
+        Form::Side => "beside".to_owned(),
+        Form::Shared => "shared".to_owned(),
     }
 }
 
@@ -247,5 +294,14 @@ mod tests {
             (form(&rows), places(&rows)),
             ("1 row".into(), String::new())
         );
+        for (kind, words) in [
+            (Form::VirtualTokens(1), "1 token"),
+            (Form::VirtualTokens(20), "20 tokens"),
+            (Form::Sublayer, "adapter"),
+            (Form::Side, "beside"),
+            (Form::Shared, "shared"),
+        ] {
+            assert_eq!(form(&group(kind, false, 1)), words);
+        }
     }
 }

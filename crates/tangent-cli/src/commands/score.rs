@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout().lock();
     for (index, row) in rows.iter().enumerate() {
         let every = vec![true; row.tokens.len()];
-        let batch = Batch::new([(&row.tokens[..], &every[..])]);
+        let batch = Batch::of(&*opened.model, [(&row.tokens[..], &every[..])]);
         let scores = forward::log_probabilities(&*opened.model, &batch);
         if args.json {
             let first = row.tokens.first().map(|_| Value::Null);

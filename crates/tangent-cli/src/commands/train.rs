@@ -1,34 +1,34 @@
 //! `tangent train`: what was typed becomes a plan, the plan a run.
 
+mod also;
 mod arguments;
+mod prepared;
 mod start;
+mod states;
 mod twin;
 
 use std::io::Write;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use serde_json::{Value, json};
-use tangent_model::{LanguageModel, folder};
-use tangent_peft::{Adapter, AdapterConfig, attach, check_patterns, init, methods};
+use serde_json::json;
+use tangent_model::folder;
+use tangent_peft::Adapter;
 use tangent_train::TrainReport;
-use tangent_train::config::{TrainConfig, decimal};
-use tangent_train::data::Example;
-use tangent_train::plan::{Draft, Plan, TrainedSite, megabytes, memory_size};
 use tangent_train::trainer::{self, Outcome, Run};
 use tangent_train::twin::{Readiness, TwinOf};
 
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::open::examples;
+use crate::open::tell_unseen;
 use crate::profile;
 use crate::progress::{Progress, duration, say};
 
-pub use arguments::{DataArgs, RunArgs};
+pub use arguments::{DataArgs, MemorySize, RunArgs};
+pub use prepared::{Prepared, max_length};
 
 /// A run, as typed, and where it goes.
 #[derive(clap::Args)]
@@ -49,6 +49,18 @@ pub struct Args {
     /// Go on from the last checkpoint in the output folder.
     #[arg(long, alias = "resume-from-checkpoint", help_heading = "Run")]
     resume: bool,
+    /// Where hidden states of frozen layers are stored, for a network beside them (--method lst): the
+    /// layers run once for each row, in this run and in later ones with the same rows.
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
+    cache_activations: Option<PathBuf>,
+    /// Most that --cache-activations may store, as 10G or 500MiB; 20G if not given.
+    #[arg(
+        long,
+        value_name = "SIZE",
+        requires = "cache_activations",
+        help_heading = "Run"
+    )]
+    cache_limit: Option<MemorySize>,
     /// Print where the steps' time goes and write `trace.json` (Chrome's format) into the output.
     #[arg(long, help_heading = "Run")]
     profile: bool,
@@ -66,17 +78,23 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         .into());
     }
-    let prepared = Prepared::new(&args.run, typed.seed)?;
+    let prepared = Prepared::new(&args.run, &typed)?;
     describe(&prepared);
+    tell_unseen(&prepared.train, &prepared.eval);
     let config = match args.run.max_memory {
-        Some(_) => prepared.plan(&args.run, &typed)?.config,
+        Some(_) => {
+            let stored_states = args.cache_activations.is_some();
+            prepared.plan(&args.run, &typed, stored_states)?.config
+        }
         None => typed,
     };
     let settings = prepared.settings(&args.run, &config);
     let sites = prepared.sites();
+    let adapter_configs = prepared.adapter_configs();
+    let along = prepared.along();
     let Prepared {
         mut opened,
-        adapter_config,
+        prompt,
         adapter,
         train,
         eval,
@@ -99,16 +117,19 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if readiness == Readiness::Stopped {
         return Ok(ExitCode::from(130));
     }
+    let is_final = |adapter: &Adapter| {
+        let attached = adapter.each().iter().map(|part| &part.config);
+        attached.eq(&adapter_configs) && readiness != Readiness::Trained
+    };
     let adapter = match adapter {
-        Some(adapter) if adapter.config == adapter_config && readiness != Readiness::Trained => {
-            adapter
-        }
+        Some(adapter) if is_final(&adapter) => adapter,
         counted => {
             drop(counted);
             let resumed = args.resume.then_some((&*args.output, &settings));
             start::attach(
                 &mut *opened.model,
-                &adapter_config,
+                &adapter_configs,
+                prompt,
                 &train,
                 &config,
                 resumed,
@@ -116,6 +137,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
     };
     let stop = early.map_or_else(stop_flag, Ok)?;
+    if let Some(folder) = &args.cache_activations {
+        states::store(&mut *opened.model, &train, folder, args.cache_limit, &stop)?;
+    }
     let base = args.run.model.model.to_string_lossy().into_owned();
     let run = Run {
         opened: &opened,
@@ -137,7 +161,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.profile {
         show_profile(&args)?;
     }
-    finish(&args, &report)
+    finish(&args, &along, &report)
 }
 
 /// Refuses what cannot be predicted, before anything is opened.
@@ -151,165 +175,15 @@ pub fn check_predictable(args: &RunArgs) -> Result<(), Failure> {
     }
 }
 
-/// A run before anything trains: the model, the rows, and what is to train.
-pub struct Prepared {
-    /// The model.
-    pub opened: LanguageModel,
-    /// The settings of the adapter.
-    pub adapter_config: AdapterConfig,
-    /// What is attached to the model, with other start values where the run's take long to find;
-    /// nothing yet where every weight trains, since the trained copies are as large as the model.
-    adapter: Option<Adapter>,
-    /// What trains.
-    pub trained: Vec<TrainedSite>,
-    /// Rows to train on.
-    pub train: Vec<Example>,
-    /// Held-out rows.
-    pub eval: Vec<Example>,
-}
-
-impl Prepared {
-    /// Opens the model, reads the rows and chooses what trains, all of it checked.
-    pub fn new(args: &RunArgs, seed: u64) -> Result<Self, Failure> {
-        let adapter_config = args.method.adapter_config()?;
-        let mut opened = args.model.open()?;
-        let (train, eval) = rows(args, &opened)?;
-        check_patterns(&adapter_config, &opened.model.sites())?;
-        adapter_config.validate()?;
-        init::check(&adapter_config, &opened.model.sites())?;
-        let whole = methods::find(&adapter_config.method)?.whole_model;
-        let (adapter, trained) = if whole && reads_all(&adapter_config) {
-            (None, TrainedSite::whole_model(&*opened.model))
-        } else {
-            let adapter = attach(&mut *opened.model, &start::counted(&adapter_config)?, seed)?;
-            let trained = TrainedSite::of_adapter(&*opened.model, &adapter);
-            (Some(adapter), trained)
-        };
-        Ok(Self {
-            opened,
-            adapter_config,
-            adapter,
-            trained,
-            train,
-            eval,
-        })
-    }
-
-    /// The settings, as typed or chosen for `--max-memory`, and what the run takes with them.
-    pub fn plan(&self, args: &RunArgs, typed: &TrainConfig) -> Result<Plan, Failure> {
-        let draft = Draft {
-            model: &*self.opened.model,
-            trained: &self.trained,
-            adapter: &self.adapter_config,
-            train: &self.train,
-            eval: &self.eval,
-        };
-        let Some(limit) = args.max_memory else {
-            return Ok(draft.plan(typed)?);
-        };
-        let plan = draft.fit(typed, limit.bytes)?;
-        let chosen = match plan.config == *typed {
-            true => "settings as typed, ",
-            false => "",
-        };
-        say(format_args!(
-            "--max-memory {}: {chosen}steps of {}; predicted peak {}",
-            memory_size(limit.bytes),
-            plan.micro_batching(),
-            megabytes(plan.memory.peak()),
-        ));
-        Ok(plan)
-    }
-
-    /// The settings that a resumed run must repeat.
-    pub fn settings(&self, args: &RunArgs, config: &TrainConfig) -> Value {
-        let a = &self.adapter_config;
-        let mut settings = config.to_json();
-        let method = json!({
-            "method": a.method,
-            "model": args.model.model.to_string_lossy(),
-            "base_dtype": args.model.base_dtype.to_string(),
-            "device": args.model.device.to_string(),
-            "rank": a.rank,
-            "alpha": decimal(a.alpha),
-            "init": a.init,
-            "set": a.own.iter().map(|(k, v)| (k.clone(), json!(v.to_string()))).collect::<Value>(),
-            "use_rslora": a.use_rslora,
-            "dropout": decimal(a.dropout),
-            "target_modules": self.sites(),
-            "rank_pattern": pattern(&a.rank_pattern, |rank| json!(rank)),
-            "alpha_pattern": pattern(&a.alpha_pattern, decimal),
-            "bias": a.bias.name(),
-            "modules_to_save": a.modules_to_save,
-            "trainable_token_indices": a.trainable_tokens,
-            "data": trainer::fingerprint(&self.train),
-            "eval_data": trainer::fingerprint(&self.eval),
-            "train_on": args.data_args.train_on.to_string(),
-        });
-        if let (Value::Object(all), Value::Object(method)) = (&mut settings, method) {
-            all.extend(method);
-        }
-        settings
-    }
-
-    /// Paths of the sites that the method adapts.
-    fn sites(&self) -> Vec<String> {
-        match &self.adapter {
-            Some(adapter) => adapter.sites.clone(),
-            None => {
-                let own = self.trained.iter().filter(|site| site.parameters > 0);
-                own.map(|site| site.path.clone()).collect()
-            }
-        }
-    }
-}
-
-/// Numbers by pattern, in the order in which they were written: the first match counts.
-fn pattern<T: Copy>(pairs: &[(String, T)], number: impl Fn(T) -> Value) -> Value {
-    let pairs = pairs.iter();
-    pairs.map(|(name, n)| (name.clone(), number(*n))).collect()
-}
-
-/// Whether a method that trains every weight reads all settings that are not at their defaults;
-/// attaching refuses the others by name.
-fn reads_all(config: &AdapterConfig) -> bool {
-    let read = AdapterConfig {
-        method: config.method.clone(),
-        rank: config.rank,
-        alpha: config.alpha,
-        ..AdapterConfig::default()
-    };
-    *config == read
-}
-
-/// The longest row that is not cut, in tokens.
-pub fn max_length(args: &RunArgs, opened: &LanguageModel) -> usize {
-    let typed = args.data_args.max_length.get();
-    typed.min(opened.model.max_positions())
-}
-
-fn rows(args: &RunArgs, opened: &LanguageModel) -> Result<(Vec<Example>, Vec<Example>), Failure> {
-    let d = &args.data_args;
-    let length = max_length(args, opened);
-    let read = |files: &[PathBuf]| -> Result<Vec<Example>, Failure> {
-        if files.is_empty() {
-            return Ok(vec![]);
-        }
-        let length = Some(length);
-        examples(opened, files, d.train_on, length, d.allow_unsupervised)
-    };
-    let train = read(&args.data)?;
-    let mut eval = read(&args.eval_data)?;
-    eval.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
-    Ok((train, eval))
-}
-
 /// One line on what is about to happen.
 fn describe(prepared: &Prepared) {
     let sites = prepared.opened.model.sites();
     let own = sites.iter().filter(|s| s.tied_to.is_none());
     let all: usize = own.map(|s| s.weight.rows() * s.weight.cols()).sum();
-    let trained: usize = prepared.trained.iter().map(|s| s.parameters).sum();
+    let trained = match &prepared.adapter {
+        Some(adapter) => adapter.count(),
+        None => prepared.trained.iter().map(|s| s.parameters).sum(),
+    };
     let truncated = prepared.train.iter().filter(|e| e.truncated()).count();
     let note = match truncated {
         0 => String::new(),
@@ -317,7 +191,7 @@ fn describe(prepared: &Prepared) {
     };
     say(format_args!(
         "{} on {}: {} trained of {} parameters; {} rows{note}, {} held out",
-        prepared.adapter_config.method,
+        prepared.method_names(),
         prepared.opened.path.display(),
         amount(trained),
         amount(all),
@@ -363,11 +237,19 @@ fn show_profile(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn finish(args: &Args, report: &TrainReport) -> Result<ExitCode, Failure> {
+fn finish(args: &Args, along: &[String], report: &TrainReport) -> Result<ExitCode, Failure> {
     let output = args.output.display();
     let spent = duration(Duration::from_secs_f64(report.seconds));
     match report.outcome {
-        Outcome::Finished => say(format_args!("done in {spent}; the result is in {output}")),
+        Outcome::Finished => {
+            say(format_args!("done in {spent}; the result is in {output}"));
+            if !along.is_empty() {
+                say(format_args!(
+                    "what was trained along is in {} there; --adapter {output} takes all of it",
+                    along.join(", ")
+                ));
+            }
+        }
         Outcome::Interrupted => say(format_args!(
             "stopped after step {}; go on with --resume",
             report.steps

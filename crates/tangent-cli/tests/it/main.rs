@@ -3,16 +3,21 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod bad_input;
+mod combined;
 mod compare;
 mod convert;
 mod device;
+mod intrinsic;
 mod meter;
 mod outputs;
 mod plan;
+mod quantized;
 mod readme;
 mod real_model;
 mod resume;
+mod states;
 mod twin;
+mod virtual_tokens;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -88,3 +88,29 @@ fn ranks_from_readings_train_no_more_parameters() {
         place.run(&format!("{plan} {flags}")).refused(&words);
     }
 }
+
+#[test]
+fn methods_without_a_linear_map_of_their_own_refuse_the_meter() {
+    let place = Place::new();
+    let run = "--model tiny.gguf --data rows.jsonl --max-steps 3 --meter every=1";
+    for flags in [
+        "--method prompt-tuning --set num_virtual_tokens=4",
+        "--method lst --set reduction_factor=2",
+        "--method intrinsic --set dimension=20",
+        "--method norms",
+        "--method houlsby --set bottleneck_size=4",
+    ] {
+        let name = flags.split_whitespace().nth(1).unwrap();
+        for line in [
+            format!("plan {run} {flags}"),
+            format!("train {run} --output out {flags}"),
+        ] {
+            let words = ["--meter", name, "nothing can be read", "leave --meter out"];
+            place.run(&line).refused(&words);
+        }
+        assert!(!place.path("out").exists(), "{flags}");
+    }
+    // Linear maps that train in place are read.
+    place.train("chosen", "--method select --meter every=3");
+    assert_eq!(readings(&place, "chosen").len(), 1);
+}

@@ -519,6 +519,20 @@ fn methods_starts_and_optimizers_are_listed() {
     for name in ["lora", "full", "kaiming", "pissa", "adamw", "lora-pro"] {
         assert!(names.contains(&name), "{name}: {out}");
     }
+    let row = |name: &str| -> Vec<&str> {
+        let mut rows = out.lines().map(|line| line.split_whitespace().collect());
+        let row = rows.find(|row: &Vec<&str>| row.first() == Some(&name));
+        row.unwrap_or_default()
+    };
+    for (name, kind, peft_type) in [
+        ("lora", "weight", "LORA"),
+        ("houlsby", "activation", "(HOULSBY)"),
+        ("prefix-tuning", "prefix", "PREFIX_TUNING"),
+        ("lst", "side", "(LST)"),
+        ("bitfit", "select", "(SELECT)"),
+    ] {
+        assert_eq!(row(name).get(1..3), Some(&[kind, peft_type][..]), "{out}");
+    }
 }
 
 #[test]

@@ -1,13 +1,66 @@
 //! The tables of the README, held to the lists that they are of.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use tangent_peft::{INITS, METHODS};
+use tangent_peft::{Attach, INITS, METHODS, Method};
 use tangent_train::optim::RULES;
 
 /// Name, what it is, and paper.
 type Row = [&'static str; 3];
+
+/// Titles of the table of methods.
+const TITLES: &str =
+    "| method | trains | kind | parameters | merges | PEFT type | held to | paper (arXiv) |";
+
+/// A row of the table of methods.
+pub struct MethodRow {
+    pub id: String,
+    /// Trained values on SmolLM2-135M with the method's defaults; `None` if it has none there.
+    pub parameters: Option<usize>,
+    cells: Vec<String>,
+}
+
+impl MethodRow {
+    fn new(line: &str) -> Self {
+        let cells = line.trim_matches('|').split('|');
+        let cells: Vec<String> = cells.map(|cell| cell.trim().to_owned()).collect();
+        let parameters = match &cells[3][..] {
+            "-" => None,
+            number => Some(number.replace(',', "").parse().unwrap()),
+        };
+        Self {
+            id: cells[0].trim_matches('`').to_owned(),
+            parameters,
+            cells,
+        }
+    }
+}
+
+/// The folder of the repository.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The tables of the section on methods.
+fn tables() -> Vec<String> {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let section = readme
+        .split("\n## ")
+        .find(|text| text.starts_with("Methods\n"))
+        .unwrap();
+    let blocks = section.split("\n\n").map(str::trim);
+    let tables = blocks.filter(|block| block.starts_with('|'));
+    tables.map(str::to_owned).collect()
+}
+
+/// The rows of the table of methods.
+pub fn methods() -> Vec<MethodRow> {
+    let tables = tables();
+    let table = tables.iter().find(|table| table.starts_with(TITLES));
+    let table = table.unwrap_or_else(|| panic!("README.md: no table begins with\n{TITLES}"));
+    table.lines().skip(2).map(MethodRow::new).collect()
+}
 
 /// A table with these titles of its first two columns.
 fn table([name, what]: [&str; 2], rows: impl Iterator<Item = Row>) -> String {
@@ -19,29 +72,68 @@ fn table([name, what]: [&str; 2], rows: impl Iterator<Item = Row>) -> String {
     lines.join("\n")
 }
 
+/// The type of a method's files, in brackets if PEFT does not know it.
+fn peft_type(method: &Method) -> String {
+    match &method.peft {
+        None => "-".to_owned(),
+        Some(kind) if kind.known_to_peft => format!("`{}`", kind.name),
+        Some(kind) => format!("(`{}`)", kind.name),
+    }
+}
+
+fn merges(method: &Method) -> &'static str {
+    match method.attach {
+        _ if method.whole_model => "-",
+        Attach::Weight(_) | Attach::Select(_) => "yes",
+        Attach::Activation(_) | Attach::Prefix(_) | Attach::Side(_) => "no",
+    }
+}
+
 #[test]
-fn tables_of_methods_are_those_of_the_lists() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
-    let readme = fs::read_to_string(path).unwrap();
-    let section = readme
-        .split("\n## ")
-        .find(|text| text.starts_with("Methods\n"))
-        .unwrap();
-    let blocks = section.split("\n\n").map(str::trim);
-    let found: Vec<&str> = blocks.filter(|block| block.starts_with('|')).collect();
-    let methods = METHODS.iter().map(|m| [m.id, m.summary, m.paper]);
+fn the_table_of_methods_is_that_of_the_list() {
+    let rows = methods();
+    let ids: Vec<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+    let listed: Vec<&str> = METHODS.iter().map(|method| method.id).collect();
+    assert_eq!(ids, listed, "README.md, section \"Methods\"");
+    for (row, method) in rows.iter().zip(METHODS) {
+        let number = row
+            .parameters
+            .map_or("-".to_owned(), tangent_train::plan::grouped);
+        let want = [
+            format!("`{}`", method.id),
+            method.summary.to_owned(),
+            method.attach.kind().to_owned(),
+            number,
+            merges(method).to_owned(),
+            peft_type(method),
+            row.cells[6].clone(),
+            method.paper.to_owned(),
+        ];
+        assert_eq!(row.cells, want, "README.md, section \"Methods\"");
+        let reference = row.cells[6].rsplit_once("](").unwrap().1;
+        let path = root().join(reference.trim_end_matches(')'));
+        assert!(path.exists(), "{}: {}", row.id, path.display());
+    }
+}
+
+#[test]
+fn tables_of_starts_and_optimizers_are_those_of_the_lists() {
+    let found = tables();
     let inits = INITS.iter().map(|i| [i.id, i.summary, i.paper]);
     let rules = RULES.iter().map(|r| [r.id, r.summary, r.paper]);
     let wanted = [
-        table(["method", "trains"], methods),
         table(["start values", "A and B"], inits),
         table(["optimizer", "moves by"], rules),
     ];
     for want in &wanted {
         assert!(
-            found.contains(&want.as_str()),
+            found.contains(want),
             "README.md, section \"Methods\", should have this table:\n\n{want}\n"
         );
     }
-    assert_eq!(found.len(), wanted.len(), "README.md: tables of methods");
+    assert_eq!(
+        found.len(),
+        1 + wanted.len(),
+        "README.md: tables of methods"
+    );
 }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use tangent_model::generate::{Sampling, argmax, generate};
 use tangent_model::{BaseDtype, Batch, LanguageModel, Pass, forward};
+use tangent_peft::{AdapterConfig, PeftError, attach, methods};
+use tangent_train::plan::TrainedSite;
 
 /// The file that the values belong to, or a loud note that these tests did not run.
 pub fn path() -> Option<PathBuf> {
@@ -102,5 +104,32 @@ fn rows_of_a_batch_never_see_each_other() {
         .collect();
     for (a, b) in together.iter().zip(&alone) {
         assert!((a - b).abs() < 1e-3, "{a} against {b}");
+    }
+}
+
+#[test]
+fn methods_train_as_many_parameters_as_the_readme_says() {
+    let Some(mut opened) = open() else { return };
+    for row in crate::readme::methods() {
+        let method = methods::find(&row.id).unwrap();
+        let config = AdapterConfig {
+            method: method.id.into(),
+            rank: method.rank,
+            alpha: 2.0 * method.rank as f32,
+            targets: method.usual_targets(),
+            ..AdapterConfig::default()
+        };
+        let count = if method.whole_model {
+            let trained = TrainedSite::whole_model(&*opened.model);
+            Some(trained.iter().map(|site| site.parameters).sum())
+        } else {
+            match attach(&mut *opened.model, &config, 1) {
+                Ok(adapter) => Some(adapter.count()),
+                // It has no bias.
+                Err(PeftError::Site { .. }) => None,
+                Err(error) => panic!("{}: {error}", row.id),
+            }
+        };
+        assert_eq!(count, row.parameters, "{}", row.id);
     }
 }

@@ -188,6 +188,21 @@ fn killed_runs_with_start_values_from_the_data_end_in_the_same_bytes() {
 }
 
 #[test]
+fn killed_runs_of_an_encoder_end_in_the_same_bytes() {
+    let extra = [
+        "--max-steps",
+        "80",
+        "--save-steps",
+        "4",
+        "--method",
+        "p-tuning",
+        "--set",
+        "num_virtual_tokens=4",
+    ];
+    check_kills(&extra, ADAPTER);
+}
+
+#[test]
 fn killed_full_runs_end_in_the_same_bytes() {
     let extra = [
         "--method",

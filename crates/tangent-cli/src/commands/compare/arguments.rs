@@ -56,8 +56,8 @@ pub struct Args {
     /// Runs of each method with its learning rate, each with a seed of its own from --seed on.
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub seeds: usize,
-    /// Further ranks (of oft: block sizes) at which the learning rates are tried, for a quarter of
-    /// the steps.
+    /// Further ranks, or what a method has in the place of one (blocks, dimensions, virtual tokens,
+    /// bottlenecks), at which the learning rates are tried, for a quarter of the steps.
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "RANKS")]
     pub ranks: Vec<NonZeroUsize>,
     /// Readings of the meter (kappa) in each full run with the first seed; 0 takes none. CPU only.
@@ -101,7 +101,8 @@ struct AdapterArgs {
     /// Dropout on the adapter's input, where a method has it.
     #[arg(long, alias = "lora-dropout", default_value_t = 0.0, value_name = "P")]
     dropout: f32,
-    /// Modules to adapt: names, globs, attention, mlp, all-linear.
+    /// Modules to adapt: names, globs, attention, mlp, all-linear; each method's own default if not
+    /// given.
     #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', default_value = "all-linear", value_name = "NAMES")]
     target_modules: Vec<String>,
     /// Modules to leave out.
@@ -111,7 +112,7 @@ struct AdapterArgs {
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Optimization")]
-struct OptimizationArgs {
+pub struct OptimizationArgs {
     /// After the warm-up: constant, linear, cosine.
     #[arg(long, alias = "lr-scheduler", default_value = "linear")]
     lr_scheduler_type: Schedule,
@@ -197,6 +198,64 @@ fn parameters(text: &str) -> Option<usize> {
     (1.0..=1e15).contains(&count).then_some(count as usize)
 }
 
+/// The learning rates of a flag: auto, or a list.
+///
+/// # Errors
+/// If one is not a number above 0.
+pub fn rates(flag: &str, typed: &[String]) -> Result<Rates, Failure> {
+    if typed == ["auto"] {
+        return Ok(Rates::Auto);
+    }
+    let rates = typed.iter().map(|text| {
+        let rate = text
+            .parse()
+            .ok()
+            .filter(|r: &f64| r.is_finite() && *r > 0.0);
+        rate.ok_or_else(|| {
+            let why = "expected auto alone, or numbers above 0";
+            Failure::Request(format!("{flag} {text}: {why}"))
+        })
+    });
+    Ok(Rates::List(rates.collect::<Result<_, _>>()?))
+}
+
+impl OptimizationArgs {
+    /// So many steps, or passes over the data.
+    ///
+    /// # Errors
+    /// If both are given.
+    pub fn length(&self, steps: Option<usize>) -> Result<Length, Failure> {
+        match (steps, self.num_train_epochs) {
+            (Some(steps), Some(epochs)) => Err(Failure::Request(format!(
+                "--num-train-epochs {epochs} and --budget steps={steps} are two budgets; keep one"
+            ))),
+            (Some(steps), None) => Ok(Length::Steps(steps)),
+            (None, epochs) => Ok(Length::Epochs(epochs.unwrap_or(3.0))),
+        }
+    }
+
+    /// The checked settings of the training loop.
+    ///
+    /// # Errors
+    /// If one is out of its range.
+    pub fn train_config(&self, data: &DataArgs, length: Length) -> Result<TrainConfig, Failure> {
+        let train = TrainConfig {
+            schedule: self.lr_scheduler_type,
+            warmup: Warmup::Ratio(self.warmup_ratio),
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+            batching: data.batching(),
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            length,
+            activation_checkpointing: self.activation_checkpointing,
+            seed: self.seed,
+            ..TrainConfig::default()
+        };
+        train.validate()?;
+        Ok(train)
+    }
+}
+
 impl Args {
     /// What every run may take.
     pub fn budget(&self) -> Budget {
@@ -212,20 +271,7 @@ impl Args {
     /// # Errors
     /// If one is not a number above 0.
     pub fn rates(&self) -> Result<Rates, Failure> {
-        if self.learning_rates == ["auto"] {
-            return Ok(Rates::Auto);
-        }
-        let rates = self.learning_rates.iter().map(|text| {
-            let rate = text
-                .parse()
-                .ok()
-                .filter(|r: &f64| r.is_finite() && *r > 0.0);
-            rate.ok_or_else(|| {
-                let why = "expected auto alone, or numbers above 0";
-                Failure::Request(format!("--learning-rates {text}: {why}"))
-            })
-        });
-        Ok(Rates::List(rates.collect::<Result<_, _>>()?))
+        rates("--learning-rates", &self.learning_rates)
     }
 
     /// Rows to take out of `rows` training rows: none if there is nothing to choose by them.
@@ -254,27 +300,15 @@ impl Args {
             (Some(BudgetArg::Steps(steps)), None) => Length::Steps(steps),
             (_, epochs) => Length::Epochs(epochs.unwrap_or(3.0)),
         };
-        let train = TrainConfig {
-            schedule: o.lr_scheduler_type,
-            warmup: Warmup::Ratio(o.warmup_ratio),
-            weight_decay: o.weight_decay,
-            max_grad_norm: o.max_grad_norm,
-            batching: self.data_args.batching(),
-            gradient_accumulation_steps: o.gradient_accumulation_steps,
-            length,
-            activation_checkpointing: o.activation_checkpointing,
-            seed: o.seed,
-            ..TrainConfig::default()
-        };
-        train.validate()?;
+        let train = o.train_config(&self.data_args, length)?;
         let exclude = &a.exclude_modules;
         Ok(Shared {
             adapter: AdapterConfig {
                 dropout: a.dropout,
-                targets: Targets::parse(&a.target_modules),
                 exclude: (!exclude.is_empty()).then(|| Targets::parse(exclude)),
                 ..AdapterConfig::default()
             },
+            targets: (!a.target_modules.is_empty()).then(|| Targets::parse(&a.target_modules)),
             rank: a.rank.map(NonZeroUsize::get),
             alpha: a.alpha,
             train,

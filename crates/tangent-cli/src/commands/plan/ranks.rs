@@ -54,7 +54,9 @@ impl Choice {
                 file.display()
             )));
         }
-        let places = prepared.trained.iter().filter_map(|site| {
+        // What other methods adapt along has no rank here.
+        let own = prepared.trained.iter().filter(|site| site.part == 0);
+        let places = own.filter_map(|site| {
             Some(Place {
                 site: site.path.clone(),
                 shape: site.shape,

@@ -44,6 +44,10 @@ pub struct RunArgs {
     pub json: bool,
     #[command(flatten)]
     pub method: MethodArgs,
+    /// A method that trains along, with settings of its own: prompt-tuning:num_virtual_tokens=8.
+    /// May be given several times.
+    #[arg(long, value_name = "METHOD[:NAME=VALUE,...]", help_heading = "Method")]
+    pub also: Vec<String>,
     #[command(flatten)]
     pub data_args: DataArgs,
     #[command(flatten)]
@@ -73,8 +77,9 @@ pub struct MethodArgs {
     /// Start values of the low-rank factors; see `tangent methods`.
     #[arg(long, default_value = "kaiming", alias = "init-lora-weights")]
     pub init: String,
-    /// A setting of the method or of its start values, as NAME=VALUE; see `tangent methods`.
-    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAME=VALUE")]
+    /// A setting of the method or of its start values, as NAME=VALUE, or several with commas
+    /// between them; see `tangent methods`.
+    #[arg(long, num_args = 1.., value_name = "NAME=VALUE")]
     pub set: Vec<String>,
     /// Scale by alpha / sqrt(rank).
     #[arg(long, alias = "peft-use-rslora")]
@@ -82,8 +87,9 @@ pub struct MethodArgs {
     /// Dropout on the adapter's input.
     #[arg(long, alias = "lora-dropout", default_value_t = 0.0, value_name = "P")]
     pub dropout: f32,
-    /// Modules to adapt: names, globs, attention, mlp, all-linear.
-    #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', default_value = "all-linear", value_name = "NAMES")]
+    /// Modules to adapt: names, globs, attention, mlp, all-linear; the method's own default if not
+    /// given, all-linear for LoRA.
+    #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
     pub target_modules: Vec<String>,
     /// Modules to leave out.
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
@@ -284,14 +290,14 @@ impl MethodArgs {
         }
         let rank = self.rank.unwrap_or(method.rank);
         let init = init::find(&self.init)?;
-        let pairs = self.set.iter().map(|pair| {
-            pair.split_once('=').ok_or_else(|| {
+        let pairs = self.set.iter().map(|typed| {
+            setting::pairs(typed).map_err(|pair| {
                 Failure::Request(format!(
                     "--set {pair}: expected a name and a value, NAME=VALUE"
                 ))
             })
         });
-        let pairs = pairs.collect::<Result<Vec<_>, Failure>>()?;
+        let pairs = pairs.collect::<Result<Vec<_>, Failure>>()?.concat();
         Ok(AdapterConfig {
             // As the lists have them, however they were typed: runs are resumed by these.
             method: method.id.into(),
@@ -301,7 +307,10 @@ impl MethodArgs {
             own: setting::parse(pairs, method.settings.iter().chain(init.settings))?,
             use_rslora: self.use_rslora,
             dropout: self.dropout,
-            targets: Targets::parse(&self.target_modules),
+            targets: match self.target_modules.as_slice() {
+                [] => method.usual_targets(),
+                typed => Targets::parse(typed),
+            },
             exclude: (!self.exclude_modules.is_empty())
                 .then(|| Targets::parse(&self.exclude_modules)),
             layers: None,

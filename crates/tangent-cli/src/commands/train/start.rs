@@ -6,8 +6,10 @@ use std::time::Instant;
 use serde_json::Value;
 use tangent_model::family::Model;
 use tangent_peft::init::{self, Needs};
-use tangent_peft::{Adapter, AdapterConfig, Start, attach_from, methods};
+use tangent_peft::methods::{self, Side};
+use tangent_peft::{Adapter, AdapterConfig, Attach, Start, attach_all};
 use tangent_train::TrainConfig;
+use tangent_train::checkpoint;
 use tangent_train::data::Example;
 use tangent_train::evidence::{self, Evidence};
 
@@ -16,6 +18,11 @@ use crate::progress::{duration, say};
 
 /// The settings with which as much trains, and whose start values cost nothing.
 pub fn counted(config: &AdapterConfig) -> Result<AdapterConfig, Failure> {
+    if let Some(side) = side_of_data(config)? {
+        let mut plain = config.clone();
+        plain.own.remove(side.setting);
+        return Ok(plain);
+    }
     if !init::find(&config.init)?.is_kept() {
         return Ok(config.clone());
     }
@@ -31,27 +38,54 @@ pub fn counted(config: &AdapterConfig) -> Result<AdapterConfig, Failure> {
     })
 }
 
-/// Attaches with the start values of the run in the folder `resumed`; computes those that it has
-/// not kept, or that a new run begins with. `settings` are those that a resumed run must repeat.
+/// The network beside the layers that is to be attached, if its start values look at training data.
+fn side_of_data(config: &AdapterConfig) -> Result<Option<Side>, Failure> {
+    match methods::find(&config.method)?.attach {
+        Attach::Side(side) => Ok((side.rows)(config)?.map(|_| side)),
+        _ => Ok(None),
+    }
+}
+
+/// Attaches adapters that train together, with the start values of the run in the folder `resumed`;
+/// computes those that it has not kept, or that a new run begins with. `settings` are those that a
+/// resumed run must repeat, `prompt` the tokens that virtual ones begin with.
 pub fn attach(
     model: &mut dyn Model,
-    adapter: &AdapterConfig,
+    adapters: &[AdapterConfig],
+    prompt: Vec<u32>,
     train: &[Example],
     config: &TrainConfig,
     resumed: Option<(&Path, &Value)>,
 ) -> Result<Adapter, Failure> {
-    let mut adapter = adapter.clone();
-    let kept = match resumed {
-        Some((output, settings)) => {
-            evidence::load(output, model, &mut adapter, settings, config.seed)?
+    let begun = |(output, _): (&Path, _)| !checkpoint::list(output).is_empty();
+    let is_begun = resumed.is_some_and(begun);
+    let mut adapters = adapters.to_vec();
+    let mut start = Start {
+        seed: config.seed,
+        prompt,
+        ..Start::default()
+    };
+    for adapter in &mut adapters {
+        if is_begun && side_of_data(adapter)?.is_some() {
+            // All of its tensors train, so they come with the checkpoint.
+            *adapter = counted(adapter)?;
+            continue;
         }
-        None => None,
-    };
-    let start = match kept {
-        Some(start) => start,
-        None => computed(model, &mut adapter, train, config)?,
-    };
-    Ok(attach_from(model, &adapter, &start)?)
+        let kept = match resumed {
+            Some((output, settings)) => {
+                evidence::load(output, model, adapter, settings, config.seed)?
+            }
+            None => None,
+        };
+        let own = match kept {
+            Some(own) => own,
+            None => computed(model, adapter, train, config)?,
+        };
+        // A site has one method, and a tensor one name.
+        start.factors.extend(own.factors);
+        start.values.extend(own.values);
+    }
+    Ok(attach_all(model, &adapters, &start)?)
 }
 
 /// Computes start values and tells how long it took, if they are of those that take long.
@@ -62,17 +96,20 @@ fn computed(
     config: &TrainConfig,
 ) -> Result<Start, Failure> {
     let init = init::find(&adapter.init)?;
-    let rows = match init.needs {
-        Needs::Nothing => 0,
-        _ => init::rows(adapter)?,
-    };
-    let looked_at = Evidence::first(train, config, rows);
+    let looked_at = Evidence::first(train, config, evidence::rows(adapter)?);
     let clock = Instant::now();
     let start = evidence::start(model, adapter, train, &looked_at, config.seed)?;
     let (weights, spent) = (start.factors.len(), duration(clock.elapsed()));
+    if !start.values.is_empty() {
+        say(format_args!(
+            "start values of {} tensors from gradients of {} rows in {spent}",
+            start.values.len(),
+            looked_at.rows(),
+        ));
+    }
     match init.needs {
         Needs::Nothing if weights == 0 => {}
-        Needs::Nothing => say(format_args!(
+        Needs::Nothing | Needs::Original => say(format_args!(
             "{}: factors of {weights} weights in {spent}",
             init.id
         )),
@@ -91,6 +128,23 @@ mod tests {
     use tangent_peft::SettingValue;
 
     use super::*;
+
+    #[test]
+    fn counting_a_side_network_needs_no_data() {
+        let number = SettingValue::Number;
+        let config = AdapterConfig {
+            method: "lst".into(),
+            own: [
+                ("start".to_owned(), SettingValue::text("fisher")),
+                ("reduction_factor".to_owned(), number(4.0)),
+            ]
+            .into(),
+            ..AdapterConfig::default()
+        };
+        let plain = counted(&config).unwrap();
+        assert!(side_of_data(&plain).unwrap().is_none());
+        assert_eq!(plain.own["reduction_factor"], number(4.0));
+    }
 
     #[test]
     fn counting_needs_no_data() {

@@ -345,7 +345,7 @@ fn adapters_for_another_base() {
         ),
         (
             "peft_type",
-            json!("IA3"),
+            json!("BOFT"),
             ["adapter_config.json", "\"peft_type\"", "not supported"],
         ),
     ] {

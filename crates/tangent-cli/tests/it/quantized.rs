@@ -1,0 +1,69 @@
+//! Bases that are quantized when they are opened: trained on, merged, resumed.
+
+use crate::Place;
+
+/// The loss of a model on `rows.jsonl`.
+#[track_caller]
+fn loss(place: &Place, model: &str) -> f64 {
+    let report = place.run(&format!("eval --data rows.jsonl --json --model {model}"));
+    report.json()["loss"].as_f64().unwrap()
+}
+
+#[test]
+fn an_adapter_of_a_quantized_base_is_merged_onto_either() {
+    for kind in ["nf4", "fp4", "int8"] {
+        let place = Place::new();
+        let base = format!("tiny.gguf --base-dtype {kind}");
+        place.train("a", &format!("--base-dtype {kind} --rank 4"));
+        let adapted = loss(&place, &format!("{base} --adapter a"));
+        assert!(loss(&place, &base) - adapted > 0.1, "{kind}: it learns");
+
+        let merge = format!("merge --model {base} --adapter a --output");
+        place
+            .run(&format!("{merge} out"))
+            .refused(&["--onto original", "--onto dequantized"]);
+        let merged = |onto: &str| {
+            let out = place.run(&format!("{merge} {onto} --onto {onto}"));
+            let out = out.succeeded();
+            assert!(out.contains(&format!("merged onto the {onto} weights")));
+            loss(&place, onto)
+        };
+        let dequantized = merged("dequantized");
+        assert!((dequantized - adapted).abs() < 1e-4, "{kind}");
+        let original = merged("original");
+        let plain = loss(&place, "tiny.gguf --adapter a");
+        assert!((original - plain).abs() < 1e-4, "{kind}");
+        assert!(original != dequantized, "{kind}");
+    }
+}
+
+#[test]
+fn what_quantization_lost_is_taken_back_and_kept_for_a_resumed_run() {
+    let place = Place::new();
+    place.train("a", "--base-dtype nf4 --init loftq --rank 8 --save-steps 1");
+    assert!(place.path("a/start.safetensors").exists());
+    place.train(
+        "a",
+        "--base-dtype nf4 --init loftq --rank 8 --save-steps 1 --resume",
+    );
+    let train = "train --data rows.jsonl --max-steps 1 --output b --init loftq";
+    place
+        .run(&format!("{train} --model tiny.gguf"))
+        .refused(&["--base-dtype nf4", "q_proj"]);
+}
+
+#[test]
+fn what_would_be_lost_is_refused() {
+    let place = Place::new();
+    place.hugging_face_folder();
+    place
+        .run("unmerge --model hf --adapter adapter --base-dtype nf4 --output out")
+        .refused(&["--base-dtype nf4", "leave it out"]);
+    place
+        .run("merge --model hf --adapter adapter --onto dequantized --output out")
+        .refused(&["--onto dequantized", "--base-dtype"]);
+    place
+        .run("eval --model hf --data rows.jsonl --base-dtype int4")
+        .refused(&["int4", "nf4, fp4, int8"]);
+    assert!(!place.path("out").exists());
+}
