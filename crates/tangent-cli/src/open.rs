@@ -71,11 +71,21 @@ impl ModelArgs {
     ) -> Result<(LanguageModel, Option<Adapter>), Failure> {
         let mut opened = self.open()?;
         let adapter = match adapter {
-            Some(dir) => Some(peft_format::load(&mut *opened.model, dir)?),
+            Some(dir) => Some(load(&mut opened, dir)?),
             None => None,
         };
         Ok((opened, adapter))
     }
+}
+
+/// Attaches the adapter of a folder, and tells of a base that was held in another way in training.
+pub fn load(opened: &mut LanguageModel, dir: &Path) -> Result<Adapter, Failure> {
+    let adapter = peft_format::load(&mut *opened.model, dir)?;
+    let base = peft_format::trained_on(dir)?;
+    if let Some(note) = base.and_then(|base| base.note(&*opened.model)) {
+        say(format_args!("warning: {}: {note}", dir.display()));
+    }
+    Ok(adapter)
 }
 
 /// Starts the pool that products run on; 0 takes a thread for each core. A command that opens

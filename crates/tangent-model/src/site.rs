@@ -23,6 +23,16 @@ pub enum SiteKind {
     Norm,
 }
 
+/// A product that an adapter adds to a weight `(d_out, d_in)`: `scaling * B A`.
+pub struct LowRank {
+    /// `(d_out, k)`.
+    pub b: Tensor<2>,
+    /// `(k, d_in)`.
+    pub a: Tensor<2>,
+    /// What multiplies the product.
+    pub scaling: f32,
+}
+
 /// What an adapter does at a site with a weight: its definition, and fast paths held to it.
 pub trait WeightAdapter: Send + Sync {
     /// The definition: the effective weight as a function of the frozen one.
@@ -58,6 +68,12 @@ pub trait WeightAdapter: Send + Sync {
     /// that it can be taken out of a merged weight again.
     fn is_additive(&self) -> bool {
         false
+    }
+
+    /// What the definition adds to the frozen weight, exactly, where the parameters give it as a
+    /// product of two factors.
+    fn low_rank(&self, _pass: &Pass) -> Option<LowRank> {
+        None
     }
 
     /// The frozen weight of which the definition makes `effective`; `None` where that does not
@@ -163,6 +179,11 @@ impl Site {
     /// The attached adapter.
     pub fn attached(&self) -> Option<Arc<dyn WeightAdapter>> {
         self.adapter.clone()
+    }
+
+    /// The bias that trains in place.
+    pub fn attached_bias(&self) -> Option<Parameter> {
+        self.trained_bias.clone()
     }
 
     /// Whether anything of this site trains.

@@ -6,14 +6,13 @@
 //! W: (d_out, d_in) frozen, W' with the adapter      A: (rank, d_in)      B: (d_out, rank)
 //! ```
 //!
-//! LoRA's and AdaLoRA's change is a product of two thin factors already and is taken as it is; one
-//! of a larger rank than asked for is truncated through QR decompositions of its factors. Of every
-//! other method the dense change is decomposed, one site at a time, and `B = U sqrt(S)`,
+//! Where an adapter gives its change as a product of two factors (LoRA, AdaLoRA, Monarch), these are
+//! taken as they are; if their rank is larger than asked for, they are truncated through their QR
+//! decompositions. Of every other method the dense change is decomposed, one site at a time, and `B = U sqrt(S)`,
 //! `A = sqrt(S) V^T` of its largest singular triplets. What is lost, `|D - B A|`, is measured on the
 //! rounded factors, as they are written.
 
 mod change;
-mod products;
 
 use std::collections::BTreeMap;
 
@@ -257,10 +256,7 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
             None => Wanted::Own(own_rank(adapter, site)?),
         };
         let part = part_at(adapter, &site.path);
-        let change = match products::of(part, &site.path) {
-            Some(product) => Change::Thin(product),
-            None => Change::of(site, &pass),
-        };
+        let change = Change::of(site, &pass);
         match converted(&change, site, &part.config, wanted)? {
             Some((site, factors)) => {
                 found.sites.push(site);

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use tangent_model::folder::FolderError;
+use tangent_ops::Quantization;
 
 use crate::name::Unknown;
 
@@ -153,7 +154,8 @@ pub enum PeftError {
     },
     /// An initialization that was given nothing to look at.
     #[error(
-        "{site}: initialization {init} needs {needs} of the training data, which are not there"
+        "{site}: initialization {init} needs {needs} of the training data, which are not there; \
+         start it with rows (tangent train --data), or choose another initialization"
     )]
     NoEvidence {
         /// Site.
@@ -235,6 +237,21 @@ pub enum PeftError {
         path: PathBuf,
         /// The system's answer.
         source: std::io::Error,
+    },
+    /// An adapter that began with what the quantization of its base lost, on a base that is held in
+    /// another way.
+    #[error(
+        "{path}: the adapter began with what {expected} lost of its base, and this base is held \
+         {got}; hold it with --base-dtype {expected}",
+        path = path.display()
+    )]
+    BaseDtype {
+        /// `adapter_config.json`.
+        path: PathBuf,
+        /// How the base was held in training.
+        expected: Quantization,
+        /// How this one is held, in words.
+        got: String,
     },
     /// A folder without an adapter.
     #[error("{path} is not an adapter; {why}", path = path.display())]

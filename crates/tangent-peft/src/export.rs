@@ -334,10 +334,11 @@ pub struct Drift {
 /// Writes a model whose weights hold the merged adapter `A` without it, or with `B` in its place.
 ///
 /// `removed` and, if given, `added` are the merged model opened once more with the adapter
-/// attached.
+/// attached. Only the removed one must be one that can be taken out again.
 ///
 /// # Errors
-/// If an adapter cannot be taken out of a merged weight, or the system refuses.
+/// If it cannot be taken out of a merged weight, one of them is no change of weights, or the system
+/// refuses.
 pub fn write_without(
     folder: &NewFolder,
     removed: &LanguageModel,
@@ -345,22 +346,24 @@ pub fn write_without(
     dtype: WriteDtype,
 ) -> Result<Drift, PeftError> {
     let pass = Pass::inference(&removed.model.device());
-    for opened in std::iter::once(removed).chain(added) {
-        check_mergeable(&*opened.model)?;
-        let mut sites = opened.model.sites().into_iter();
-        if let Some(site) = sites.find(|site| !site.is_removable(&pass)) {
-            return Err(PeftError::NotSubtractable {
-                site: site.path.clone(),
-                why: "what was trained replaced, turned or erased the original weight, which is \
-                      not in the merged model",
-            });
-        }
+    check_mergeable(&*removed.model)?;
+    if let Some(added) = added {
+        // It need not be removable: all that it computes is known.
+        check_mergeable(&*added.model)?;
+    }
+    let mut sites = removed.model.sites().into_iter();
+    if let Some(site) = sites.find(|site| !site.is_removable(&pass)) {
+        return Err(PeftError::NotSubtractable {
+            site: site.path.clone(),
+            why: "what was trained replaced, turned or erased the original weight, which is \
+                  not in the merged model",
+        });
     }
     let drift = std::sync::Mutex::new(Drift::default());
     let added_sites = added.map(|a| a.model.sites());
     let other = |site: &Site| {
         let mut sites = added_sites.iter().flatten().copied();
-        sites.find(|s| s.path == site.path && s.is_adapted())
+        sites.find(|s| s.path == site.path && s.is_trained())
     };
     let result = |site: &Site| -> Vec<f32> {
         let mut values = match site.weight_without(&pass) {
@@ -386,10 +389,11 @@ pub fn write_without(
     };
     let bias = |site: &Site| {
         let bias = site.bias_without(&pass);
-        match other(site) {
-            Some(other) => other.effective_bias_on(bias, &pass),
-            None => bias,
-        }
+        let Some(other) = other(site) else {
+            return bias;
+        };
+        let trained = other.attached_bias().map(|trained| pass.value(&trained));
+        other.effective_bias_on(trained.or(bias), &pass)
     };
     // Either adapter may part the head from the embedding.
     let tied = stays_tied(&*removed.model) && added.is_none_or(|a| stays_tied(&*a.model));

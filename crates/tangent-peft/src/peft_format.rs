@@ -3,6 +3,7 @@
 
 mod card;
 mod settings;
+mod trained_on;
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -23,6 +24,7 @@ use crate::methods::{Attach, PeftType, ia3, norms, virtual_tokens};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
 pub use settings::{Fields, read_config};
+pub use trained_on::{TrainedOn, trained_on};
 
 /// Version of PEFT whose format is written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -47,7 +49,8 @@ struct Stored {
 }
 
 /// Attaches the adapter in the folder `dir` to the model that it was trained for, with those inside
-/// of it that were trained along.
+/// of it that were trained along. [`trained_on()`] tells of a base that was held in another way than
+/// the model's.
 ///
 /// # Errors
 /// If the files are malformed, ask for what is not supported, or were made for another base.
@@ -90,6 +93,11 @@ fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, P
         .iter()
         .map(|folder| read_config(&folder.join(CONFIG)));
     let configs = configs.collect::<Result<Vec<AdapterConfig>, PeftError>>()?;
+    if base == Base::Original {
+        folders
+            .iter()
+            .try_for_each(|folder| trained_on::check(&*model, folder))?;
+    }
     let start = Start {
         from_file: true,
         ..Start::default()
@@ -304,7 +312,7 @@ pub fn config_json(adapter: &Adapter, model: &dyn Model, base: &str) -> Value {
         names => json!(names),
     };
     let every = [
-        ("auto_mapping", Value::Null),
+        (trained_on::RECORD, trained_on::to_json(adapter, model)),
         ("base_model_name_or_path", json!(base)),
         ("inference_mode", json!(true)),
         ("peft_type", json!(kind.name)),
@@ -399,7 +407,7 @@ pub fn write(
         };
         folder.create_folder(&within)?;
         write_part(folder, &within, part, model, base)?;
-        let card = card::card(parts, index, base);
+        let card = card::card(parts, index, (base, trained_on::quantization(model)));
         folder.write(&format!("{within}{CARD}"), card.as_bytes())?;
     }
     Ok(())

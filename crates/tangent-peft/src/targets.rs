@@ -129,12 +129,7 @@ impl Matcher {
     }
 
     fn regex(pattern: &str) -> Result<Self, PeftError> {
-        let whole = regex::Regex::new(&format!("^(?:{pattern})$"));
-        let whole = whole.map_err(|e| PeftError::Pattern {
-            pattern: pattern.to_owned(),
-            why: e.to_string(),
-        })?;
-        Ok(Self::Regex(pattern.into(), whole))
+        Ok(Self::Regex(pattern.into(), whole_path(pattern)?))
     }
 
     fn text(&self) -> &str {
@@ -155,6 +150,15 @@ impl Matcher {
             }
         }
     }
+}
+
+/// The regular expression that a pattern of whole paths stands for.
+pub(crate) fn whole_path(pattern: &str) -> Result<regex::Regex, PeftError> {
+    let whole = regex::Regex::new(&format!("^(?:{pattern})$"));
+    whole.map_err(|e| PeftError::Pattern {
+        pattern: pattern.to_owned(),
+        why: e.to_string(),
+    })
 }
 
 /// Whether `path` is `name` or ends with it after a dot.

@@ -13,7 +13,7 @@ use tangent_peft::peft_format;
 use tangent_train::plan::grouped;
 
 use crate::failure::Failure;
-use crate::open::ModelArgs;
+use crate::open::{ModelArgs, load};
 
 /// What to convert, and to what.
 #[derive(clap::Args)]
@@ -65,7 +65,7 @@ const SHOWN: usize = 5;
 /// Converts and reports the error.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut opened = args.model.open()?;
-    let adapter = peft_format::load(&mut *opened.model, &args.adapter)?;
+    let adapter = load(&mut opened, &args.adapter)?;
     let base = base_name(&args)?;
     let folder = NewFolder::begin(&args.output, args.overwrite)?;
     let conversion = match args.to {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use tangent_model::{BaseDtype, LanguageModel};
-use tangent_peft::{Onto, export, onto};
+use tangent_peft::{Onto, export, onto, peft_format};
 use tangent_train::agreement::agreement;
 use tangent_train::data::{Example, TrainOn};
 
@@ -45,6 +45,14 @@ const TEXT: &str = "The capital of France is Paris. Water boils at one hundred d
 /// Merges, compares, and only then puts the folder in its place.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (mut opened, _) = args.model.open_with(Some(&args.adapter))?;
+    let base = peft_format::trained_on(&args.adapter)?;
+    if args.onto == Some(Onto::Original) && base.is_some_and(|base| base.corrects) {
+        return Err(Failure::Request(format!(
+            "--onto original: the adapter {} began with what quantization lost, which these \
+             weights still have; give --onto dequantized",
+            args.adapter.display()
+        )));
+    }
     let told = choose_base(&mut opened, args.model.base_dtype, args.onto)?;
     let rows: Vec<Vec<u32>> = if args.data.is_empty() {
         vec![opened.tokenizer.encode(TEXT)?]

@@ -32,6 +32,11 @@ fn an_adapter_of_a_quantized_base_is_merged_onto_either() {
         assert!((dequantized - adapted).abs() < 1e-4, "{kind}");
         let original = merged("original");
         let plain = loss(&place, "tiny.gguf --adapter a");
+        let line = "eval --data rows.jsonl --adapter a --model";
+        let told = |base: &str| place.run(&format!("{line} {base}")).err;
+        let warning = format!("warning: a: the adapter was trained on a base held as {kind}");
+        assert!(told("tiny.gguf").contains(&warning), "{kind}");
+        assert!(!told(&base).contains("warning"), "{kind}");
         assert!((original - plain).abs() < 1e-4, "{kind}");
         assert!(original != dequantized, "{kind}");
     }
@@ -46,6 +51,18 @@ fn what_quantization_lost_is_taken_back_and_kept_for_a_resumed_run() {
         "a",
         "--base-dtype nf4 --init loftq --rank 8 --save-steps 1 --resume",
     );
+    for command in [
+        "eval --data rows.jsonl",
+        "merge --output out",
+        "generate --prompt a",
+    ] {
+        place
+            .run(&format!("{command} --model tiny.gguf --adapter a"))
+            .refused(&["a/adapter_config.json", "--base-dtype nf4"]);
+    }
+    place
+        .run("merge --model tiny.gguf --base-dtype nf4 --onto original --adapter a --output out")
+        .refused(&["--onto original", "--onto dequantized"]);
     let train = "train --data rows.jsonl --max-steps 1 --output b --init loftq";
     place
         .run(&format!("{train} --model tiny.gguf"))

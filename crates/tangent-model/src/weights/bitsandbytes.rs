@@ -111,7 +111,7 @@ impl<'a> Parts<'a> {
         Ok(tensor)
     }
 
-    /// The values of an `f32` tensor.
+    /// The values of an `f32` tensor, all of them finite: each is a factor of many weights.
     fn floats(&mut self, name: &str) -> Result<Vec<f32>, ModelError> {
         let tensor = self.tensor(name)?;
         if tensor.dtype != Dtype::F32 {
@@ -119,7 +119,11 @@ impl<'a> Parts<'a> {
             return Err(self.fault(why));
         }
         let numbers = bytes(tensor).as_chunks::<4>().0.iter();
-        Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
+        let numbers: Vec<f32> = numbers.map(|b| f32::from_le_bytes(*b)).collect();
+        match numbers.iter().find(|number| !number.is_finite()) {
+            None => Ok(numbers),
+            Some(number) => Err(self.fault(format!("\"{name}\" holds {number}"))),
+        }
     }
 
     /// The value of each of `N` codes.
@@ -164,15 +168,16 @@ impl<'a> Parts<'a> {
                 return Err(self.fault(why));
             }
             let offset = state.get("nested_offset").and_then(Value::as_f64);
+            let offset = offset.map(|n| n as f32).filter(|n| n.is_finite());
             let Some(offset) = offset else {
-                return Err(self.fault("its quant_state has no number \"nested_offset\""));
+                return Err(self.fault("its quant_state has no finite number \"nested_offset\""));
             };
             Scales::Nested(NestedScales {
                 codes: mapped(codes),
                 book: self.book(&outer_map)?,
                 block: self.block(&state, "nested_blocksize")?,
                 scales: self.floats(&outer)?,
-                offset: offset as f32,
+                offset,
             })
         } else {
             Scales::Plain(self.floats(&absmax)?)

@@ -180,6 +180,12 @@ fn broken_weights_are_named_with_what_is_wrong() {
             *shape = vec![count];
         })
     };
+    let infinite = |part: &'static str| -> Box<dyn Fn(&mut Tensors)> {
+        Box::new(move |tensors| {
+            let (_, _, bytes) = tensors.get_mut(&WEIGHT.replace("weight", part)).unwrap();
+            bytes[..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+        })
+    };
     let rename: Box<dyn Fn(&mut Tensors)> = Box::new(|tensors| {
         let state = tensors.remove(STATE).unwrap();
         tensors.insert(STATE.replace("nf4", "af4"), state);
@@ -213,6 +219,23 @@ fn broken_weights_are_named_with_what_is_wrong() {
             state("\"nested_offset\"", "\"offset\""),
             "nested_offset",
         ),
+        (
+            "nf4",
+            infinite("weight.quant_map"),
+            ".quant_map\" holds inf",
+        ),
+        (
+            "nf4",
+            infinite("weight.nested_absmax"),
+            "nested_absmax\" holds inf",
+        ),
+        (
+            "nf4",
+            infinite("weight.nested_quant_map"),
+            "nested_quant_map\" holds inf",
+        ),
+        ("fp4", infinite("weight.absmax"), ".absmax\" holds inf"),
+        ("int8", infinite("SCB"), "SCB\" holds inf"),
         ("int8", scales, "SCB\" is missing"),
         ("int8", layout, "_format\" is not 0"),
     ] {

@@ -17,7 +17,8 @@ use crate::trained::TrainedRows;
 /// [`attach_from`] a seed alone.
 ///
 /// # Errors
-/// If a setting does not fit the model, or the initialization needs the training data.
+/// If a setting does not fit the model, or the initialization needs the training data. The model
+/// then keeps the adapters that it has.
 pub fn attach(
     model: &mut dyn Model,
     config: &AdapterConfig,
@@ -33,7 +34,7 @@ pub fn attach(
 /// Attaches `config` to the model, whose earlier adapters are removed.
 ///
 /// # Errors
-/// If a setting does not fit the model.
+/// If a setting does not fit the model, which then keeps the adapters that it has.
 pub fn attach_from(
     model: &mut dyn Model,
     config: &AdapterConfig,
@@ -46,7 +47,8 @@ pub fn attach_from(
 /// what all their definitions say at once.
 ///
 /// # Errors
-/// If a setting does not fit the model, or two of them cannot be combined.
+/// If a setting does not fit the model, or two of them cannot be combined. The model then keeps the
+/// adapters that it has.
 ///
 /// # Panics
 /// If there is none.
@@ -57,7 +59,25 @@ pub fn attach_all(
 ) -> Result<Adapter, PeftError> {
     check_combination(configs)?;
     // Start values may be what the bare model computes.
-    detach(model);
+    let earlier = Attachments::take_from(model);
+    let prepared = prepare_all(model, configs, start);
+    let (parts, attachments) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            earlier.put_into(model);
+            return Err(error);
+        }
+    };
+    attachments.put_into(model);
+    Ok(together(parts))
+}
+
+/// Several adapters and where they go; nothing is attached yet.
+fn prepare_all(
+    model: &dyn Model,
+    configs: &[AdapterConfig],
+    start: &Start,
+) -> Result<(Vec<Adapter>, Attachments), PeftError> {
     let mut prepared: Vec<(Adapter, Attachments)> = vec![];
     for config in configs {
         let part = prepare(model, config, start);
@@ -84,8 +104,7 @@ pub fn attach_all(
         parts.push(part);
         attachments.join(own);
     }
-    attachments.put_into(model);
-    Ok(together(parts))
+    Ok((parts, attachments))
 }
 
 /// Removes whatever is attached.

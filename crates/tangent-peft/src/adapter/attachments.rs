@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use tangent_model::family::Model;
 use tangent_model::{
-    ActivationAdapter, Parameter, PrefixAdapter, SideAdapter, Site, SiteKind, WeightAdapter,
+    ActivationAdapter, Parameter, PrefixAdapter, RowStates, SideAdapter, Site, SiteKind,
+    WeightAdapter,
 };
 
 use crate::config::AdapterConfig;
@@ -35,6 +36,8 @@ pub(super) struct Attachments {
     pub prefix: Option<Arc<dyn PrefixAdapter>>,
     /// Beside the layers.
     pub side: Option<Arc<dyn SideAdapter>>,
+    /// Hidden states that the network beside the layers need not wait for.
+    pub known_states: Option<Arc<dyn RowStates>>,
 }
 
 impl Attachment {
@@ -107,6 +110,32 @@ impl Attachments {
         self.side = self.side.take().or(other.side);
     }
 
+    /// Detaches everything; what was there.
+    pub fn take_from(model: &mut dyn Model) -> Self {
+        let mut taken = Self::default();
+        for site in model.sites_mut() {
+            let attachment = Attachment {
+                adapter: site.attached(),
+                bias: site.attached_bias(),
+            };
+            taken.sites.insert(site.path.clone(), attachment);
+            site.detach();
+        }
+        for sublayer in model.sublayers_mut() {
+            if let Some(adapter) = sublayer.attached() {
+                taken
+                    .sublayers
+                    .insert(sublayer.path.clone(), adapter.clone());
+            }
+            sublayer.detach();
+        }
+        let whole = model.whole_mut();
+        taken.prefix = whole.prefix.take();
+        taken.side = whole.side.take();
+        taken.known_states = whole.known_states.take();
+        taken
+    }
+
     /// Attaches everything, in the place of what was there.
     pub fn put_into(mut self, model: &mut dyn Model) {
         for site in model.sites_mut() {
@@ -127,7 +156,7 @@ impl Attachments {
         }
         let whole = model.whole_mut();
         (whole.prefix, whole.side) = (self.prefix, self.side);
-        whole.known_states = None;
+        whole.known_states = self.known_states;
     }
 }
 

@@ -4,7 +4,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use tangent_linalg::{LinalgError, Mat, MatRef, Svd, mat, product, qr, svd, svd_lowrank};
-use tangent_model::{Pass, Site, pass};
+use tangent_model::{LowRank, Pass, Site, pass};
 
 /// Ranks up to which an exact form is looked for unasked.
 const SMALL_RANK: usize = 64;
@@ -27,11 +27,24 @@ pub(super) enum Wanted {
 }
 
 impl Wanted {
-    /// The rank, if that of the change does not decide.
-    fn rank(self) -> usize {
+    /// The largest rank that factors of a `(rows, cols)` weight may have.
+    fn limit(self, sides: (usize, usize)) -> usize {
         match self {
-            Self::Given(rank) | Self::Own(rank) => rank,
+            Self::Given(rank) => rank,
+            Self::Own(rank) => rank.max(small_rank(sides)),
         }
+    }
+
+    /// As many of the largest singular triplets of a change as are wanted.
+    fn of(self, parts: Svd, sides: (usize, usize)) -> Svd {
+        let rank = match self {
+            Self::Given(rank) => rank,
+            Self::Own(own) => match exact_rank(&parts.s) {
+                exact if exact <= self.limit(sides) => exact,
+                _ => own,
+            },
+        };
+        parts.truncate(rank)
     }
 }
 
@@ -43,6 +56,28 @@ pub(super) struct Thin {
 }
 
 impl Thin {
+    /// `s B A` without the directions that add nothing, such as triplets that AdaLoRA has masked.
+    fn of(product: LowRank) -> Self {
+        let LowRank { b, a, scaling } = product;
+        let ([rows, rank], [_, cols]) = (b.dims(), a.dims());
+        let (b, a) = (tangent_ops::values(b), tangent_ops::values(a));
+        let adds = |k: &usize| {
+            (0..rows).any(|i| b[i * rank + k] != 0.0)
+                && a[k * cols..][..cols].iter().any(|v| *v != 0.0)
+        };
+        let kept: Vec<usize> = (0..rank).filter(adds).collect();
+        let scaled = |v: f32| f64::from(scaling) * f64::from(v);
+        Self {
+            left: Mat::from_fn(rows, kept.len(), |i, j| scaled(b[i * rank + kept[j]])),
+            right: Mat::from_fn(cols, kept.len(), |i, j| f64::from(a[kept[j] * cols + i])),
+        }
+    }
+
+    /// Rows and columns of the product.
+    fn sides(&self) -> (usize, usize) {
+        (self.left.nrows(), self.right.nrows())
+    }
+
     /// Factors of a product of zeros, `(rows, cols)`: of the rank that is given, else of rank 1.
     pub(super) fn zero((rows, cols): (usize, usize), wanted: Wanted) -> Self {
         let rank = match wanted {
@@ -61,7 +96,7 @@ impl Thin {
     }
 
     /// The difference of two products as one of more rank.
-    pub(super) fn minus(&self, other: &Self) -> Self {
+    fn minus(&self, other: &Self) -> Self {
         Self {
             left: beside(&self.left, &other.left.map(|v| -v)),
             right: beside(&self.right, &other.right),
@@ -149,7 +184,11 @@ impl Change {
     /// The change of a site's weight by whatever is attached to it.
     pub(super) fn of(site: &Site, pass: &Pass) -> Self {
         let (rows, cols) = (site.weight.rows(), site.weight.cols());
-        let values = match site.attached().filter(|adapter| adapter.is_additive()) {
+        let attached = site.attached();
+        if let Some(product) = attached.as_ref().and_then(|adapter| adapter.low_rank(pass)) {
+            return Self::Thin(Thin::of(product));
+        }
+        let values = match attached.filter(|adapter| adapter.is_additive()) {
             // Added to nothing, so that no digits are lost to the weight.
             Some(adapter) => {
                 let nothing = vec![0.0; rows * cols];
@@ -185,10 +224,12 @@ impl Change {
     /// If a decomposition does not converge.
     pub(super) fn closest(&self, wanted: Wanted, path: &str) -> Result<Thin, LinalgError> {
         let thin = match self {
-            Self::Thin(thin) if thin.rank() <= wanted.rank() => thin.clone(),
-            Self::Thin(thin) => Thin::balanced(&thin.decomposed()?.truncate(wanted.rank())),
+            Self::Thin(thin) if thin.rank() <= wanted.limit(thin.sides()) => thin.clone(),
+            Self::Thin(thin) => Thin::balanced(&wanted.of(thin.decomposed()?, thin.sides())),
             Self::Dense { values, rows, cols } => {
-                Thin::balanced(&truncated(values, (*rows, *cols), wanted, path)?)
+                let sides = (*rows, *cols);
+                let parts = largest(values, sides, wanted.limit(sides), path)?;
+                Thin::balanced(&wanted.of(parts, sides))
             }
         };
         let thin = match wanted {
@@ -203,25 +244,6 @@ impl Change {
         match self {
             Self::Thin(thin) => thin.minus(factors).energy(),
             Self::Dense { values, cols, .. } => residual(values, *cols, factors),
-        }
-    }
-}
-
-/// The largest singular triplets of a dense change, as many as are wanted.
-fn truncated(
-    values: &[f32],
-    sides: (usize, usize),
-    wanted: Wanted,
-    path: &str,
-) -> Result<Svd, LinalgError> {
-    match wanted {
-        Wanted::Given(rank) => Ok(largest(values, sides, rank, path)?.truncate(rank)),
-        Wanted::Own(own) => {
-            let small = own.max(small_rank(sides));
-            let parts = largest(values, sides, small, path)?;
-            let exact = exact_rank(&parts.s);
-            let rank = if exact <= small { exact } else { own };
-            Ok(parts.truncate(rank))
         }
     }
 }

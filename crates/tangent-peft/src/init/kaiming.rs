@@ -12,9 +12,7 @@
 //! The paper draws A from a normal distribution; the authors' code and PEFT draw it uniformly, and
 //! so do we.
 
-use rand::RngExt;
-
-use super::{Factors, Init, Needs, Setup, anything};
+use super::{Factors, Init, Needs, Setup, anything, uniform};
 use crate::error::PeftError;
 
 /// The initialization's entry.
@@ -33,13 +31,8 @@ pub const INIT: Init = Init {
 /// The factors, also where another initialization has nothing to go by.
 pub(super) fn factors(setup: &mut Setup<'_>) -> Result<Factors, PeftError> {
     let (d_out, d_in) = setup.sides();
-    let bound = (d_in as f32).sqrt().recip();
-    let rng = &mut setup.rng;
-    let uniform = || (rng.random::<f32>() * 2.0 - 1.0) * bound;
     Ok(Factors {
-        a: std::iter::repeat_with(uniform)
-            .take(setup.rank * d_in)
-            .collect(),
+        a: uniform(&mut setup.rng, setup.rank * d_in, d_in),
         b: vec![0.0; d_out * setup.rank],
     })
 }

@@ -1,5 +1,6 @@
 //! Start values of low-rank factors. An initialization is one file and one line in [`INITS`].
 
+use rand::{Rng, RngExt};
 use rand_chacha::ChaCha8Rng;
 pub(crate) use tangent_linalg::normal;
 use tangent_linalg::{LinalgError, MatRef};
@@ -146,6 +147,13 @@ pub struct Factors {
     pub a: Vec<f32>,
     /// Columns in the output space.
     pub b: Vec<f32>,
+}
+
+/// `count` numbers uniform in +-1/sqrt(inputs), as PyTorch's maps begin.
+pub(crate) fn uniform(rng: &mut impl Rng, count: usize, inputs: usize) -> Vec<f32> {
+    let bound = (inputs as f32).sqrt().recip();
+    let number = || (rng.random::<f32>() * 2.0 - 1.0) * bound;
+    std::iter::repeat_with(number).take(count).collect()
 }
 
 /// Every initialization.

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rand_chacha::ChaCha8Rng;
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{LowRank, Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
@@ -144,7 +144,7 @@ fn attach(
 }
 
 /// `s`, the same at every site.
-pub(crate) fn scaling(config: &AdapterConfig) -> f32 {
+fn scaling(config: &AdapterConfig) -> f32 {
     (f64::from(config.alpha) / (config.rank as f64 + 1e-5)) as f32
 }
 
@@ -220,6 +220,11 @@ impl WeightAdapter for AdaLora {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn low_rank(&self, pass: &Pass) -> Option<LowRank> {
+        let Product { a, b, scaling, .. } = self.product(pass)?;
+        Some(LowRank { b, a, scaling })
     }
 }
 

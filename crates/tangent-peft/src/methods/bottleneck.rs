@@ -19,13 +19,13 @@ use burn::tensor::{Tensor, activation};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Sublayer};
+use tangent_model::{Pass, Sublayer};
 
-use super::lycoris::uniform;
+use super::affine::Affine;
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::init;
+use crate::init::{self, uniform};
 use crate::peft_format::{Fields, object};
 use crate::setting::{Setting, SettingValue};
 
@@ -175,14 +175,22 @@ fn measures(config: &AdapterConfig) -> [SettingValue; 2] {
 fn units(config: &AdapterConfig, width: usize) -> Result<usize, PeftError> {
     let [size, factor] = measures(config);
     let factor = factor.number();
+    // The one that decides, or should.
+    let typed = |name: &str| config.own.contains_key(name);
+    let by_factor = size.whole() == Some(0) && (factor != 0.0 || (typed(FACTOR) && !typed(SIZE)));
+    let decides = match by_factor {
+        true => FACTOR,
+        false => SIZE,
+    };
     let fault = |why| PeftError::Setting {
-        setting: SIZE,
-        value: config.own(SIZE).to_string(),
+        setting: decides,
+        value: config.own(decides).to_string(),
         why,
     };
     let units = match size.whole() {
         Some(0) if factor > 0.0 => (width as f64 / factor).max(1.0) as usize,
         Some(n) if n > 0 && factor == 0.0 => n as usize,
+        _ if by_factor => return Err(fault("give a number above 0")),
         _ => {
             return Err(fault(
                 "give a whole number, or reduction_factor, not both; above 0",
@@ -192,31 +200,6 @@ fn units(config: &AdapterConfig, width: usize) -> Result<usize, PeftError> {
     match units <= LARGEST {
         true => Ok(units),
         false => Err(fault("must come to at most 65536 hidden units")),
-    }
-}
-
-/// A linear map with a bias.
-struct Affine {
-    weight: Parameter,
-    bias: Parameter,
-}
-
-impl Affine {
-    fn new(
-        scope: &mut Scope<'_>,
-        name: &str,
-        (rows, cols): (usize, usize),
-        start: impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>,
-    ) -> Self {
-        let zeros = |_: &mut ChaCha8Rng| vec![0.0; rows];
-        Self {
-            weight: scope.named(&format!("{name}.weight"), vec![rows, cols], start),
-            bias: scope.named(&format!("{name}.bias"), vec![rows], zeros),
-        }
-    }
-
-    fn of(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
-        tangent_ops::linear(x, pass.value(&self.weight)) + pass.value(&self.bias)
     }
 }
 
@@ -249,7 +232,7 @@ impl Bottleneck {
         let name = |part: &str| format!("{}.adapter_{part}", sublayer.path);
         let activation = Activation::of_setting(config)?;
         let down = |rng: &mut ChaCha8Rng| match normal {
-            None => uniform(rng, units, width),
+            None => uniform(rng, units * width, width),
             Some(normal) => normal.values(rng, units * width),
         };
         let up = |rng: &mut ChaCha8Rng| match normal {
@@ -320,6 +303,7 @@ pub(super) fn write(adapter: &Adapter) -> Map<String, Value> {
 mod tests {
     use burn::tensor::Device;
     use rand::SeedableRng;
+    use tangent_model::Parameter;
 
     use super::*;
 
@@ -359,6 +343,16 @@ mod tests {
             error.to_string().starts_with("bottleneck_size = -1"),
             "{error}"
         );
+        for (method, factor, words) in [
+            ("houlsby", -1.0, "= -1: give a number"),
+            ("houlsby", 1e-9, "65536 hidden units"),
+            ("pfeiffer", 0.0, "= 0: give a number"),
+        ] {
+            let error = units(&config(method, &[(FACTOR, factor)]), 100).unwrap_err();
+            let error = error.to_string();
+            assert!(error.starts_with("reduction_factor = "), "{error}");
+            assert!(error.contains(words), "{error}");
+        }
     }
 
     #[test]

@@ -275,9 +275,10 @@ mod tests {
             assert_eq!((cost.per_pass, cost.trained_work), (0, WEIGHT));
             (cost.resident, cost.working, cost.pass_work)
         };
-        // The change and the gradient of the weight, beside them two transforms of 2048 numbers.
-        let (both, transforms) = (2 * WEIGHT, 2 * 2048);
-        assert_eq!(of("fastfood"), (0, both + transforms, 3 * 2 * 2048 * 11));
+        // The change and the gradient of the weight, beside them transforms of 2048 and 16 numbers.
+        let (both, transforms) = (2 * WEIGHT, 2048 + 16);
+        let projection = 4 * (2048 * 11 + 16 * 4) + 64 * 2048;
+        assert_eq!(of("fastfood"), (0, both + transforms, 3 * projection));
         // Ten columns with a number in each of 39 runs.
         assert_eq!(of("sparse"), (0, both, 3 * 10 * 39));
         assert_eq!(of("dense"), (10 * WEIGHT, both, 3 * 10 * WEIGHT));

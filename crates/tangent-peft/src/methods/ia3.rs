@@ -30,7 +30,7 @@ use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::peft_format::{self, Fields, object};
 use crate::setting::{Setting, SettingValue};
-use crate::targets::Targets;
+use crate::targets::{Targets, whole_path};
 
 /// PEFT's name of the type.
 pub(crate) const TYPE: &str = "IA3";
@@ -127,13 +127,24 @@ fn scales_inputs(config: &AdapterConfig, site: &Site) -> Result<bool, PeftError>
     Ok(names(word).any(|name| site.path.ends_with(name)))
 }
 
-/// Refuses a name that was typed and is that of no adapted weight: no inputs would be scaled by it.
+/// Refuses a name or pattern that was typed and is that of no adapted weight: no inputs would be
+/// scaled by it.
 fn check_names(config: &AdapterConfig, weights: &[Adapted]) -> Result<(), PeftError> {
-    let typed = config.own.get(FEEDFORWARD);
-    let typed = typed.filter(|value| !value.word().starts_with(PATTERN));
-    let Some(typed) = typed else {
+    let Some(typed) = config.own.get(FEEDFORWARD) else {
         return Ok(());
     };
+    if let Some(pattern) = typed.word().strip_prefix(PATTERN) {
+        let whole = whole_path(pattern)?;
+        return match weights.iter().any(|weight| whole.is_match(&weight.path)) {
+            true => Ok(()),
+            false => Err(PeftError::Setting {
+                setting: FEEDFORWARD,
+                value: typed.word().to_owned(),
+                why: "matches the whole path of no adapted module; correct it, or name that \
+                      module in target_modules, too",
+            }),
+        };
+    }
     let is_adapted = |name: &str| weights.iter().any(|weight| weight.path.ends_with(name));
     match names(typed.word()).find(|&name| !is_adapted(name)) {
         None => Ok(()),

@@ -15,7 +15,7 @@
 //! | `sparse` | one random sign in each of about `sqrt(values of W_i)` runs of a column | norm 1 over all weights |
 //! | `dense` | normal numbers | norm 1 over all weights |
 //!
-//! Cost: d parameters in all. Each pass projects every weight again, in `values log(values)` sums of
+//! Cost: d parameters in all. Each pass projects every weight again, in `values log(values) + d log(d)` sums of
 //! Fastfood, `d sqrt(values)` of sparse and `d values` products of dense projections, and in
 //! training twice more; the matrix is not kept meanwhile. Generate with a merged model.
 //!
@@ -61,6 +61,12 @@ const DIMENSION_RULE: &str = "must be a whole number of at least 1";
 
 /// The kinds of projections.
 pub const PROJECTIONS: &[&str] = &["fastfood", "sparse", "dense"];
+
+/// Multiply-adds of a matrix product that take as long as a sum of a transform, which reads and
+/// writes its numbers through the caches. Estimated from its passes.
+const SUM_WORK: usize = 4;
+/// And as a number's place and normal number, drawn anew. Estimated from its operations.
+const NUMBER_WORK: usize = 64;
 
 /// Most bytes of dense projections.
 const DENSE_LIMIT: usize = 256_000_000;
@@ -124,7 +130,10 @@ fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
         }
         _ => {
             let size = values.max(dimension).next_power_of_two();
-            (0, 2 * size, 2 * size * size.ilog2() as usize)
+            let width = dimension.next_power_of_two();
+            let sums = |size: usize| size * size.ilog2() as usize;
+            let work = SUM_WORK * (sums(size) + sums(width)) + NUMBER_WORK * size;
+            (0, size + width, work)
         }
     };
     Ok(Cost {

@@ -21,11 +21,12 @@ use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
 use super::low_rank::{Product, checked_rank};
-use super::lycoris::{self, uniform};
+use super::lycoris;
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
+use crate::init::uniform;
 use crate::peft_format;
 
 /// The method's entry.
@@ -76,12 +77,14 @@ fn attach(
     let (columns, inputs) = (vec![rows, rank], vec![rank, cols]);
     Ok(Arc::new(LoHa {
         a1: scope.parameter(site, "hada_w1_a", columns.clone(), |rng| {
-            uniform(rng, rows, rank)
+            uniform(rng, rows * rank, rank)
         }),
         b1: scope.parameter(site, "hada_w1_b", inputs.clone(), |rng| {
-            uniform(rng, rank, cols)
+            uniform(rng, rank * cols, cols)
         }),
-        a2: scope.parameter(site, "hada_w2_a", columns, |rng| uniform(rng, rows, rank)),
+        a2: scope.parameter(site, "hada_w2_a", columns, |rng| {
+            uniform(rng, rows * rank, rank)
+        }),
         b2: scope.parameter(site, "hada_w2_b", inputs, |_| vec![0.0; rank * cols]),
         scaling: config.scaling_at(&site.path)?,
     }))

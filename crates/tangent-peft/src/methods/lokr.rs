@@ -26,11 +26,12 @@ use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
-use super::lycoris::{self, uniform};
+use super::lycoris;
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
+use crate::init::uniform;
 use crate::peft_format::{self, Fields};
 use crate::setting::{Setting, SettingValue};
 
@@ -252,7 +253,7 @@ impl Factor {
             let name = format!("{name}{suffix}");
             scope.parameter(site, &name, vec![rows, cols], |rng| match is_zero {
                 true => vec![0.0; rows * cols],
-                false => uniform(rng, rows, cols),
+                false => uniform(rng, rows * cols, cols),
             })
         };
         match shape.rank {

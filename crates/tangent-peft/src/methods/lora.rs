@@ -21,7 +21,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_model::{Parameter, Pass, Site, SiteKind, WeightAdapter};
+use tangent_model::{LowRank, Parameter, Pass, Site, SiteKind, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::low_rank::{self, Pairing, Product};
@@ -141,6 +141,11 @@ impl WeightAdapter for Lora {
     fn is_additive(&self) -> bool {
         true
     }
+
+    fn low_rank(&self, pass: &Pass) -> Option<LowRank> {
+        let Product { a, b, scaling, .. } = self.product(pass);
+        Some(LowRank { b, a, scaling })
+    }
 }
 
 struct EmbeddingLora {
@@ -164,5 +169,13 @@ impl WeightAdapter for EmbeddingLora {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn low_rank(&self, pass: &Pass) -> Option<LowRank> {
+        Some(LowRank {
+            b: pass.value(&self.a).transpose(),
+            a: pass.value(&self.b).transpose(),
+            scaling: self.scaling,
+        })
     }
 }

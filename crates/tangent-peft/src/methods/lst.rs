@@ -63,13 +63,14 @@ use tangent_model::whole::SideAttend;
 use tangent_model::{Parameter, Pass, SideAdapter, StateType};
 use tangent_ops::{AttentionShape, Rotary};
 
+use super::affine::Affine;
 use super::{Attach, Common, Method, PeftType, Side, cost};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::peft_format;
 use crate::setting::{Setting, SettingValue};
-use block::{Affine, Block};
+use block::{Block, map};
 use layout::Layout;
 
 const REDUCTION_FACTOR: &str = "reduction_factor";
@@ -173,15 +174,15 @@ fn attach(
     let rungs = layout.layers.iter().map(|&index| Rung {
         state: index + 1,
         alpha: scope.named(&of_layer(index, "alpha"), vec![1], |_| vec![0.0]),
-        downsample: Affine::new(&of_layer(index, "downsample"), (width, outer), scope),
+        downsample: map(&of_layer(index, "downsample"), (width, outer), scope),
         block: Block::new(index, &layout, scope),
     });
     let rungs = rungs.collect();
     Ok(Arc::new(Ladder {
-        embed: Affine::new("side.embed", (width, outer), scope),
+        embed: map("side.embed", (width, outer), scope),
         rungs,
         norm: scope.named("side.norm.weight", vec![width], |_| vec![1.0; width]),
-        upsample: Affine::new("side.upsample", (outer, width), scope),
+        upsample: map("side.upsample", (outer, width), scope),
         temperature: layout::temperature(config)?,
         dropout: config.dropout,
         state_type: layout::state_type(config)?,

@@ -1,19 +1,11 @@
-//! What LoHa and LoKr share: start values, and PEFT's keys of methods that come from LyCORIS.
+//! What LoHa and LoKr share: PEFT's keys of methods that come from LyCORIS.
 
-use rand::{Rng, RngExt};
 use serde_json::{Map, Value, json};
 
 use crate::adapter::Adapter;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::peft_format::{Fields, number, object, pattern};
-
-/// A `(rows, cols)` factor, uniform in +-1/sqrt(cols).
-pub(super) fn uniform(rng: &mut impl Rng, rows: usize, cols: usize) -> Vec<f32> {
-    let bound = (cols as f32).sqrt().recip();
-    let number = || (rng.random::<f32>() * 2.0 - 1.0) * bound;
-    std::iter::repeat_with(number).take(rows * cols).collect()
-}
 
 /// Reads the keys that both have.
 pub(super) fn read(fields: &Fields<'_>, config: &mut AdapterConfig) -> Result<(), PeftError> {

@@ -21,6 +21,7 @@ use crate::setting::Setting;
 use crate::targets::Targets;
 
 pub mod adalora;
+mod affine;
 pub mod bitfit;
 mod bottleneck;
 pub mod cost;

@@ -24,22 +24,21 @@
 //!
 //! Files: PEFT has no such type. Ours is `"peft_type": "MONARCH"` with `nblocks`, `blk_r` and
 //! `dropout`; the tensors `blkdiag1: (n k, i)` and `blkdiag2: (n o, k)` are the authors', block
-//! below block. [`lora_factors`] gives the same change as LoRA, exactly.
+//! below block. Adapters become LoRA of rank `nblocks * blk_r` exactly.
 
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{LowRank, Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::{FrozenMatrix, MonarchShape};
 
 use super::cost::{Cost, Input};
-use super::lycoris::uniform;
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, checked_rank, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::init::Factors;
+use crate::init::{Factors, uniform};
 use crate::peft_format::{self, Fields, number, object};
 use crate::setting::{Setting, SettingValue};
 
@@ -101,7 +100,7 @@ fn attach(
     let ([rows1, cols1], [rows2, cols2]) = (shape.first(), shape.second());
     Ok(Arc::new(Monarch {
         w1: scope.parameter(site, "blkdiag1", vec![rows1, cols1], |rng| {
-            uniform(rng, rows1, cols1)
+            uniform(rng, rows1 * cols1, cols1)
         }),
         w2: scope.parameter(site, "blkdiag2", vec![rows2, cols2], |_| {
             vec![0.0; rows2 * cols2]
@@ -111,11 +110,8 @@ fn attach(
     }))
 }
 
-/// How the factors of a site are cut into blocks.
-///
-/// # Errors
-/// If the site is no linear map, or has no such rank or not as many inputs and outputs as blocks.
-pub fn shape_at(config: &AdapterConfig, site: &Site) -> Result<MonarchShape, PeftError> {
+/// How the factors of a site are cut into blocks, which need as many inputs and outputs.
+fn shape_at(config: &AdapterConfig, site: &Site) -> Result<MonarchShape, PeftError> {
     linear_only(METHOD.id, site)?;
     let rank = checked_rank(config, site)?;
     let (rows, cols) = (site.weight.rows(), site.weight.cols());
@@ -185,19 +181,26 @@ impl WeightAdapter for Monarch {
     fn is_additive(&self) -> bool {
         true
     }
+
+    fn low_rank(&self, pass: &Pass) -> Option<LowRank> {
+        let (rows, cols) = (self.shape.outputs(), self.shape.inputs());
+        let (rank, Factors { a, b }) =
+            lora_factors(self.shape, &self.w1.values(), &self.w2.values());
+        Some(LowRank {
+            b: tangent_ops::tensor(b, rows, rank, &pass.device),
+            a: tangent_ops::tensor(a, rank, cols, &pass.device),
+            scaling: 1.0,
+        })
+    }
 }
 
 /// LoRA's factors of the same change of a weight, with a scaling of 1, from row-major `w1` and `w2`
 /// as a file has them, and their rank: `blocks * rank`, at most the smaller side of the weight. The
 /// values are those of the factors, each in its place; where the smaller side is the rank, one
 /// factor is the change itself and the other leaves it as it is.
-///
-/// # Panics
-/// If a factor does not have the number of values that `shape` says.
-pub fn lora_factors(shape: MonarchShape, w1: &[f32], w2: &[f32]) -> (usize, Factors) {
+fn lora_factors(shape: MonarchShape, w1: &[f32], w2: &[f32]) -> (usize, Factors) {
     let ([between, width], [height, rank]) = (shape.first(), shape.second());
-    assert_eq!(w1.len(), between * width, "first factor");
-    assert_eq!(w2.len(), height * rank, "second factor");
+    debug_assert_eq!((w1.len(), w2.len()), (between * width, height * rank));
     let (rows, cols) = (shape.outputs(), shape.inputs());
     let mut a = vec![0.0; between * cols];
     for (f, values) in w1.chunks_exact(width).enumerate() {

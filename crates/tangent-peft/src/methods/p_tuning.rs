@@ -25,9 +25,10 @@ use serde_json::{Map, Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Parameter, Pass, PrefixAdapter};
 
+use super::affine::Affine;
 use super::virtual_tokens::{
-    self, COUNT, COUNT_SETTING, ENCODER_WIDTH, Embeddings, Fill, HEADS, LAYERS, Linear, MODULES,
-    TABLE, Tensors, WIDTH, count, encoded_table, encoder_width, new_tensors, saved, set,
+    self, COUNT, COUNT_SETTING, ENCODER_WIDTH, Embeddings, Fill, HEADS, LAYERS, MODULES, TABLE,
+    Tensors, WIDTH, count, encoded_table, encoder_width, linear, new_tensors, saved, set,
     tensors_of, written,
 };
 use super::{Attach, Method, PeftType, cost};
@@ -139,7 +140,7 @@ struct Encoder {
     /// The layers of an LSTM, each forward and backward; none of an MLP.
     recurrent: Vec<[Direction; 2]>,
     /// Linear maps with rectifiers between them.
-    head: Vec<Linear>,
+    head: Vec<Affine>,
 }
 
 impl Encoder {
@@ -168,7 +169,7 @@ impl Encoder {
         // PyTorch counts the rectifiers too.
         let maps = sides.iter().zip(&sides[1..]).enumerate();
         let head = maps.map(|(index, (d_in, d_out))| {
-            Linear::new(tensors, &format!("mlp_head.{}", 2 * index), *d_in, *d_out)
+            linear(tensors, &format!("mlp_head.{}", 2 * index), *d_in, *d_out)
         });
         Self {
             tokens,
@@ -189,7 +190,7 @@ impl Encoder {
             if index > 0 {
                 x = activation::relu(x);
             }
-            x = map.apply(x, pass);
+            x = map.of(x, pass);
         }
         x
     }
@@ -215,7 +216,7 @@ struct Direction {
 
 impl Direction {
     fn new(tensors: &mut Tensors<'_>, name: &str, inputs: usize, hidden: usize) -> Self {
-        let fill = Fill::of_inputs(hidden);
+        let fill = Fill::Uniform { inputs: hidden };
         let mut tensor =
             |part: &str, shape| tensors(&format!("lstm_head.{part}_{name}"), shape, fill);
         Self {

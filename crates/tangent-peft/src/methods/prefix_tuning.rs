@@ -25,10 +25,11 @@ use serde_json::{Map, Value, json};
 use tangent_model::family::Model;
 use tangent_model::{KvCache, Parameter, Pass, PrefixAdapter, continue_with};
 
+use super::affine::Affine;
 use super::virtual_tokens::{
-    self, Beginning, COUNT, COUNT_SETTING, ENCODER_WIDTH, Fill, HEADS, LAYERS, Linear, MODULES,
+    self, Beginning, COUNT, COUNT_SETTING, ENCODER_WIDTH, Fill, HEADS, LAYERS, MODULES,
     PREFIX_TEXT, PROJECTION, RANDOM, TABLE, Tensors, WIDTH, count, encoded_table, encoder_width,
-    new_tensors, saved, set, tensors_of, written,
+    linear, new_tensors, saved, set, tensors_of, written,
 };
 use super::{Attach, Method, PeftType, cost};
 use crate::adapter::{Adapter, Scope};
@@ -174,8 +175,8 @@ impl PrefixAdapter for Prefix {
 struct Encoder {
     tokens: usize,
     table: Parameter,
-    first: Linear,
-    second: Linear,
+    first: Affine,
+    second: Affine,
 }
 
 impl Encoder {
@@ -187,15 +188,15 @@ impl Encoder {
         Self {
             tokens,
             table: tensors(TABLE, vec![tokens, width], Fill::Normal),
-            first: Linear::new(tensors, "transform.0", width, hidden),
-            second: Linear::new(tensors, "transform.2", hidden, all),
+            first: linear(tensors, "transform.0", width, hidden),
+            second: linear(tensors, "transform.2", hidden, all),
         }
     }
 
     /// The keys and values, `(tokens, 2 L w)`.
     fn outputs(&self, pass: &Pass) -> Tensor<2> {
-        let x = self.first.apply(pass.value(&self.table), pass);
-        self.second.apply(x.tanh(), pass)
+        let x = self.first.of(pass.value(&self.table), pass);
+        self.second.of(x.tanh(), pass)
     }
 }
 

@@ -8,11 +8,12 @@ use serde_json::{Map, Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Parameter, Pass, PrefixAdapter};
 
+use super::affine::Affine;
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::export::{LazyTensor, WriteDtype};
-use crate::init::normal;
+use crate::init::{normal, uniform};
 use crate::peft_format::{self, Fields, object};
 use crate::setting::{Setting, SettingValue};
 
@@ -155,23 +156,17 @@ impl Beginning {
 pub(super) enum Fill {
     /// N(0, 1).
     Normal,
-    /// Uniform below this.
-    Uniform(f32),
+    /// Of a map or a recurrence that reads so many values.
+    Uniform { inputs: usize },
 }
 
 impl Fill {
     /// `count` values.
     pub(super) fn values(self, count: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
-        let value = |_| match self {
-            Self::Normal => normal(rng) as f32,
-            Self::Uniform(bound) => (rng.random::<f32>() * 2.0 - 1.0) * bound,
-        };
-        (0..count).map(value).collect()
-    }
-
-    /// Of a map or a recurrence that reads so many values.
-    pub(super) fn of_inputs(inputs: usize) -> Self {
-        Self::Uniform((inputs as f32).sqrt().recip())
+        match self {
+            Self::Normal => (0..count).map(|_| normal(rng) as f32).collect(),
+            Self::Uniform { inputs } => uniform(rng, count, inputs),
+        }
     }
 }
 
@@ -216,25 +211,12 @@ pub(super) fn encoded_table(adapter: &Adapter) -> Option<(usize, usize)> {
 /// Name of the encoder's table of virtual tokens.
 pub(super) const TABLE: &str = "embedding.weight";
 
-/// A linear map of an encoder: weight `(d_out, d_in)`, bias `(d_out)`.
-pub(super) struct Linear {
-    weight: Parameter,
-    bias: Parameter,
-}
-
-impl Linear {
-    /// The map called `name`.
-    pub(super) fn new(tensors: &mut Tensors<'_>, name: &str, d_in: usize, d_out: usize) -> Self {
-        let fill = Fill::of_inputs(d_in);
-        Self {
-            weight: tensors(&format!("{name}.weight"), vec![d_out, d_in], fill),
-            bias: tensors(&format!("{name}.bias"), vec![d_out], fill),
-        }
-    }
-
-    /// `x W^T + b`.
-    pub(super) fn apply(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
-        tangent_ops::linear(x, pass.value(&self.weight)) + pass.value(&self.bias)
+/// The linear map of an encoder called `name`.
+pub(super) fn linear(tensors: &mut Tensors<'_>, name: &str, d_in: usize, d_out: usize) -> Affine {
+    let fill = Fill::Uniform { inputs: d_in };
+    Affine {
+        weight: tensors(&format!("{name}.weight"), vec![d_out, d_in], fill),
+        bias: tensors(&format!("{name}.bias"), vec![d_out], fill),
     }
 }
 
@@ -376,7 +358,7 @@ mod tests {
     #[test]
     fn start_values_are_those_of_pytorch() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let uniform = Fill::of_inputs(16).values(1000, &mut rng);
+        let uniform = Fill::Uniform { inputs: 16 }.values(1000, &mut rng);
         let largest = uniform.iter().fold(0f32, |a, v| a.max(v.abs()));
         assert!((0.24..=0.25).contains(&largest), "{largest}");
         let normal = Fill::Normal.values(4000, &mut rng);

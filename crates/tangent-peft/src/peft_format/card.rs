@@ -1,13 +1,19 @@
 //! The model card of an adapter's folder, with PEFT's front matter where PEFT knows the type.
 
 use serde_json::{Value, json};
+use tangent_ops::Quantization;
 
 use super::{ALSO, peft_type};
 use crate::adapter::Adapter;
 use crate::methods::Common;
 
-/// The card of `parts[index]`, which stands in its folder beside those that were trained along.
-pub(super) fn card(parts: &[Adapter], index: usize, base: &str) -> String {
+/// The card of `parts[index]`, which stands in its folder beside those that were trained along;
+/// of `base` with how it is quantized.
+pub(super) fn card(
+    parts: &[Adapter],
+    index: usize,
+    (base, quantization): (&str, Option<Quantization>),
+) -> String {
     let Some(adapter) = parts.get(index) else {
         unreachable!("{index} is one of {}", parts.len());
     };
@@ -28,6 +34,13 @@ pub(super) fn card(parts: &[Adapter], index: usize, base: &str) -> String {
         (true, false) => format!(", alpha {}", config.alpha),
         (false, _) => String::new(),
     };
+    let held = quantization.map(|held| {
+        format!(
+            "It was trained on that base with the linear maps of layers held as {held}, and \
+             computes the same on no other: `--base-dtype {held}` in Tangent, a \
+             `BitsAndBytesConfig` as `quantization_config` in transformers.\n\n"
+        )
+    });
     let kind = peft_type(adapter);
     let (library, loading) = match kind.known_to_peft {
         true => (
@@ -52,9 +65,10 @@ pub(super) fn card(parts: &[Adapter], index: usize, base: &str) -> String {
         "---\nbase_model: {quoted}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n\
          - {method}\n- tangent\n- transformers\n---\n\n# Adapter\n\n\
          {method} adapter{rank}{alpha}, {count} trained parameters, for \
-         `{base}`.\n\n{loading}{together}",
+         `{base}`.\n\n{held}{loading}{together}",
         method = adapter.method.id,
         count = adapter.count(),
+        held = held.unwrap_or_default(),
         together = together(parts, index),
     )
 }

@@ -21,6 +21,7 @@ const READ: &[&str] = &[
 
 /// Keys without an effect on what the adapter computes.
 const INFORMATION: &[&str] = &[
+    super::trained_on::RECORD,
     "base_model_name_or_path",
     "inference_mode",
     "megatron_core",

@@ -426,3 +426,23 @@ fn a_controller_sees_its_own_part_alone() {
     let nothing = attached(&mut *both, &[usual("lora"), usual("norms")]);
     assert!(controller::of(&nothing, steps).unwrap().is_none());
 }
+
+#[test]
+fn what_cannot_be_attached_leaves_what_is_there() {
+    let mut model = model(&folder(TIED));
+    let batch = Reference::open(&folder(TIED).join("reference.safetensors")).batch();
+    let both = [at("lora", &["q_proj"]), usual("houlsby")];
+    let start = Start::default();
+    let adapter = attach_all(&mut *model, &both, &start).unwrap();
+    randomize(&adapter);
+    let before = all_logits(&*model, &batch);
+    for configs in [
+        vec![at("lora", &["q_prj"])],
+        vec![usual("prefix-tuning"), at("lora", &["lora_proj"])],
+        // Both change the same weight.
+        vec![at("lora", &["q_proj"]), at("ia3", &["q_proj"])],
+    ] {
+        assert!(attach_all(&mut *model, &configs, &start).is_err());
+        assert_eq!(all_logits(&*model, &batch), before);
+    }
+}

@@ -186,6 +186,30 @@ fn one_rank_for_all_sites_is_exact_or_the_best_of_its_rank() {
 }
 
 #[test]
+fn factors_of_monarch_and_of_a_moved_base_are_taken_as_they_are() {
+    let moved = AdapterConfig {
+        init: "pissa".into(),
+        ..config("lora", 2, &["q_proj", "down_proj"])
+    };
+    // Two ranks of each of Monarch's four blocks; what trains, and what was taken out of the base.
+    for (config, rank) in [
+        (config("monarch", 2, &["q_proj", "down_proj"]), 8),
+        (moved, 4),
+    ] {
+        let (mut place, adapter) = Place::with("qv", &config);
+        let before = place.logits();
+        let conversion = place.convert(&adapter, Some(rank));
+        assert!(conversion.relative_error() < 1e-6, "{}", config.method);
+        close(&config.method, &place.logits(), &before, 1e-5);
+        let (mut place, adapter) = Place::with("qv", &config);
+        let changes = place.changes();
+        let conversion = place.convert(&adapter, Some(1));
+        assert!(conversion.relative_error() > 1e-3, "{}", config.method);
+        holds(&place, &conversion, &changes);
+    }
+}
+
+#[test]
 fn loha_is_exact_at_its_whole_rank_and_by_itself_where_that_is_small() {
     let (mut place, adapter) = Place::with("qv", &config("loha", 3, &["q_proj", "down_proj"]));
     let before = place.logits();

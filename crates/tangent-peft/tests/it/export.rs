@@ -7,7 +7,7 @@ use serde_json::json;
 use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel, read_json};
 use tangent_peft::export::{WriteDtype, distance, write_model, write_without};
-use tangent_peft::peft_format;
+use tangent_peft::{PeftError, peft_format};
 
 use tangent_testkit::{Reference, all_logits, close, folder};
 
@@ -106,5 +106,32 @@ fn a_switched_model_computes_what_the_new_adapter_does() {
         let config = read_json(&place.join("config.json")).unwrap();
         let tied = name != "embedding_tied";
         assert_eq!(config["tie_word_embeddings"], json!(tied));
+    }
+}
+
+#[test]
+fn only_the_adapter_that_is_taken_out_need_be_removable() {
+    // A head that trains whole, and biases: neither says what was there before.
+    for (base_name, name) in [
+        ("base_biased", "modules_to_save"),
+        ("base_biased", "bias_all"),
+    ] {
+        let root = tempfile::tempdir().unwrap();
+        let merged = merge(&base(base_name, root.path()), "lm_head");
+        let place = root.path().join("switched");
+        let new = NewFolder::begin(&place, false).unwrap();
+        let (removed, added) = (merged_with(&merged, "lm_head"), merged_with(&merged, name));
+        write_without(&new, &removed, Some(&added), WriteDtype::F32).unwrap();
+        new.finish().unwrap();
+        let reference = Reference::open(&adapter(name).join("reference.safetensors"));
+        let switched = all_logits(&*open(&place).model, &reference.batch());
+        close(name, &switched, &reference.logits(), 1e-4);
+
+        let new = NewFolder::begin(&root.path().join("back"), false).unwrap();
+        let error = write_without(&new, &added, Some(&removed), WriteDtype::F32);
+        assert!(
+            matches!(error, Err(PeftError::NotSubtractable { .. })),
+            "{name}"
+        );
     }
 }

@@ -52,6 +52,7 @@ fn modules_without_a_name_or_a_target_are_refused() {
     for (names, words) in [
         ("down_proj+", "feedforward_modules = down_proj+"),
         ("down_proj+dwn_proj", "feedforward_modules = dwn_proj"),
+        ("regex:down_proj", "feedforward_modules = regex:down_proj"),
     ] {
         let mut model = model(&folder("lora/base_tied"));
         let names = SettingValue::text(names);

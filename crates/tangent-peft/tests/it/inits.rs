@@ -181,7 +181,17 @@ fn what_quantization_lost_comes_back_in_part() {
     let new = NewFolder::begin(&place, false).unwrap();
     peft_format::write(&new, &adapter, &*model, "base").unwrap();
     new.finish().unwrap();
+    let recorded = peft_format::trained_on(&place).unwrap().unwrap();
+    assert_eq!(
+        (recorded.quantization.to_string(), recorded.corrects),
+        ("nf4".to_owned(), true)
+    );
+    let json = read_json(&place.join("adapter_config.json")).unwrap();
+    assert_eq!(json["auto_mapping"]["base_dtype"], "nf4");
+    let error = peft_format::load(&mut *base("f32"), &place).err().unwrap();
+    assert!(error.to_string().contains("--base-dtype nf4"), "{error}");
     let mut again = quantized_base();
+    assert_eq!(recorded.note(&*again), None);
     let loaded = peft_format::load(&mut *again, &place).unwrap();
     assert_eq!(
         (loaded.config.init.as_str(), loaded.config.rank),

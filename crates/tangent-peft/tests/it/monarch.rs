@@ -3,9 +3,9 @@
 use serde_json::json;
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
-use tangent_peft::methods::monarch::{lora_factors, shape_at};
+use tangent_peft::convert::to_lora;
 use tangent_peft::setting::SettingValue;
-use tangent_peft::{Adapter, AdapterConfig, Factors, PeftError, Targets, attach, peft_format};
+use tangent_peft::{Adapter, AdapterConfig, PeftError, Targets, attach, peft_format};
 use tangent_testkit::{Reference, all_logits, close, folder, model};
 
 use crate::stored::{cases, refusal};
@@ -105,38 +105,24 @@ fn files_say_what_they_are() {
 }
 
 #[test]
-fn lora_computes_the_same() {
+fn lora_of_all_blocks_ranks_computes_the_same() {
     let batch = Reference::open(&folder("monarch/even/reference.safetensors")).batch();
     // Of 16 x 32, 32 x 32, 48 x 32 and 32 x 48; three blocks divide only 48.
     for (blocks, rank, lora_rank) in [(4.0, 4, 16), (4.0, 2, 8), (3.0, 5, 15)] {
-        let config = settings("all-linear", blocks, rank);
-        let (model, adapter) = attached(&config).unwrap();
+        let (mut model, adapter) = attached(&settings("all-linear", blocks, rank)).unwrap();
+        let untrained = all_logits(&*model, &batch);
         for (index, parameter) in adapter.parameters.iter().enumerate() {
             parameter.update(|values| {
                 for (i, v) in values.iter_mut().enumerate() {
-                    *v = ((i * 13 + index * 5) % 17) as f32 / 32.0 - 0.25;
+                    *v = ((i * 13 + index * 5) % 17) as f32 / 128.0 - 0.0625;
                 }
             });
         }
-        let lora = AdapterConfig {
-            rank: lora_rank,
-            alpha: lora_rank as f32,
-            targets: config.targets.clone(),
-            ..AdapterConfig::default()
-        };
-        let (plain, converted) = attached(&lora).unwrap();
-        for site in model.sites().into_iter().filter(|site| site.is_adapted()) {
-            let own = |suffix: &str| values(&adapter, &format!("{}.{suffix}", site.path));
-            let shape = shape_at(&config, site).unwrap();
-            let (rank, Factors { a, b }) = lora_factors(shape, &own("blkdiag1"), &own("blkdiag2"));
-            assert_eq!(rank, lora_rank, "{}", site.path);
-            for (suffix, values) in [("lora_A.weight", a), ("lora_B.weight", b)] {
-                let name = format!("{}.{suffix}", site.path);
-                let mut parameters = converted.parameters.iter();
-                parameters.find(|p| p.name() == name).unwrap().set(values);
-            }
-        }
-        let (got, want) = (all_logits(&*plain, &batch), all_logits(&*model, &batch));
-        close("logits", &got, &want, 1e-5);
+        let want = all_logits(&*model, &batch);
+        assert_ne!(want, untrained);
+        let converted = to_lora(&mut *model, &adapter, Some(lora_rank)).unwrap();
+        assert_eq!(converted.ranks(), (lora_rank, lora_rank));
+        assert!(converted.relative_error() < 1e-6);
+        close("logits", &all_logits(&*model, &batch), &want, 1e-6);
     }
 }

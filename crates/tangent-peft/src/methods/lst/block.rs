@@ -1,4 +1,4 @@
-//! The parts of the side network: maps with a bias, and blocks like the layers of the Llama family.
+//! The parts of the side network: maps from width to width, and blocks like the family's layers.
 
 use burn::tensor::Tensor;
 use rand_chacha::ChaCha8Rng;
@@ -8,6 +8,7 @@ use super::layout::Layout;
 use super::{EPS, of_layer};
 use crate::adapter::Scope;
 use crate::init::normal;
+use crate::methods::affine::Affine;
 
 /// Width of the start values of maps between the model and the side network, the authors'.
 const SMALL: f64 = 0.01;
@@ -20,25 +21,9 @@ fn normals(count: usize, width: f64) -> impl FnOnce(&mut ChaCha8Rng) -> Vec<f32>
     }
 }
 
-/// `x W^T + b` between the model's width and the side network's.
-pub(super) struct Affine {
-    pub(super) weight: Parameter,
-    pub(super) bias: Parameter,
-}
-
-impl Affine {
-    /// A map of `(d_out, d_in)`.
-    pub(super) fn new(name: &str, (rows, cols): (usize, usize), scope: &mut Scope<'_>) -> Self {
-        let weight = normals(rows * cols, SMALL);
-        Self {
-            weight: scope.named(&format!("{name}.weight"), vec![rows, cols], weight),
-            bias: scope.named(&format!("{name}.bias"), vec![rows], |_| vec![0.0; rows]),
-        }
-    }
-
-    pub(super) fn of(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
-        tangent_ops::linear(x, pass.value(&self.weight)) + pass.value(&self.bias)
-    }
+/// A map between the model's width and the side network's, `(d_out, d_in)`.
+pub(super) fn map(name: &str, (rows, cols): (usize, usize), scope: &mut Scope<'_>) -> Affine {
+    Affine::new(scope, name, (rows, cols), normals(rows * cols, SMALL))
 }
 
 /// A narrow layer.

@@ -1,0 +1,110 @@
+//! How an adapter's base was held while it trained, as `adapter_config.json` records it.
+//!
+//! The record is in `auto_mapping`: PEFT warns of keys that it does not know, takes any object in
+//! this one, keeps it when it saves the adapter again, and reads it only where there is no task
+//! type.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tangent_model::SiteKind;
+use tangent_model::family::Model;
+use tangent_ops::Quantization;
+
+use super::{CONFIG, malformed, read};
+use crate::adapter::Adapter;
+use crate::error::PeftError;
+use crate::init::loftq;
+
+/// The key of PEFT's that holds the record.
+pub(super) const RECORD: &str = "auto_mapping";
+const BASE_DTYPE: &str = "base_dtype";
+const INIT: &str = "init";
+
+/// A quantized base, as an adapter's files tell of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainedOn {
+    /// How the linear maps of layers were held.
+    pub quantization: Quantization,
+    /// Whether the adapter began with what quantization lost, so that no other base will do.
+    pub corrects: bool,
+}
+
+impl TrainedOn {
+    /// What there is to tell of a model that is held in another way; nothing if it is held as the
+    /// base was.
+    pub fn note(&self, model: &dyn Model) -> Option<String> {
+        let held = quantization(model);
+        let trained = self.quantization;
+        (held != Some(trained)).then(|| {
+            format!(
+                "the adapter was trained on a base held as {trained}, and this one is held {}; \
+                 results are not those of training: --base-dtype {trained} gives them",
+                words(held)
+            )
+        })
+    }
+}
+
+/// How the linear maps of layers are held; none unless as bitsandbytes quantizes them.
+pub(super) fn quantization(model: &dyn Model) -> Option<Quantization> {
+    let mut sites = model.sites().into_iter();
+    sites.find_map(|site| match site.kind {
+        SiteKind::Linear => site.weight.quantization(),
+        _ => None,
+    })
+}
+
+fn words(held: Option<Quantization>) -> String {
+    held.map_or_else(|| "otherwise".to_owned(), |held| format!("as {held}"))
+}
+
+/// The record of an adapter that trained on `model`; `null` if that is not quantized.
+pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
+    let Some(quantization) = quantization(model) else {
+        return Value::Null;
+    };
+    let quantization = quantization.to_string();
+    match adapter.config.init == loftq::INIT.id {
+        true => json!({BASE_DTYPE: quantization, INIT: loftq::INIT.id}),
+        false => json!({BASE_DTYPE: quantization}),
+    }
+}
+
+/// The quantized base that the adapter in the folder `dir` was trained on; none if its files tell of
+/// none, as those of PEFT.
+///
+/// # Errors
+/// If `adapter_config.json` cannot be read or names a quantization that is not known.
+pub fn trained_on(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
+    let path = dir.join(CONFIG);
+    let json: Value = serde_json::from_slice(&read(&path)?).map_err(|e| malformed(&path, e))?;
+    let record = &json[RECORD];
+    let Some(name) = record[BASE_DTYPE].as_str() else {
+        return Ok(None);
+    };
+    let quantization = name.parse::<Quantization>();
+    let quantization = quantization.map_err(|why: String| {
+        malformed(&path, format!("\"{RECORD}\": \"{BASE_DTYPE}\": {why}"))
+    })?;
+    Ok(Some(TrainedOn {
+        quantization,
+        corrects: record[INIT].as_str() == Some(loftq::INIT.id),
+    }))
+}
+
+/// Refuses a model that is held in another way than the base that the adapter in the folder `dir`
+/// began by correcting.
+pub(super) fn check(model: &dyn Model, dir: &Path) -> Result<(), PeftError> {
+    let held = quantization(model);
+    match trained_on(dir)? {
+        Some(base) if base.corrects && held != Some(base.quantization) => {
+            Err(PeftError::BaseDtype {
+                path: dir.join(CONFIG),
+                expected: base.quantization,
+                got: words(held),
+            })
+        }
+        _ => Ok(()),
+    }
+}
