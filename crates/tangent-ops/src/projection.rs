@@ -8,8 +8,9 @@
 //!
 //! What is not kept follows from a seed whenever it is used, by the numbers of
 //! `projection/numbers.rs`. Matrices are row-major; the derivative is the exact adjoint, `P^T`. With
-//! H the Walsh-Hadamard transform of n numbers, Fastfood takes `2 n log2(n)` sums in each direction,
-//! where n is the least power of two that is no less than the values and the inputs.
+//! H the Walsh-Hadamard transform of n numbers, n the least power of two that is no less than the
+//! values and the inputs, Fastfood takes `n log2(n) + m log2(m)` sums in each direction: with m the
+//! least power of two that is no less than the inputs, the inner transform repeats itself after m.
 
 mod dense;
 mod fastfood;

@@ -118,7 +118,7 @@ pub(crate) fn definition(
 }
 
 /// Takes the rotary embedding at `positions` out of every head of `x: (tokens, heads * head_dim)`,
-/// so that [`attention`](crate::attention), which rotates all keys, leaves `x` as it is.
+/// so that [`attention`](crate::attention()), which rotates all keys, leaves `x` as it is.
 pub fn rotate_back(x: Tensor<2>, positions: &[u32], rotary: &Rotary) -> Tensor<2> {
     let ([n, width], d) = (x.dims(), rotary.head_dim());
     let device = x.device().without_autodiff();

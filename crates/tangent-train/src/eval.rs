@@ -31,7 +31,8 @@ pub struct EvalReport {
     /// Rows.
     pub examples: usize,
     /// Share of rows whose label scores best by its first token; `None` unless the answers are a
-    /// closed set.
+    /// closed set, and where all of them begin with the same token, with which every row would be
+    /// right.
     pub accuracy: Option<f64>,
 }
 
@@ -108,7 +109,7 @@ pub struct RowScore {
     /// Supervised tokens.
     pub tokens: usize,
     /// Whether the row's label scores best by its first token; `None` unless the answers of all rows
-    /// are a closed set.
+    /// are a closed set that begins with at least two different tokens.
     pub correct: Option<bool>,
 }
 
@@ -142,7 +143,8 @@ impl EvalReport {
 /// # Errors
 /// If a score is not a finite number; the row is named.
 pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowScore>, TrainError> {
-    let labels = labels(examples);
+    // One token scores best whatever the model says.
+    let labels = labels(examples).filter(|firsts| firsts.len() > 1);
     let mut rows = Vec::with_capacity(examples.len());
     for group in groups(examples) {
         let batch = Batch::of(
@@ -219,6 +221,15 @@ mod tests {
             full_length: 2 + answer.len(),
         };
         answers.iter().enumerate().map(row).collect()
+    }
+
+    #[test]
+    fn accuracy_needs_labels_that_begin_differently() {
+        let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let accuracy = |answers: &[&[u32]]| evaluate(&*model, &rows(answers)).unwrap().accuracy;
+        assert_eq!(accuracy(&[&[7, 3], &[7, 3]]), None, "one label");
+        assert_eq!(accuracy(&[&[7, 3], &[7, 4]]), None, "one first token");
+        assert!(accuracy(&[&[7, 3], &[8, 3]]).is_some());
     }
 
     #[test]

@@ -11,12 +11,7 @@ pub(super) fn normal_rows(seed: u64, inputs: usize, values: usize) -> Vec<f32> {
         &mut out,
         inputs,
         #[inline(always)]
-        |row, out| {
-            let numbers = Numbers::new(seed, row as u64);
-            for (column, out) in out.iter_mut().enumerate() {
-                *out = numbers.normal(column as u32);
-            }
-        },
+        |row, out| Numbers::new(seed, row as u64).normals(0, out),
     );
     out
 }

@@ -10,8 +10,8 @@ use crate::kernel;
 const PIECE: usize = 1 << 13;
 /// Values that are transformed in registers.
 const LANES: usize = 16;
-/// Values of each part of a pass over memory that one thread takes.
-const STRIPE: usize = 1 << 12;
+/// Most rows that are transformed across in one pass over memory.
+const ROWS: usize = 128;
 
 /// Transforms `x`.
 ///
@@ -20,13 +20,11 @@ const STRIPE: usize = 1 << 12;
 pub(super) fn transform(x: &mut [f32]) {
     let mut span = x.len();
     assert!(span.is_power_of_two(), "a power of two");
-    while span >= 4 * PIECE {
-        x.par_chunks_exact_mut(span).for_each(two_stages);
-        span /= 4;
-    }
-    if span > PIECE {
-        x.par_chunks_exact_mut(span).for_each(one_stage);
-        span /= 2;
+    while span > PIECE {
+        let rows = (span / PIECE).min(ROWS);
+        x.par_chunks_exact_mut(span)
+            .for_each(|part| across(part, rows));
+        span /= rows;
     }
     if span == x.len() {
         transform_piece(x);
@@ -35,39 +33,35 @@ pub(super) fn transform(x: &mut [f32]) {
     }
 }
 
-/// Sums and differences of the halves.
-fn one_stage(x: &mut [f32]) {
-    let (a, b) = x.split_at_mut(x.len() / 2);
-    let stripes = a.par_chunks_mut(STRIPE).zip(b.par_chunks_mut(STRIPE));
-    stripes.for_each(|(a, b)| {
-        kernel::simd(
-            #[inline(always)]
-            || butterfly(a, b),
-        );
-    });
-}
-
-/// Sums and differences of the halves, and of the halves of those, in one pass.
-fn two_stages(x: &mut [f32]) {
-    let quarter = x.len() / 4;
-    let (low, high) = x.split_at_mut(2 * quarter);
-    let (a, b) = low.split_at_mut(quarter);
-    let (c, d) = high.split_at_mut(quarter);
-    let low = a.par_chunks_mut(STRIPE).zip(b.par_chunks_mut(STRIPE));
-    let high = c.par_chunks_mut(STRIPE).zip(d.par_chunks_mut(STRIPE));
-    low.zip(high).for_each(|((a, b), (c, d))| {
-        kernel::simd(
-            #[inline(always)]
-            || {
-                for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
-                    let (sum, difference) = (*a + *c, *a - *c);
-                    let (other_sum, other_difference) = (*b + *d, *b - *d);
-                    (*a, *b) = (sum + other_sum, sum - other_sum);
-                    (*c, *d) = (difference + other_difference, difference - other_difference);
-                }
-            },
-        );
-    });
+/// The first `log2(rows)` stages, which work across so many rows: stripe by stripe of their columns,
+/// so that memory is read and written once.
+fn across(x: &mut [f32], rows: usize) {
+    let columns = x.len() / rows;
+    let width = PIECE / rows;
+    let stripes = (0..columns / width).map(|_| Vec::with_capacity(rows));
+    let mut stripes: Vec<Vec<&mut [f32]>> = stripes.collect();
+    for row in x.chunks_exact_mut(columns) {
+        for (stripe, part) in stripes.iter_mut().zip(row.chunks_exact_mut(width)) {
+            stripe.push(part);
+        }
+    }
+    stripes.into_par_iter().for_each_init(
+        || vec![0.0f32; PIECE],
+        |buffer, mut stripe| {
+            kernel::simd(
+                #[inline(always)]
+                || {
+                    for (own, part) in buffer.chunks_exact_mut(width).zip(&stripe) {
+                        own.copy_from_slice(part);
+                    }
+                    stages(buffer, width);
+                    for (part, own) in stripe.iter_mut().zip(buffer.chunks_exact(width)) {
+                        part.copy_from_slice(own);
+                    }
+                },
+            );
+        },
+    );
 }
 
 /// All stages of a part that stays in the cache.
@@ -75,23 +69,49 @@ fn transform_piece(x: &mut [f32]) {
     kernel::simd(
         #[inline(always)]
         || {
-            let mut half = x.len() / 2;
-            let in_registers = x.len() >= LANES;
-            let least = if in_registers { LANES } else { 1 };
-            while half >= least {
-                for pair in x.chunks_exact_mut(2 * half) {
-                    let (a, b) = pair.split_at_mut(half);
-                    butterfly(a, b);
-                }
-                half /= 2;
+            if x.len() < LANES {
+                stages(x, 1);
+                return;
             }
-            if in_registers {
-                for lanes in x.as_chunks_mut::<LANES>().0 {
-                    transform_lanes(lanes);
-                }
+            stages(x, LANES);
+            for lanes in x.as_chunks_mut::<LANES>().0 {
+                transform_lanes(lanes);
             }
         },
     );
+}
+
+/// The stages whose halves have at least `least` values, two at a time.
+#[inline(always)]
+fn stages(x: &mut [f32], least: usize) {
+    let mut span = x.len();
+    while span >= 4 * least {
+        for part in x.chunks_exact_mut(span) {
+            two_stages(part);
+        }
+        span /= 4;
+    }
+    if span >= 2 * least {
+        for part in x.chunks_exact_mut(span) {
+            let (a, b) = part.split_at_mut(span / 2);
+            butterfly(a, b);
+        }
+    }
+}
+
+/// Sums and differences of the halves, and of the halves of those.
+#[inline(always)]
+fn two_stages(x: &mut [f32]) {
+    let quarter = x.len() / 4;
+    let (low, high) = x.split_at_mut(2 * quarter);
+    let (a, b) = low.split_at_mut(quarter);
+    let (c, d) = high.split_at_mut(quarter);
+    for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+        let (sum, difference) = (*a + *c, *a - *c);
+        let (other_sum, other_difference) = (*b + *d, *b - *d);
+        (*a, *b) = (sum + other_sum, sum - other_sum);
+        (*c, *d) = (difference + other_difference, difference - other_difference);
+    }
 }
 
 /// `a + b` and `a - b`.
@@ -128,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_transform_is_its_definition() {
-        for bits in [0, 1, 2, 3, 4, 5, 9, 13, 14, 15, 16] {
+        for bits in [0, 1, 2, 3, 4, 5, 6, 9, 13, 14, 15, 16, 21] {
             let x = check::values(1 << bits, 3);
             let mut y = x.clone();
             transform(&mut y);

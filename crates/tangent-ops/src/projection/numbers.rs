@@ -11,11 +11,14 @@
 //! those of dropout.
 
 use crate::dropout::{mix32, mix64};
+use crate::kernel;
 
 /// SplitMix64's step between its numbers.
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Numbers from which normal ones are made: an odd number over it is exact as `f32`.
 const NORMALS: i32 = 1 << 24;
+/// Normal numbers that are made together.
+const TOGETHER: usize = 64;
 
 /// The key called `n` under a seed.
 #[inline(always)]
@@ -57,8 +60,40 @@ impl Numbers {
     /// A number of N(0, 1).
     #[inline(always)]
     pub fn normal(self, index: u32) -> f32 {
+        std::f32::consts::SQRT_2 * erfinv(self.uniform(index))
+    }
+
+    /// The numbers of N(0, 1) from `first` on, those that [`normal`](Self::normal) gives.
+    #[inline(always)]
+    pub fn normals(self, first: u32, out: &mut [f32]) {
+        for (block, out) in out.chunks_mut(TOGETHER).enumerate() {
+            let first = first.wrapping_add((block * TOGETHER) as u32);
+            let mut logs = [0f32; TOGETHER];
+            for (i, (out, log)) in out.iter_mut().zip(&mut logs).enumerate() {
+                let x = self.uniform(first.wrapping_add(i as u32));
+                (*out, *log) = (x, logarithm(x));
+            }
+            // One number in 300 is in the ends, whose root takes long.
+            if kernel::largest(&logs) < MIDDLE_BELOW {
+                for (out, log) in out.iter_mut().zip(&logs) {
+                    *out *= polynomial(log - 2.5, &MIDDLE);
+                }
+            } else {
+                for (out, log) in out.iter_mut().zip(&logs) {
+                    *out *= factor(*log);
+                }
+            }
+            for out in out {
+                *out *= std::f32::consts::SQRT_2;
+            }
+        }
+    }
+
+    /// A number between -1 and 1, neither of which it is.
+    #[inline(always)]
+    fn uniform(self, index: u32) -> f32 {
         let k = (self.bits(index) >> 8) as i32;
-        std::f32::consts::SQRT_2 * erfinv((2 * k + 1 - NORMALS) as f32 / NORMALS as f32)
+        (2 * k + 1 - NORMALS) as f32 / NORMALS as f32
     }
 }
 
@@ -134,37 +169,52 @@ fn inverse(odd: u32) -> u32 {
     x
 }
 
+/// Factors of Giles' polynomial in the middle.
+const MIDDLE: [f32; 9] = [
+    2.810_226_4e-8,
+    3.432_739_4e-7,
+    -3.523_387_7e-6,
+    -4.391_506_5e-6,
+    2.185_808_7e-4,
+    -1.253_725e-3,
+    -4.177_681_6e-3,
+    0.246_640_73,
+    1.501_409_4,
+];
+/// And towards -1 and 1.
+const ENDS: [f32; 9] = [
+    -2.002_142_6e-4,
+    1.009_505_6e-4,
+    1.349_343_2e-3,
+    -3.673_428_4e-3,
+    5.739_507_7e-3,
+    -7.622_461_3e-3,
+    9.438_870_5e-3,
+    1.001_674,
+    2.832_976_8,
+];
+/// Where the middle ends.
+const MIDDLE_BELOW: f32 = 5.0;
+
 /// The inverse of the error function between -1 and 1 (Giles, 2010), to 3e-7 of its value.
 #[inline(always)]
 fn erfinv(x: f32) -> f32 {
-    const MIDDLE: [f32; 9] = [
-        2.810_226_4e-8,
-        3.432_739_4e-7,
-        -3.523_387_7e-6,
-        -4.391_506_5e-6,
-        2.185_808_7e-4,
-        -1.253_725e-3,
-        -4.177_681_6e-3,
-        0.246_640_73,
-        1.501_409_4,
-    ];
-    const ENDS: [f32; 9] = [
-        -2.002_142_6e-4,
-        1.009_505_6e-4,
-        1.349_343_2e-3,
-        -3.673_428_4e-3,
-        5.739_507_7e-3,
-        -7.622_461_3e-3,
-        9.438_870_5e-3,
-        1.001_674,
-        2.832_976_8,
-    ];
-    let w = -ln((1.0 - x) * (1.0 + x));
-    let factor = match w < 5.0 {
-        true => polynomial(w - 2.5, &MIDDLE),
-        false => polynomial(w.sqrt() - 3.0, &ENDS),
-    };
-    factor * x
+    factor(logarithm(x)) * x
+}
+
+/// `-ln(1 - x^2)`.
+#[inline(always)]
+fn logarithm(x: f32) -> f32 {
+    -ln((1.0 - x) * (1.0 + x))
+}
+
+/// What a number is multiplied by, from its logarithm.
+#[inline(always)]
+fn factor(log: f32) -> f32 {
+    match log < MIDDLE_BELOW {
+        true => polynomial(log - 2.5, &MIDDLE),
+        false => polynomial(log.sqrt() - 3.0, &ENDS),
+    }
 }
 
 /// The natural logarithm of a positive normal number, to 1 ulp (Cephes).
@@ -219,6 +269,21 @@ mod tests {
         let normals = (0..4).map(|i| numbers.normal(i));
         for (got, want) in normals.zip(KNOWN_NORMALS) {
             assert!((got - want).abs() <= 1e-6 * want.abs(), "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_made_together_are_the_same() {
+        let numbers = Numbers::new(9, 2);
+        // Blocks with and without an end, and one that is not full.
+        let mut all = vec![f32::NAN; 5003];
+        kernel::simd(
+            #[inline(always)]
+            || numbers.normals(77, &mut all),
+        );
+        assert!(all.iter().any(|v| v.abs() > 3.0));
+        for (i, got) in (77..).zip(&all) {
+            assert_eq!(got.to_bits(), numbers.normal(i).to_bits(), "{i}");
         }
     }
 

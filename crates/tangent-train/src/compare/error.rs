@@ -43,7 +43,7 @@ pub enum CompareError {
         /// What it must be.
         why: &'static str,
     },
-    /// A recipe that does not fit the model or the shared settings.
+    /// Settings of all recipes that one of them cannot begin with.
     #[error("{recipe}: {source}; or leave {recipe} out of --methods")]
     Recipe {
         /// Id of the recipe.
@@ -51,10 +51,10 @@ pub enum CompareError {
         /// What does not fit.
         source: Box<PeftError>,
     },
-    /// A budget that no recipe can keep to.
-    #[error("no recipe can keep to the budget: {why}; give a larger --budget or other --methods")]
-    Budget {
-        /// What each of them needs.
+    /// No recipe that keeps to the budget and that the model can have.
+    #[error("no recipe can be compared: {why}; give a larger --budget or other --methods")]
+    NoRecipe {
+        /// Why not, for each of them.
         why: String,
     },
     /// A line of the ledger that is none of its entries.

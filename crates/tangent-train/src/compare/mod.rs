@@ -109,7 +109,7 @@ pub struct Setup<'a> {
 pub enum Event<'a> {
     /// A recipe that will be compared.
     Ready(&'a Contender),
-    /// A recipe that cannot be compared within the budget.
+    /// A recipe that cannot be compared.
     Skipped(&'a Skipped),
     /// A run begins.
     Begin {
@@ -153,7 +153,7 @@ pub struct Contender {
     pub steps: usize,
 }
 
-/// A recipe that cannot be compared within the budget.
+/// A recipe that cannot keep to the budget, or that the model cannot have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Skipped {
     /// Id of the recipe.
@@ -194,7 +194,7 @@ pub fn hold_out(rows: Vec<Example>, count: usize) -> (Vec<Example>, Vec<Example>
 /// the ledger and `compare.html` into `output`.
 ///
 /// # Errors
-/// If a setting is out of its range or does not fit the model, no recipe can keep to the budget, or
+/// If a setting is out of its range or does not fit the model, no recipe can be compared, or
 /// files cannot be read or written. Finished runs are kept.
 pub fn compare(
     model: &mut dyn Model,

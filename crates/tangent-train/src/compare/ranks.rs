@@ -8,7 +8,7 @@ use tangent_peft::{AdapterConfig, PeftError, SettingValue, attach, detach, init,
 use super::recipe::{Recipe, Shared};
 use crate::plan::TrainedSite;
 
-/// The largest size that is tried.
+/// The largest rank, or number of units, tokens or block's values, that is tried.
 const LARGEST: usize = 4096;
 
 /// The size for a budget of parameters.
@@ -40,6 +40,9 @@ pub fn largest(
     if variant.size == 0 {
         return Ok(Fit::Size(0));
     }
+    if recipe.counts_parameters() {
+        return all_of(model, recipe, shared, limit).map(Fit::Size);
+    }
     init::check(&variant.adapter, &model.sites())?;
     let mut count = |size: usize| -> Result<Option<usize>, PeftError> {
         let variant = recipe.variant(shared, Some(size))?;
@@ -62,6 +65,21 @@ pub fn largest(
         }
     };
     fitting((least, smallest), limit, &mut count).map(Fit::Size)
+}
+
+/// The largest size of a recipe whose size is its number of parameters.
+fn all_of(
+    model: &mut dyn Model,
+    recipe: &Recipe,
+    shared: &Shared,
+    limit: usize,
+) -> Result<usize, PeftError> {
+    let variant = recipe.variant(shared, Some(limit))?;
+    match parameters(model, &variant.adapter) {
+        // The model has fewer values.
+        Err(PeftError::Dimension { limit: most, .. }) if most < limit => Ok(most),
+        counted => counted.map(|_| limit),
+    }
 }
 
 /// The least size with the largest count within `limit`, from the least size and its count on,
@@ -195,5 +213,10 @@ mod tests {
         // 32 features of each virtual token, and no more tokens than there is room for.
         assert_eq!(fit("prompt-tuning", 7 * 32 + 31), Fit::Size(7));
         assert_eq!(fit("prompt-tuning", usize::MAX), Fit::Size(40));
+        // A dimension is a number of parameters, up to all values of the adapted weights.
+        assert_eq!(fit("intrinsic", 5000), Fit::Size(5000));
+        let values = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48);
+        assert_eq!(fit("intrinsic", values + 1), Fit::Size(values));
+        assert_eq!(fit("intrinsic", 1), Fit::Least(2));
     }
 }

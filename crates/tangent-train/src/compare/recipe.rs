@@ -1,7 +1,7 @@
 //! Recipes: named combinations of method, start values, optimizer, scaling and learning rates. A
 //! recipe is one line in [`RECIPES`].
 
-use tangent_peft::methods::{self, Common};
+use tangent_peft::methods::{self, Common, intrinsic};
 use tangent_peft::{AdapterConfig, Attach, PeftError, SettingValue, Targets, name};
 
 use super::error::CompareError;
@@ -206,6 +206,22 @@ impl Recipe {
         }
     }
 
+    /// Whether its size is the number of parameters that it trains.
+    pub(super) fn counts_parameters(&self) -> bool {
+        self.size == DIMENSION
+    }
+
+    /// The settings of a variant's adapter in a run with this seed: random projections are other ones
+    /// for each, so that results over seeds tell how much they matter.
+    pub(super) fn seeded(adapter: &AdapterConfig, seed: u64) -> AdapterConfig {
+        let mut adapter = adapter.clone();
+        if adapter.method == intrinsic::METHOD.id {
+            let seed = SettingValue::Number(f64::from(seed as u32));
+            set(&mut adapter, intrinsic::SEED, seed);
+        }
+        adapter
+    }
+
     /// The smallest size that it can have.
     pub(super) fn least_size(&self) -> usize {
         match self.size {
@@ -359,6 +375,25 @@ mod tests {
         assert_eq!((lst.size, &lst), (0, &of("lst", None)));
         let name = |name: &str| find(&[name.to_owned()]).unwrap()[0].size_name();
         assert_eq!((name("lora"), name("oft")), ("rank", "block size"));
+    }
+
+    #[test]
+    fn seeds_draw_other_projections() {
+        let of = |name: &str, seed| {
+            let recipe = find(&[name.to_owned()]).unwrap()[0];
+            let variant = recipe.variant(&Shared::default(), None).unwrap();
+            (
+                Recipe::seeded(&variant.adapter, seed),
+                variant.adapter.clone(),
+            )
+        };
+        for seed in [0, 5] {
+            let (seeded, _) = of("intrinsic", seed);
+            assert_eq!(seeded.own(intrinsic::SEED).number(), seed as f64);
+            seeded.validate().unwrap();
+        }
+        let (seeded, plain) = of("lora", 5);
+        assert_eq!(seeded, plain);
     }
 
     #[test]

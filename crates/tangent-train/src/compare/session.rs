@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::pass;
-use tangent_peft::{PeftError, init};
+use tangent_peft::{AdapterConfig, PeftError, init};
 
 use super::error::CompareError;
 use super::ledger::{Ledger, Record};
@@ -121,7 +121,7 @@ impl<'a, 'b> Session<'a, 'b> {
                 .iter()
                 .map(|s| format!("{}: {}", s.recipe, s.why));
             let why = whys.collect::<Vec<_>>().join("; ");
-            return Err(CompareError::Budget { why });
+            return Err(CompareError::NoRecipe { why });
         }
         Ok(())
     }
@@ -307,7 +307,8 @@ impl<'a, 'b> Session<'a, 'b> {
             ..contender.variant.train.clone()
         };
         train.validate()?;
-        let key = self.key(contender, &train, is_full);
+        let adapter = Recipe::seeded(&contender.variant.adapter, seed);
+        let key = self.key((contender.recipe, &adapter), &train, is_full);
         if let Some(record) = self.ledger.get(&key) {
             return Ok(record.clone());
         }
@@ -319,7 +320,7 @@ impl<'a, 'b> Session<'a, 'b> {
             steps,
         });
         let plan = RunPlan {
-            adapter: &contender.variant.adapter,
+            adapter: &adapter,
             train: &train,
             is_full,
             predicts_memory: self.setup.predicts_memory,
@@ -345,14 +346,19 @@ impl<'a, 'b> Session<'a, 'b> {
     }
 
     /// Stands for everything that decides a run.
-    fn key(&self, contender: &Contender, train: &TrainConfig, is_full: bool) -> String {
+    fn key(
+        &self,
+        (recipe, adapter): (&Recipe, &AdapterConfig),
+        train: &TrainConfig,
+        is_full: bool,
+    ) -> String {
         let eval = match is_full {
             true => self.data.eval.clone(),
             false => Value::Null,
         };
         let decides = json!({
-            "recipe": contender.recipe.id,
-            "adapter": format!("{:?}", contender.variant.adapter),
+            "recipe": recipe.id,
+            "adapter": format!("{adapter:?}"),
             "train": format!("{train:?}"),
             "base": self.setup.base,
             "data": self.data.train,
@@ -364,8 +370,38 @@ impl<'a, 'b> Session<'a, 'b> {
 }
 
 /// The settings of a recipe of a size within the budget and how much they train, or why there is
-/// none.
+/// none: it needs more, or this model cannot have it.
 fn sized(
+    model: &mut dyn Model,
+    recipe: &Recipe,
+    shared: &Shared,
+    budget: Budget,
+    room: usize,
+) -> Result<Result<(Variant, usize), String>, PeftError> {
+    recipe.variant(shared, None)?.adapter.validate()?;
+    match fitted(model, recipe, shared, budget, room) {
+        Err(error) if !is_of_shared(&error) => Ok(Err(error.to_string())),
+        found => found,
+    }
+}
+
+/// Whether an error is one of the settings that all recipes begin with, not of one recipe.
+fn is_of_shared(error: &PeftError) -> bool {
+    matches!(
+        error,
+        PeftError::UnknownTarget { .. }
+            | PeftError::UnknownPattern { .. }
+            | PeftError::Pattern { .. }
+            | PeftError::UnknownMethod(_)
+            | PeftError::UnknownInit(_)
+            | PeftError::UnknownSetting(_)
+            | PeftError::SettingType { .. }
+            | PeftError::Unread { .. }
+    )
+}
+
+/// [`sized`], without telling errors of the recipe from others.
+fn fitted(
     model: &mut dyn Model,
     recipe: &Recipe,
     shared: &Shared,

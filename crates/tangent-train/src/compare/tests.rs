@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::json;
+use tangent_peft::Targets;
 
 use super::*;
 use crate::config::{Batching, Length, TrainConfig};
@@ -204,7 +205,7 @@ fn ranks_and_budgets_are_kept_to() {
     let too_small = |setup: &mut Setup<'_>| setup.budget = Budget::Parameters(10);
     let text = place.compare(too_small, |_, _| {}).unwrap_err().to_string();
     assert!(
-        text.contains("no recipe can keep to the budget: lora: it trains"),
+        text.contains("no recipe can be compared: lora: it trains"),
         "{text}"
     );
     assert!(text.contains("give a larger --budget"), "{text}");
@@ -247,21 +248,59 @@ fn what_cannot_be_compared_is_refused() {
     let short = |setup: &mut Setup<'_>| setup.shared.train.length = Length::Steps(7);
     let text = place.compare(short, |_, _| {}).unwrap_err().to_string();
     assert!(text.contains("steps=7: must be at least 8"), "{text}");
-    // What does not fit the model is told before anything trains, with who does not.
+    // Where the model can have none of the recipes, this is told before anything trains.
     let mut place = Place::new();
     let mut began = false;
     let wide = |setup: &mut Setup<'_>| {
-        setup.recipes = find(&["lora".to_owned(), "lora_ga".to_owned()]).unwrap();
+        setup.recipes = find(&["lora_ga".to_owned(), "bitfit".to_owned()]).unwrap();
         setup.shared.rank = Some(9);
     };
     let refused = place.compare(wide, |event, _| {
         began |= matches!(event, Event::Begin { .. });
     });
     let text = refused.unwrap_err().to_string();
-    for part in ["lora-ga: ", "18 singular vectors", "--methods"] {
+    for part in [
+        "lora-ga: ",
+        "18 singular vectors",
+        "bitfit: ",
+        "has no bias",
+        "--methods",
+    ] {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert!(!began);
+    // A target that is nowhere is a fault of all recipes.
+    let misspelled = |setup: &mut Setup<'_>| {
+        setup.shared.targets = Some(Targets::parse(&["q_prj".into()]));
+    };
+    let text = place.compare(misspelled, |_, _| {}).unwrap_err();
+    let text = text.to_string();
+    assert!(text.contains("lora: target module \"q_prj\""), "{text}");
+}
+
+#[test]
+fn recipes_that_the_model_cannot_have_are_skipped() {
+    let mut place = Place::new();
+    let mut skipped = vec![];
+    let some = |setup: &mut Setup<'_>| {
+        setup.recipes = find(&["bitfit".to_owned(), "lora".to_owned()]).unwrap();
+        setup.rates = Rates::List(vec![1e-2]);
+        setup.seeds = 1;
+    };
+    let (report, made) = place
+        .compare(some, |event, _| {
+            if let Event::Skipped(found) = event {
+                skipped.push(found.recipe);
+            }
+        })
+        .unwrap();
+    assert_eq!((report.complete, made), (true, 1));
+    assert_eq!(skipped, ["bitfit"]);
+    let rows = &report.standings.rows;
+    let of = |name: &str| rows.iter().find(|row| row.recipe == name).unwrap();
+    let note = of("bitfit").note.as_ref().unwrap();
+    assert!(note.contains("has no bias"), "{note}");
+    assert!(of("lora").note.is_none() && of("lora").loss.is_some());
 }
 
 #[test]

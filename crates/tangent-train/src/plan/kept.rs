@@ -253,7 +253,7 @@ mod tests {
         let got = kept(&usual("intrinsic", &[few]));
         assert_eq!(got.features, [READ - 32, READ]);
         // The change of the largest weight, its gradient, and two transforms.
-        assert_eq!((got.formed, got.working), (0, 2 * 1536 + 2 * 2048));
+        assert_eq!((got.formed, got.working), (0, 2 * 1536 + 2048 + 16));
         let got = kept(&usual("monarch", &[]));
         // Four blocks of rank 8 between the factors of each map.
         assert_eq!(got.features, [READ + 7 * 32 - 32, READ + 7 * 32]);

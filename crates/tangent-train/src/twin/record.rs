@@ -28,7 +28,8 @@ pub struct Record {
     pub learning_rate: f64,
     /// Mean loss per supervised token of each step, before it.
     pub losses: Vec<f64>,
-    /// How the adapter's changes differ from the twin's, once the run has taken as many steps.
+    /// How the adapter's changes differ from the twin's, once the run has taken as many steps; empty
+    /// if the adapter changes no matrices.
     pub matrices: Option<Vec<Comparison>>,
     /// The settings of the run.
     pub settings: Value,

@@ -41,6 +41,13 @@ pub(crate) fn section(page: &mut Page, lines: &[Value], record: Option<&Record>)
     let Some(matrices) = &record.matrices else {
         return;
     };
+    if matrices.is_empty() {
+        page.paragraph(
+            "The adapter changes no matrices, so there are no changes to hold against those of full \
+             fine-tuning: the losses are the whole comparison.",
+        );
+        return;
+    }
     page.table(
         &[
             "Matrices",
@@ -213,6 +220,16 @@ mod tests {
         for part in ["up_proj", "cosine 0.30 with", "0.60 is the most", "0.300"] {
             assert!(done.contains(part), "{part}");
         }
+    }
+
+    #[test]
+    fn adapters_that_change_no_matrices_are_compared_by_their_losses() {
+        let line = json!({"step": 1, "step_loss": 2.25, "twin_loss": 2.0});
+        let mut page = Page::new("run");
+        section(&mut page, &[line], Some(&record(Some(vec![]))));
+        let text = page.finish();
+        assert!(text.contains("changes no matrices") && text.contains("Loss of each step"));
+        assert!(!text.contains("Best cosine") && !text.contains("have cosine"));
     }
 
     #[test]

@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use burn::tensor::Device;
@@ -12,19 +11,21 @@ use tangent_model::family::Model;
 use tangent_model::{Batch, Pass};
 use tangent_ops::FrozenMatrix;
 use tangent_peft::{Adapter, AdapterConfig, SettingValue, attach};
-use tangent_testkit::{Reference, folder, model};
+use tangent_testkit::{folder, model};
 use tangent_train::TrainError;
 use tangent_train::activations::{self, LIMIT, Storage, Survey};
 use tangent_train::config::{Batching, TrainConfig};
-use tangent_train::data::{Example, Origin};
+use tangent_train::data::Example;
 use tangent_train::gradients::{Accumulated, accumulate, of_step};
 use tangent_train::sampler::epoch_steps;
+
+use crate::rows;
 
 const BASE: &str = "llama/everything";
 
 /// The stored rows, some that share a beginning with them, and one twice.
 fn examples() -> Vec<Example> {
-    let mut rows = Reference::open(&folder("llama/everything/reference.safetensors")).rows();
+    let mut rows = rows::stored();
     let (tokens, supervised) = rows[0].clone();
     rows.push((tokens.clone(), supervised.clone()));
     for (end, last) in [(8, 40), (8, 41), (3, 7)] {
@@ -34,17 +35,7 @@ fn examples() -> Vec<Example> {
         supervised.push(true);
         rows.push((tokens, supervised));
     }
-    let file = Arc::new(PathBuf::from("rows.jsonl"));
-    let example = |(line, (tokens, supervised)): (usize, (Vec<u32>, Vec<bool>))| Example {
-        full_length: tokens.len(),
-        tokens,
-        supervised,
-        origin: Origin {
-            file: Arc::clone(&file),
-            line: line + 1,
-        },
-    };
-    rows.into_iter().enumerate().map(example).collect()
+    rows::examples_of(rows)
 }
 
 /// A model and a side network away from its start.

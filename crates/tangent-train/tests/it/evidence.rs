@@ -2,36 +2,22 @@
 //! values leave the model unchanged, and a resumed run gets them back to the bit.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use burn::tensor::Device;
 use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass, Site, SiteKind};
 use tangent_peft::{AdapterConfig, INITS, SettingValue, Start, Targets, attach, attach_from};
-use tangent_testkit::{Reference, all_logits, close, folder, model, quantized};
-use tangent_train::data::{Example, Origin};
+use tangent_testkit::{all_logits, close, folder, model, quantized};
+use tangent_train::data::Example;
 use tangent_train::evidence::gradient::gradients;
 use tangent_train::evidence::{self, Evidence, MicroBatch};
 use tangent_train::gradients::{Accumulated, accumulate};
 
+use crate::rows::examples;
+
 const UNTIED: &str = "llama/everything";
 const TIED: &str = "llama/tied_gqa";
-
-fn examples() -> Vec<Example> {
-    let rows = Reference::open(&folder("llama/everything/reference.safetensors")).rows();
-    let file = Arc::new("rows.jsonl".into());
-    let example = |(line, (tokens, supervised)): (usize, (Vec<u32>, Vec<bool>))| Example {
-        full_length: tokens.len(),
-        tokens,
-        supervised,
-        origin: Origin {
-            file: Arc::clone(&file),
-            line: line + 1,
-        },
-    };
-    rows.into_iter().enumerate().map(example).collect()
-}
 
 fn batch(rows: &[Example]) -> Batch {
     Batch::new(

@@ -1,34 +1,17 @@
 //! Importances of values are squared gradients of full fine-tuning, and a side network starts with
 //! what they keep.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use burn::tensor::Device;
 use tangent_model::{Batch, Pass, SiteKind};
 use tangent_peft::{AdapterConfig, SettingValue, attach, attach_from};
-use tangent_testkit::{Reference, close, folder, model};
-use tangent_train::data::{Example, Origin};
+use tangent_testkit::{close, folder, model};
 use tangent_train::evidence::fisher::importances;
 use tangent_train::evidence::{self, Evidence};
 use tangent_train::gradients::{Accumulated, accumulate};
 
-const BASE: &str = "llama/everything";
+use crate::rows::examples;
 
-fn examples() -> Vec<Example> {
-    let rows = Reference::open(&folder("llama/everything/reference.safetensors")).rows();
-    let file = Arc::new(PathBuf::from("rows.jsonl"));
-    let example = |(line, (tokens, supervised)): (usize, (Vec<u32>, Vec<bool>))| Example {
-        full_length: tokens.len(),
-        tokens,
-        supervised,
-        origin: Origin {
-            file: Arc::clone(&file),
-            line: line + 1,
-        },
-    };
-    rows.into_iter().enumerate().map(example).collect()
-}
+const BASE: &str = "llama/everything";
 
 #[test]
 fn importances_are_squared_gradients_of_rows() {

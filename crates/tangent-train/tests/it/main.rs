@@ -9,4 +9,5 @@ mod gradients;
 mod meter;
 mod optimizers;
 mod pairs;
+mod rows;
 mod twin;

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use serde_json::{Value, json};
@@ -12,11 +11,13 @@ use tangent_peft::{AdapterConfig, Targets, attach};
 use tangent_testkit::{Reference, close, folder, model};
 use tangent_train::TrainConfig;
 use tangent_train::config::{Batching, Length, TwinConfig, Warmup};
-use tangent_train::data::{Example, Origin};
+use tangent_train::data::Example;
 use tangent_train::gradients::{clip, global_norm, of_step};
 use tangent_train::optim::{Optimizer, find};
 use tangent_train::sampler::{epoch_steps, total_steps};
 use tangent_train::twin::{CHANGES, RECORD, Readiness, Record, TwinOf, TwinStep, change, prepare};
+
+use crate::rows::examples;
 
 const BASE: &str = "llama/tied_gqa";
 const SITES: [&str; 2] = [
@@ -24,21 +25,6 @@ const SITES: [&str; 2] = [
     "model.layers.1.mlp.down_proj",
 ];
 const STEPS: usize = 3;
-
-fn rows() -> Vec<Example> {
-    let rows = Reference::open(&folder("llama/everything/reference.safetensors")).rows();
-    let file = Arc::new("rows.jsonl".into());
-    let example = |(line, (tokens, supervised)): (usize, (Vec<u32>, Vec<bool>))| Example {
-        full_length: tokens.len(),
-        tokens,
-        supervised,
-        origin: Origin {
-            file: Arc::clone(&file),
-            line: line + 1,
-        },
-    };
-    rows.into_iter().enumerate().map(example).collect()
-}
 
 /// A run of an optimizer that the twin does not share.
 fn config() -> TrainConfig {
@@ -107,7 +93,7 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         Self {
-            rows: rows(),
+            rows: examples(),
             config: config(),
             settings: json!({"learning_rate": 0.5}),
             sites: SITES.map(str::to_owned).to_vec(),

@@ -124,9 +124,10 @@ fn projections_of_a_short_vector_are_made_once_a_pass() {
     let (trained, frozen, pass, formed) = of_queries(&usual("intrinsic", &[few]));
     let values = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48);
     assert_eq!((trained, frozen, formed), (f64::from(values), 0.0, 0.0));
-    // Two transforms of 1024, 512 and 2048 numbers, three times.
-    let transforms = 2 * (2 * 1024 * 10 + 2 * 512 * 9 + 3 * 2048 * 11);
-    assert_eq!(pass, f64::from(2 * 3 * transforms));
+    // A transform of 1024, 512 or 2048 numbers and one of 16, and as many numbers drawn, three times.
+    let of = |size: i32, bits: i32| 4 * (size * bits + 16 * 4) + 64 * size;
+    let projections = 2 * (2 * of(1024, 10) + 2 * of(512, 9) + 3 * of(2048, 11));
+    assert_eq!(pass, f64::from(3 * projections));
 }
 
 /// Weights of a layer: q, k, v, o, gate, up, down.
