@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use serde_json::{Value, json};
 use tangent_model::folder::NewFolder;
 use tangent_model::{BaseDtype, LanguageModel};
 use tangent_peft::export::WriteDtype;
@@ -38,6 +39,15 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// The model as ledgers of runs name it.
+    pub fn describe(&self) -> Value {
+        json!({
+            "model": self.model.to_string_lossy(),
+            "base_dtype": self.base_dtype.to_string(),
+            "device": self.device.to_string(),
+        })
+    }
+
     /// Opens the model on its device and sets the number of threads.
     pub fn open(&self) -> Result<LanguageModel, Failure> {
         let threads = self.threads.unwrap_or(0);

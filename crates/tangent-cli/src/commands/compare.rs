@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use serde_json::json;
 use tangent_model::folder::{self, FolderError};
 use tangent_train::compare::{self, Data, Event, LEDGER, REPORT, Record, Setup};
 use tangent_train::plan::grouped;
@@ -71,11 +70,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         ranks: args.ranks.iter().map(|rank| rank.get()).collect(),
         readings: if on_cpu { args.meter_readings } else { 0 },
         predicts_memory: on_cpu,
-        base: json!({
-            "model": args.model.model.to_string_lossy(),
-            "base_dtype": args.model.base_dtype.to_string(),
-            "device": args.model.device.to_string(),
-        }),
+        base: args.model.describe(),
         stop: &stop,
     };
     say(format_args!(
@@ -95,16 +90,18 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         tell(&mut screen, event);
     })?;
     drop(screen);
-    let mut out = std::io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", report.to_json())?,
-        false => write!(out, "{}", report.text())?,
-    }
-    say(format_args!(
-        "the page is {}",
-        args.output.join(REPORT).display()
-    ));
-    Ok(match report.complete {
+    let found = match args.json {
+        true => format!("{}\n", report.to_json()),
+        false => report.text(),
+    };
+    finish(&found, &args.output.join(REPORT), report.complete)
+}
+
+/// Prints what was found and where its page is; the exit code of a complete or an interrupted one.
+pub(super) fn finish(found: &str, page: &Path, complete: bool) -> Result<ExitCode, Failure> {
+    write!(std::io::stdout().lock(), "{found}")?;
+    say(format_args!("the page is {}", page.display()));
+    Ok(match complete {
         true => ExitCode::SUCCESS,
         false => {
             say("stopped; finished runs are kept, go on with --resume");

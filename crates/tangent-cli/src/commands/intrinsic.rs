@@ -1,18 +1,16 @@
 //! `tangent intrinsic`: how few numbers, carried to all weights by random projections, do nearly as
 //! well as training everything, on one's data.
 
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use serde_json::json;
 use tangent_peft::{AdapterConfig, Targets};
 use tangent_train::compare::{self, Data, Rates, Shared};
 use tangent_train::intrinsic::{self, Dimensions, Event, JSON, LEDGER, REPORT, Reference, Setup};
 
-use super::compare::{OptimizationArgs, Place, Screen, rates};
+use super::compare::{OptimizationArgs, Place, Screen, finish, rates};
 use super::train::{DataArgs, stop_flag};
 use crate::failure::Failure;
 use crate::open::{ModelArgs, examples, tell_unseen};
@@ -164,11 +162,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         rates: subspaces,
         reference_rates: reference,
         seeds: args.seeds,
-        base: json!({
-            "model": args.model.model.to_string_lossy(),
-            "base_dtype": args.model.base_dtype.to_string(),
-            "device": args.model.device.to_string(),
-        }),
+        base: args.model.describe(),
         stop: &stop,
     };
     say(format_args!(
@@ -186,22 +180,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         tell(&mut screen, event);
     })?;
     drop(screen);
-    let mut out = std::io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", report.to_json())?,
-        false => write!(out, "{}", report.text())?,
-    }
-    say(format_args!(
-        "the page is {}",
-        args.output.join(REPORT).display()
-    ));
-    Ok(match report.complete {
-        true => ExitCode::SUCCESS,
-        false => {
-            say("stopped; finished runs are kept, go on with --resume");
-            ExitCode::from(130)
-        }
-    })
+    let found = match args.json {
+        true => format!("{}\n", report.to_json()),
+        false => report.text(),
+    };
+    finish(&found, &args.output.join(REPORT), report.complete)
 }
 
 /// Shows what happens in a search.

@@ -21,12 +21,13 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 use tangent_model::{Pass, Sublayer};
 
+use super::PeftType;
 use super::affine::Affine;
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::init::{self, uniform};
-use crate::peft_format::{Fields, object};
+use crate::peft_format::{self, Fields, object};
 use crate::setting::{Setting, SettingValue};
 
 pub(super) const SIZE: &str = "bottleneck_size";
@@ -38,9 +39,6 @@ const NORMAL: &str = "normal";
 
 /// Hidden units at most.
 const LARGEST: usize = 65_536;
-
-/// Keys that [`read`] reads.
-pub(super) const KEYS: &[&str] = &[SIZE, FACTOR, ACTIVATION];
 
 /// The setting of the hidden units; 0 leaves them to the factor.
 pub(super) const fn size_setting(default: f64) -> Setting {
@@ -262,6 +260,20 @@ impl Bottleneck {
     /// Values of a token that are kept for the derivative, the input among them.
     pub fn kept(&self) -> usize {
         self.width + self.units * self.activation.kept()
+    }
+}
+
+/// Files of a method that has these settings alone, in a format of our own.
+pub(super) const fn file_type(name: &'static str) -> PeftType {
+    PeftType {
+        name,
+        of_modules: true,
+        known_to_peft: false,
+        keys: &[SIZE, FACTOR, ACTIVATION],
+        claims: |_| true,
+        read,
+        write,
+        tensors: peft_format::tensors,
     }
 }
 

@@ -24,11 +24,10 @@ use tangent_model::{ActivationAdapter, Pass, Streams, Sublayer};
 use super::bottleneck::{
     self, Bottleneck, Normal, START_SETTING, activation_setting, factor_setting, size_setting,
 };
-use super::{Attach, Method, PeftType, cost};
+use super::{Attach, Method, cost};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::peft_format;
 
 /// The method's entry.
 pub const METHOD: Method = Method {
@@ -49,16 +48,7 @@ pub const METHOD: Method = Method {
     targets: &["attention", "mlp"],
     cost: cost::nothing,
     control: None,
-    peft: Some(PeftType {
-        name: "HOULSBY",
-        of_modules: true,
-        known_to_peft: false,
-        keys: bottleneck::KEYS,
-        claims: |_| true,
-        read: bottleneck::read,
-        write: bottleneck::write,
-        tensors: peft_format::tensors,
-    }),
+    peft: Some(bottleneck::file_type("HOULSBY")),
 };
 
 const AUTHORS: Normal = Normal {

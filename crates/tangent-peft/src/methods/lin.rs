@@ -28,11 +28,10 @@ use tangent_model::{ActivationAdapter, Parameter, Pass, Streams, Sublayer};
 use super::bottleneck::{
     self, Bottleneck, START_SETTING, activation_setting, factor_setting, size_setting,
 };
-use super::{Attach, Method, PeftType, cost, pfeiffer};
+use super::{Attach, Method, cost, pfeiffer};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::peft_format;
 
 /// The method's entry.
 pub const METHOD: Method = Method {
@@ -53,16 +52,7 @@ pub const METHOD: Method = Method {
     targets: &["mlp"],
     cost: cost::nothing,
     control: None,
-    peft: Some(PeftType {
-        name: "LIN",
-        of_modules: true,
-        known_to_peft: false,
-        keys: bottleneck::KEYS,
-        claims: |_| true,
-        read: bottleneck::read,
-        write: bottleneck::write,
-        tensors: peft_format::tensors,
-    }),
+    peft: Some(bottleneck::file_type("LIN")),
 };
 
 const EPS: f32 = 1e-5;
