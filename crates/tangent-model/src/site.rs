@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_ops::{FrozenMatrix, Head, Tap};
+use tangent_ops::{FrozenMatrix, Head, LowRank, NormedLinear, Tap};
 
 use crate::error::ModelError;
 use crate::parameter::Parameter;
@@ -23,12 +23,25 @@ pub enum SiteKind {
     Norm,
 }
 
-/// A product that an adapter adds to a weight `(d_out, d_in)`: `scaling * B A`.
-pub struct LowRank {
-    /// `(d_out, k)`.
-    pub b: Tensor<2>,
-    /// `(k, d_in)`.
-    pub a: Tensor<2>,
+/// What an adapter adds to a frozen linear map.
+pub enum Beside {
+    /// Nothing.
+    Nothing,
+    /// A product of two factors.
+    Product(Box<LowRank>),
+    /// Something else, or it does not only add.
+    Other,
+}
+
+/// Trained numbers with two vectors each, which an adapter adds to a weight `(d_out, d_in)` as
+/// `scaling B diag(e) A`.
+pub struct Triplets<'a> {
+    /// `(rank, d_in)`.
+    pub a: &'a Parameter,
+    /// `(rank)`.
+    pub e: &'a Parameter,
+    /// `(d_out, rank)`.
+    pub b: &'a Parameter,
     /// What multiplies the product.
     pub scaling: f32,
 }
@@ -76,6 +89,12 @@ pub trait WeightAdapter: Send + Sync {
         None
     }
 
+    /// What [`linear`](Self::linear) adds to the frozen map in this pass, so that maps of one input
+    /// can be computed together.
+    fn beside(&self, _pass: &Pass) -> Beside {
+        Beside::Other
+    }
+
     /// The frozen weight of which the definition makes `effective`; `None` where that does not
     /// tell it.
     fn inverse(&self, effective: Tensor<2>, pass: &Pass) -> Option<Tensor<2>> {
@@ -95,6 +114,11 @@ pub trait WeightAdapter: Send + Sync {
     /// The effective weight where it is a trained tensor of its own and no function of the
     /// frozen one, so that the head's loss can use it directly.
     fn replacement(&self, _pass: &Pass) -> Option<Tensor<2>> {
+        None
+    }
+
+    /// The trained triplets, where the definition is `W' = W + scaling B diag(e) A`.
+    fn triplets(&self) -> Option<Triplets<'_>> {
         None
     }
 
@@ -283,6 +307,22 @@ impl Site {
         pass.tap.clone().filter(|tap| tap.wants(&self.path))
     }
 
+    /// The map of [`linear`](Self::linear) before its bias, as one of several of one input; `None`
+    /// where an adapter does more than add a product.
+    pub(crate) fn map(&self, pass: &Pass) -> Option<NormedLinear<'_>> {
+        let adapter = self.adapter.as_ref();
+        let product = match adapter.map(|adapter| adapter.beside(&pass.at(&self.path))) {
+            None | Some(Beside::Nothing) => None,
+            Some(Beside::Product(product)) => Some(*product),
+            Some(Beside::Other) => return None,
+        };
+        Some(NormedLinear {
+            weight: &self.weight,
+            product,
+            tap: self.tap(pass).map(|tap| (tap, &self.path[..])),
+        })
+    }
+
     /// `(silu(gate) * up) W^T + b` for linear sites.
     pub fn gated_linear(&self, gate: Tensor<2>, up: Tensor<2>, pass: &Pass) -> Tensor<2> {
         let Some(adapter) = &self.adapter else {
@@ -297,7 +337,8 @@ impl Site {
         self.biased(y, pass)
     }
 
-    fn biased(&self, y: Tensor<2>, pass: &Pass) -> Tensor<2> {
+    /// `y` with the site's bias, if it has one.
+    pub(crate) fn biased(&self, y: Tensor<2>, pass: &Pass) -> Tensor<2> {
         match self.effective_bias(pass) {
             Some(bias) => y + bias,
             None => y,

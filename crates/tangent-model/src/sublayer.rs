@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use tangent_ops::NormedLinear;
 
 use crate::pass::Pass;
+use crate::site::Site;
 
 /// What an adapter at a sub-layer may read, all `(tokens, d)`.
 #[derive(Clone, Debug)]
@@ -24,6 +26,15 @@ pub trait ActivationAdapter: Send + Sync {
 
     /// Values of a token that it keeps for its derivative, what it reads among them.
     fn kept(&self) -> usize;
+}
+
+/// The maps of sites, if all of them can be computed together.
+fn maps_of<'a, const N: usize>(
+    sites: &[&'a Site; N],
+    pass: &Pass,
+) -> Option<[NormedLinear<'a>; N]> {
+    let maps: Option<Vec<_>> = sites.iter().map(|site| site.map(pass)).collect();
+    maps?.try_into().ok()
 }
 
 /// Attention or feed-forward of one layer, and at most one adapter.
@@ -77,13 +88,35 @@ impl Sublayer {
         self.adapter.is_some()
     }
 
-    /// What the sub-layer read, kept for [`add`](Self::add) if an adapter may want it.
-    pub fn reads(&self, input: &Tensor<2>) -> Option<Tensor<2>> {
-        self.is_adapted().then(|| input.clone())
+    /// What its first maps make of the stream `x` after `norm`, and that, where an adapter may want
+    /// it in [`add`](Self::add).
+    pub fn enter<const N: usize>(
+        &self,
+        norm: &Site,
+        eps: f32,
+        maps: [&Site; N],
+        x: &Tensor<2>,
+        pass: &Pass,
+    ) -> (Option<Tensor<2>>, [Tensor<2>; N]) {
+        if !self.is_adapted()
+            && !norm.is_trained()
+            && let Some(together) = maps_of(&maps, pass)
+        {
+            let outputs = tangent_ops::normed_linears(x.clone(), &norm.weight, eps, together);
+            let mut index = 0;
+            let outputs = outputs.map(|y| {
+                index += 1;
+                maps[index - 1].biased(y, pass)
+            });
+            return (None, outputs);
+        }
+        let input = norm.rms_norm(x.clone(), eps, pass);
+        let outputs = maps.map(|map| map.linear(input.clone(), pass));
+        (self.is_adapted().then_some(input), outputs)
     }
 
     /// The stream after this sub-layer: `residual + output`, the output as the adapter changes it.
-    /// `input` is what [`reads`](Self::reads) gave.
+    /// `input` is what [`enter`](Self::enter) gave.
     pub fn add(
         &self,
         residual: Tensor<2>,
@@ -91,6 +124,7 @@ impl Sublayer {
         output: Tensor<2>,
         pass: &Pass,
     ) -> Tensor<2> {
+        debug_assert_eq!(self.is_adapted(), input.is_some(), "as `enter` gave it");
         let (Some(adapter), Some(input)) = (&self.adapter, input) else {
             return residual + output;
         };

@@ -17,8 +17,8 @@ use burn::tensor::{Device, Tensor};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use tangent_ops::{
-    AttentionShape, FrozenMatrix, Head, MonarchShape, Projection, Rotary, Segments, StoredType,
-    Target, WeightBytes,
+    AttentionShape, FrozenMatrix, Head, LowRank, MonarchShape, NormedLinear, Projection, Rotary,
+    Segments, StoredType, Target, WeightBytes,
 };
 
 use harness::{median, numbers};
@@ -180,6 +180,7 @@ fn rows() -> Vec<Row> {
         rows.push(decoded_linear(stored));
     }
     rows.extend(low_rank());
+    rows.extend(normed_linears());
     rows.extend(monarch());
     rows.extend(project());
     rows.extend(projected_linear());
@@ -254,6 +255,34 @@ fn low_rank() -> Vec<Row> {
         tangent_ops::low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 2.0)
     });
     linear.into_iter().chain(delta).collect()
+}
+
+/// Gate and up with their low-rank parts, after a normalization.
+fn normed_linears() -> [Row; 2] {
+    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
+    let weights = [0, 1].map(|seed| frozen(StoredType::F32, d_out, d_in, seed));
+    let scale = frozen(StoredType::F32, 1, d_in, 2);
+    let thin = RANK * (d_in + d_out);
+    let map = 2 * n * d_out * d_in;
+    let work = [
+        work(2 * (map + 2 * n * thin), n * (d_in + 2 * d_out), 0),
+        work(2 * (map + 4 * n * thin), n * (2 * d_in + 2 * d_out), 0),
+    ];
+    let (a, b) = (tracked(RANK, d_in), tracked(d_out, RANK));
+    let inputs = [tracked(n, d_in), a.clone(), b.clone(), a, b];
+    Row::both("normed_linears F32", work, &inputs, move |t| {
+        let maps = [0, 1].map(|i| NormedLinear {
+            weight: &weights[i],
+            product: Some(LowRank {
+                a: t[1 + 2 * i].clone(),
+                b: t[2 + 2 * i].clone(),
+                scaling: 2.0,
+            }),
+            tap: None,
+        });
+        let [gate, up] = tangent_ops::normed_linears(t[0].clone(), &scale, 1e-5, maps);
+        gate + up
+    })
 }
 
 fn monarch() -> [Row; 2] {

@@ -58,7 +58,7 @@ pub fn attention(
             rotary: rotary.clone(),
             shape,
         };
-        custom::apply3(op, q, k, v)
+        custom::apply(op, [q, k, v])
     } else {
         definition(q, k, v, segments, rotary, shape)
     }

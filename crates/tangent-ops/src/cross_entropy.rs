@@ -55,8 +55,8 @@ pub fn linear_cross_entropy(
         d_head,
     };
     match head {
-        Head::Frozen(weight) => custom::apply1(op(Some(weight)), x),
-        Head::Trained(weight) => custom::apply2(op(None), x, weight),
+        Head::Frozen(weight) => custom::apply(op(Some(weight)), [x]),
+        Head::Trained(weight) => custom::apply(op(None), [x, weight]),
     }
 }
 

@@ -59,7 +59,7 @@ impl Matrix {
 
 /// An operation on `(rows, cols)` matrices with a CPU kernel and its derivative.
 pub(crate) trait CpuOp: Debug + Send + Sync + 'static {
-    /// Name in profiles.
+    /// Name in profiles; empty where it takes no time.
     fn name(&self) -> &'static str;
 
     /// The output and, when `tracked`, what [`CpuOp::backward`] needs.
@@ -78,7 +78,14 @@ pub(crate) trait CpuOp: Debug + Send + Sync + 'static {
 type SharedOp = Arc<dyn CpuOp>;
 
 fn forward(op: &SharedOp, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
-    profile::span(op.name(), Kind::Forward, || op.forward(inputs, tracked))
+    timed(op, Kind::Forward, || op.forward(inputs, tracked))
+}
+
+fn timed<R>(op: &SharedOp, kind: Kind, run: impl FnOnce() -> R) -> R {
+    match op.name() {
+        "" => run(),
+        name => profile::span(name, kind, run),
+    }
 }
 
 /// Whether tensors of this device are served by the CPU kernels (otherwise by the definitions).
@@ -104,6 +111,28 @@ pub(crate) trait CpuExtension: Backend {
         b: FloatTensor<Self>,
         c: FloatTensor<Self>,
         d: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self>;
+    fn cpu_op_5(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self>;
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the macro takes tensors one by one"
+    )]
+    fn cpu_op_7(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+        g: FloatTensor<Self>,
         op: SharedOp,
     ) -> FloatTensor<Self>;
 }
@@ -135,6 +164,30 @@ impl CpuExtension for Flex {
     ) -> FlexTensor {
         run(vec![a, b, c, d], &op)
     }
+
+    fn cpu_op_5(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        e: FlexTensor,
+        op: SharedOp,
+    ) -> FlexTensor {
+        run(vec![a, b, c, d, e], &op)
+    }
+
+    fn cpu_op_7(
+        a: FlexTensor,
+        b: FlexTensor,
+        c: FlexTensor,
+        d: FlexTensor,
+        e: FlexTensor,
+        f: FlexTensor,
+        g: FlexTensor,
+        op: SharedOp,
+    ) -> FlexTensor {
+        run(vec![a, b, c, d, e, f, g], &op)
+    }
 }
 
 /// The backward step of any [`CpuOp`] with `N` inputs.
@@ -153,7 +206,7 @@ impl<const N: usize> Backward<Flex, N> for Step<N> {
         let d_output = Matrix::from_tensor(grads.consume::<Flex>(&ops.node));
         let needed = ops.parents.each_ref().map(Option::is_some);
         let (op, saved) = ops.state;
-        let d_inputs = profile::span(op.name(), Kind::Backward, || {
+        let d_inputs = timed(&op, Kind::Backward, || {
             op.backward(saved, d_output, &needed)
         });
         debug_assert_eq!(d_inputs.len(), N);
@@ -215,39 +268,53 @@ impl<C: CheckpointStrategy> CpuExtension for Autodiff<Flex, C> {
     ) -> FloatTensor<Self> {
         run_tracked::<4, C>([a, b, c, d], op)
     }
+
+    fn cpu_op_5(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self> {
+        run_tracked::<5, C>([a, b, c, d, e], op)
+    }
+
+    fn cpu_op_7(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        f: FloatTensor<Self>,
+        g: FloatTensor<Self>,
+        op: SharedOp,
+    ) -> FloatTensor<Self> {
+        run_tracked::<7, C>([a, b, c, d, e, f, g], op)
+    }
 }
 
-/// Applies `op` to one tensor.
-pub(crate) fn apply1(op: impl CpuOp, a: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::cpu_op_1(a.into_dispatch(), Arc::new(op)))
+/// Applies `op` to one to five tensors, or seven.
+pub(crate) fn apply<const N: usize>(op: impl CpuOp, inputs: [Tensor<2>; N]) -> Tensor<2> {
+    const { assert!(matches!(N, 1..=5 | 7), "no operation takes as many") };
+    apply_to(op, inputs.into())
 }
 
-/// Applies `op` to two tensors.
-pub(crate) fn apply2(op: impl CpuOp, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::cpu_op_2(
-        a.into_dispatch(),
-        b.into_dispatch(),
-        Arc::new(op),
-    ))
-}
-
-/// Applies `op` to three tensors.
-pub(crate) fn apply3(op: impl CpuOp, a: Tensor<2>, b: Tensor<2>, c: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::cpu_op_3(
-        a.into_dispatch(),
-        b.into_dispatch(),
-        c.into_dispatch(),
-        Arc::new(op),
-    ))
-}
-
-/// Applies `op` to four tensors.
-pub(crate) fn apply4(op: impl CpuOp, [a, b, c, d]: [Tensor<2>; 4]) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::cpu_op_4(
-        a.into_dispatch(),
-        b.into_dispatch(),
-        c.into_dispatch(),
-        d.into_dispatch(),
-        Arc::new(op),
-    ))
+/// [`apply`] to as many tensors as are known at run time only.
+///
+/// # Panics
+/// If there are as many as no operation takes.
+pub(crate) fn apply_to(op: impl CpuOp, inputs: Vec<Tensor<2>>) -> Tensor<2> {
+    let (count, op): (usize, SharedOp) = (inputs.len(), Arc::new(op));
+    let mut inputs = inputs.into_iter().map(Tensor::into_dispatch);
+    let mut x = || inputs.next().expect("as many as were counted");
+    Tensor::from_dispatch(match count {
+        1 => Dispatch::cpu_op_1(x(), op),
+        2 => Dispatch::cpu_op_2(x(), x(), op),
+        3 => Dispatch::cpu_op_3(x(), x(), x(), op),
+        4 => Dispatch::cpu_op_4(x(), x(), x(), x(), op),
+        5 => Dispatch::cpu_op_5(x(), x(), x(), x(), x(), op),
+        7 => Dispatch::cpu_op_7(x(), x(), x(), x(), x(), x(), x(), op),
+        _ => panic!("no operation takes {count} tensors"),
+    })
 }

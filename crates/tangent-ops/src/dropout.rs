@@ -23,7 +23,7 @@ use crate::kernel;
 /// by `1 / (1 - p)`. Equal keys drop equal features.
 pub fn dropout(x: Tensor<2>, p: f32, key: u64) -> Tensor<2> {
     if custom::has_kernels(&x) {
-        custom::apply1(Dropout::new(p, key), x)
+        custom::apply(Dropout::new(p, key), [x])
     } else {
         definition(x, p, key)
     }

@@ -25,7 +25,7 @@ pub fn frozen_embedding(ids: &[u32], table: &FrozenMatrix, device: &Device) -> T
 /// Rows `ids` of a trained `table: (vocabulary, d)`.
 pub fn embedding(ids: &Arc<[u32]>, table: Tensor<2>) -> Tensor<2> {
     if custom::has_kernels(&table) {
-        custom::apply1(Embedding(ids.clone()), table)
+        custom::apply(Embedding(ids.clone()), [table])
     } else {
         definition(ids, table)
     }

@@ -10,7 +10,7 @@ use crate::matrix::FrozenMatrix;
 /// `x: (tokens, d_in)` times the frozen `weight: (d_out, d_in)` transposed.
 pub fn frozen_linear(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
     if custom::has_kernels(&x) {
-        custom::apply1(FrozenLinear(weight.clone()), x)
+        custom::apply(FrozenLinear(weight.clone()), [x])
     } else {
         definition(x, weight)
     }
@@ -49,12 +49,23 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
 
 /// `dx = dy W` for row-major `dy: (n, d_out)`.
 pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
+    let mut dx = kernel::buffer(n * weight.cols());
+    backward_into(&mut dx, Into::Overwrite, dy, n, weight);
+    dx
+}
+
+/// [`backward`] in the place of `dx: (n, d_in)`, or added to it.
+pub(crate) fn backward_into(
+    dx: &mut [f32],
+    mut mode: Into,
+    dy: &[f32],
+    n: usize,
+    weight: &FrozenMatrix,
+) {
     let (d_out, d_in) = (weight.rows(), weight.cols());
-    let mut dx = kernel::buffer(n * d_in);
-    let mut mode = Into::Overwrite;
     weight.for_each_panel(|first, rows, panel| {
         kernel::matmul(
-            ViewMut::dense(&mut dx, n, d_in),
+            ViewMut::dense(dx, n, d_in),
             mode,
             1.0,
             View::new(&dy[first..], n, rows, d_out),
@@ -63,7 +74,6 @@ pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> 
         );
         mode = Into::Add;
     });
-    dx
 }
 
 #[derive(Debug)]

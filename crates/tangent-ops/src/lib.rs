@@ -8,6 +8,7 @@
 mod custom;
 mod few_tokens;
 mod kernel;
+mod several;
 mod stored;
 mod thin;
 
@@ -21,6 +22,7 @@ pub mod low_rank;
 pub mod mapped;
 pub mod matrix;
 pub mod monarch;
+pub mod normed_linears;
 pub mod profile;
 pub mod projected_linear;
 pub mod projection;
@@ -42,10 +44,11 @@ pub use embedding::{embedding, frozen_embedding};
 pub use frozen_linear::frozen_linear;
 pub use kernel::simd;
 pub use linear::linear;
-pub use low_rank::{gated_low_rank_linear, low_rank_delta, low_rank_linear};
+pub use low_rank::{LowRank, gated_low_rank_linear, low_rank_delta, low_rank_linear};
 pub use mapped::MappedFile;
 pub use matrix::{FrozenMatrix, MatrixError};
 pub use monarch::{MonarchShape, gated_monarch_linear, monarch, monarch_linear};
+pub use normed_linears::{NormedLinear, normed_linears};
 pub use projected_linear::{gated_projected_linear, projected_linear};
 pub use projection::{Projection, project};
 pub use quantized::{FourBit, FourBitType, Int8Rows, NestedScales, Quantization, Scales};

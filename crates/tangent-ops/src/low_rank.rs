@@ -10,6 +10,16 @@ use crate::matrix::FrozenMatrix;
 use crate::swiglu;
 use crate::thin::{self, Layout, Thin};
 
+/// A product that is added to a weight `(d_out, d_in)`: `scaling * B A`.
+pub struct LowRank {
+    /// `(d_out, rank)`.
+    pub b: Tensor<2>,
+    /// `(rank, d_in)`.
+    pub a: Tensor<2>,
+    /// What multiplies the product.
+    pub scaling: f32,
+}
+
 /// `x: (tokens, d_in)`, frozen `weight: (d_out, d_in)`, `a: (rank, d_in)`, `b: (d_out, rank)`.
 pub fn low_rank_linear(
     x: Tensor<2>,
@@ -20,7 +30,7 @@ pub fn low_rank_linear(
 ) -> Tensor<2> {
     if custom::has_kernels(&x) {
         let weight = Some(weight.clone());
-        custom::apply3(LowRank { weight, scaling }, x, a, b)
+        custom::apply(LowRankOp { weight, scaling }, [x, a, b])
     } else {
         frozen_linear::definition(x.clone(), weight) + definition(x, a, b, scaling)
     }
@@ -38,7 +48,7 @@ pub fn gated_low_rank_linear(
 ) -> Tensor<2> {
     if custom::has_kernels(&gate) {
         let weight = Some(weight.clone());
-        custom::apply4(LowRank { weight, scaling }, [gate, up, a, b])
+        custom::apply(LowRankOp { weight, scaling }, [gate, up, a, b])
     } else {
         low_rank_linear(swiglu::definition(gate, up), weight, a, b, scaling)
     }
@@ -49,7 +59,7 @@ pub fn gated_low_rank_linear(
 pub fn low_rank_delta(x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scaling: f32) -> Tensor<2> {
     if custom::has_kernels(&x) {
         let weight = None;
-        custom::apply3(LowRank { weight, scaling }, x, a, b)
+        custom::apply(LowRankOp { weight, scaling }, [x, a, b])
     } else {
         definition(x, a, b, scaling)
     }
@@ -62,7 +72,7 @@ pub fn definition(x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scaling: f32) -> Ten
 
 /// Inputs: x, or gate and up, then a and b.
 #[derive(Debug)]
-struct LowRank {
+struct LowRankOp {
     weight: Option<FrozenMatrix>,
     scaling: f32,
 }
@@ -98,7 +108,7 @@ pub(crate) fn source_gradients(
 const FEW_TOKENS: usize = 8;
 
 /// Whether the kernels for thin matrices serve `n` tokens and a `(rank, d)` matrix.
-fn is_thin(n: usize, rank: usize, d: usize) -> bool {
+pub(crate) fn is_thin(n: usize, rank: usize, d: usize) -> bool {
     n > FEW_TOKENS && d > 0 && (1..=thin::MAX_RANK).contains(&rank)
 }
 
@@ -111,7 +121,7 @@ fn product((rows, cols): (usize, usize), factor: f32, lhs: View<'_>, rhs: View<'
 }
 
 /// `a`, or `b` transposed, as `m: (rank, d)`.
-struct Factor<'a> {
+pub(crate) struct Factor<'a> {
     view: View<'a>,
     rank: usize,
     d: usize,
@@ -120,7 +130,7 @@ struct Factor<'a> {
 
 impl<'a> Factor<'a> {
     /// Prepares the matrix for products of `n` tokens.
-    fn new(m: &'a Matrix, layout: Layout, n: usize) -> Self {
+    pub(crate) fn new(m: &'a Matrix, layout: Layout, n: usize) -> Self {
         let (view, rank, d) = match layout {
             Layout::Rows => (view(m), m.rows(), m.cols()),
             Layout::Columns => (view(m).t(), m.cols(), m.rows()),
@@ -135,7 +145,7 @@ impl<'a> Factor<'a> {
     }
 
     /// `factor * x m^T` for `x: (n, d)`.
-    fn dots(&self, x: &Matrix, factor: f32) -> Matrix {
+    pub(crate) fn dots(&self, x: &Matrix, factor: f32) -> Matrix {
         let shape = (x.rows(), self.rank);
         match &self.thin {
             Some(thin) => Matrix::new(thin::dots(x.values(), thin, factor), shape.0, shape.1),
@@ -144,7 +154,7 @@ impl<'a> Factor<'a> {
     }
 
     /// `y += factor * h m` for `h: (n, rank)` and `y: (n, d)`.
-    fn spread(&self, h: &Matrix, factor: f32, y: &mut [f32]) {
+    pub(crate) fn spread(&self, h: &Matrix, factor: f32, y: &mut [f32]) {
         match &self.thin {
             Some(thin) => thin::spread(h.values(), thin, factor, y),
             None => {
@@ -156,7 +166,7 @@ impl<'a> Factor<'a> {
 }
 
 /// `factor * h^T x`, a gradient of `a`; transposed, as the gradient of `b` is, when in columns.
-fn outer(h: &Matrix, x: &Matrix, factor: f32, layout: Layout) -> Matrix {
+pub(crate) fn outer(h: &Matrix, x: &Matrix, factor: f32, layout: Layout) -> Matrix {
     let (rank, d) = (h.cols(), x.cols());
     let (shape, lhs, rhs) = match layout {
         Layout::Rows => ((rank, d), h, x),
@@ -170,7 +180,7 @@ fn outer(h: &Matrix, x: &Matrix, factor: f32, layout: Layout) -> Matrix {
     }
 }
 
-impl CpuOp for LowRank {
+impl CpuOp for LowRankOp {
     fn name(&self) -> &'static str {
         "low_rank_linear"
     }

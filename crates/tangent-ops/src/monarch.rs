@@ -104,7 +104,7 @@ pub fn monarch_linear(
 ) -> Tensor<2> {
     if custom::has_kernels(&x) {
         let weight = Some(weight.clone());
-        custom::apply3(Monarch { weight, shape }, x, w1, w2)
+        custom::apply(Monarch { weight, shape }, [x, w1, w2])
     } else {
         frozen_linear::definition(x.clone(), weight) + definition(x, w1, w2, shape)
     }
@@ -122,7 +122,7 @@ pub fn gated_monarch_linear(
 ) -> Tensor<2> {
     if custom::has_kernels(&gate) {
         let weight = Some(weight.clone());
-        custom::apply4(Monarch { weight, shape }, [gate, up, w1, w2])
+        custom::apply(Monarch { weight, shape }, [gate, up, w1, w2])
     } else {
         monarch_linear(swiglu::definition(gate, up), weight, w1, w2, shape)
     }
@@ -132,7 +132,7 @@ pub fn gated_monarch_linear(
 pub fn monarch(x: Tensor<2>, w1: Tensor<2>, w2: Tensor<2>, shape: MonarchShape) -> Tensor<2> {
     if custom::has_kernels(&x) {
         let weight = None;
-        custom::apply3(Monarch { weight, shape }, x, w1, w2)
+        custom::apply(Monarch { weight, shape }, [x, w1, w2])
     } else {
         definition(x, w1, w2, shape)
     }

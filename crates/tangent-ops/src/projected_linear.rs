@@ -29,7 +29,7 @@ pub fn projected_linear(
     projection: &Projection,
 ) -> Tensor<2> {
     if custom::has_kernels(&x) {
-        custom::apply3(Projected::new(weight, projection), x, theta, scale)
+        custom::apply(Projected::new(weight, projection), [x, theta, scale])
     } else {
         definition(x, weight, theta, scale, projection)
     }
@@ -50,7 +50,7 @@ pub fn gated_projected_linear(
 ) -> Tensor<2> {
     if custom::has_kernels(&gate) {
         let operation = Projected::new(weight, projection);
-        custom::apply4(operation, [gate, up, theta, scale])
+        custom::apply(operation, [gate, up, theta, scale])
     } else {
         let x = swiglu::definition(gate, up);
         definition(x, weight, theta, scale, projection)

@@ -180,7 +180,7 @@ fn fill(out: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync + Send) {
 /// `x: (1, inputs)` projected to `(rows, cols)`.
 pub fn project(x: Tensor<2>, projection: &Projection) -> Tensor<2> {
     if custom::has_kernels(&x) {
-        custom::apply1(Project(projection.clone()), x)
+        custom::apply(Project(projection.clone()), [x])
     } else {
         definition(x, projection)
     }

@@ -8,7 +8,7 @@ use crate::kernel;
 /// Normalizes every row of `x: (tokens, d)` and scales it by `weight: (1, d)`.
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
     if custom::has_kernels(&x) {
-        custom::apply2(RmsNorm { eps }, x, weight)
+        custom::apply(RmsNorm { eps }, [x, weight])
     } else {
         definition(x, weight, eps)
     }
@@ -21,27 +21,13 @@ pub fn definition(x: Tensor<2>, weight: Tensor<2>, eps: f32) -> Tensor<2> {
 }
 
 #[derive(Debug)]
-struct RmsNorm {
-    eps: f32,
+pub(crate) struct RmsNorm {
+    pub(crate) eps: f32,
 }
 
 impl RmsNorm {
-    /// `1 / sqrt(mean(x^2) + eps)` of one row.
-    #[inline(always)]
-    fn inverse_rms(&self, x: &[f32]) -> f32 {
-        (kernel::dot(x, x) / x.len() as f32 + self.eps)
-            .sqrt()
-            .recip()
-    }
-}
-
-impl CpuOp for RmsNorm {
-    fn name(&self) -> &'static str {
-        "rms_norm"
-    }
-
-    fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
-        let (x, weight) = (&inputs[0], &inputs[1]);
+    /// The result for `x: (tokens, d)` and `weight: (1, d)`.
+    pub(crate) fn normalized(&self, x: &Matrix, weight: &Matrix) -> Matrix {
         let (n, d) = (x.rows(), x.cols());
         let (xs, w) = (x.values(), weight.values());
         let mut y = kernel::buffer(n * d);
@@ -57,8 +43,54 @@ impl CpuOp for RmsNorm {
                 }
             },
         );
+        Matrix::new(y, n, d)
+    }
+
+    /// The gradient of `x` in the place of that of the result, `(tokens, d)`.
+    pub(crate) fn gradient(&self, x: &Matrix, weight: &Matrix, gradient: &mut [f32]) {
+        let (d, xs, w) = (x.cols(), x.values(), weight.values());
+        kernel::fill_rows(
+            gradient,
+            d,
+            #[inline(always)]
+            |row, out| {
+                let x = &xs[row * d..][..d];
+                for i in 0..d {
+                    out[i] *= w[i];
+                }
+                self.through(x, out);
+            },
+        );
+    }
+
+    /// The gradient of the row `x` in the place of that of `x / rms(x)`.
+    #[inline(always)]
+    fn through(&self, x: &[f32], out: &mut [f32]) {
+        let (r, d) = (self.inverse_rms(x), x.len());
+        let k = kernel::dot(out, x) * r * r * r / d as f32;
+        for i in 0..d {
+            out[i] = out[i] * r - x[i] * k;
+        }
+    }
+
+    /// `1 / sqrt(mean(x^2) + eps)` of one row.
+    #[inline(always)]
+    fn inverse_rms(&self, x: &[f32]) -> f32 {
+        (kernel::dot(x, x) / x.len() as f32 + self.eps)
+            .sqrt()
+            .recip()
+    }
+}
+
+impl CpuOp for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+
+    fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
+        let y = self.normalized(&inputs[0], &inputs[1]);
         let saved = if tracked { inputs.to_vec() } else { vec![] };
-        (Matrix::new(y, n, d), saved)
+        (y, saved)
     }
 
     fn backward(&self, saved: Vec<Matrix>, dy: Matrix, needed: &[bool]) -> Vec<Option<Matrix>> {
@@ -73,14 +105,10 @@ impl CpuOp for RmsNorm {
                 #[inline(always)]
                 |row, out| {
                     let (x, dy) = (&xs[row * d..][..d], &dys[row * d..][..d]);
-                    let r = self.inverse_rms(x);
                     for i in 0..d {
                         out[i] = dy[i] * w[i];
                     }
-                    let k = kernel::dot(out, x) * r * r * r / d as f32;
-                    for i in 0..d {
-                        out[i] = out[i] * r - x[i] * k;
-                    }
+                    self.through(x, out);
                 },
             );
             Matrix::new(out, n, d)

@@ -8,7 +8,7 @@ use crate::kernel;
 /// `silu(gate) * up`, all `(tokens, d)`.
 pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     if custom::has_kernels(&gate) {
-        custom::apply2(SwiGlu, gate, up)
+        custom::apply(SwiGlu, [gate, up])
     } else {
         definition(gate, up)
     }

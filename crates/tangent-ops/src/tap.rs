@@ -41,7 +41,7 @@ pub fn tap(x: Tensor<2>, y: Tensor<2>, sink: Arc<dyn Tap>, site: &str) -> Tensor
     if !custom::has_kernels(&y) {
         return y;
     }
-    custom::apply2(TapOp::new(sink, site), x.without_autodiff(), y)
+    custom::apply(TapOp::new(sink, site), [x.without_autodiff(), y])
 }
 
 /// [`tap`] of a linear map of `silu(gate) * up`. The product is not kept for the backward pass but
@@ -57,7 +57,7 @@ pub fn gated_tap(
         return y;
     }
     let (gate, up) = (gate.without_autodiff(), up.without_autodiff());
-    custom::apply3(TapOp::new(sink, site), gate, up, y)
+    custom::apply(TapOp::new(sink, site), [gate, up, y])
 }
 
 /// The gradient of a weight `W'` in `x W'^T`: `dy^T x` for `x: (tokens, d_in)` and

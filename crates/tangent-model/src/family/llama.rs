@@ -8,7 +8,7 @@ use std::sync::{Arc, RwLock};
 use burn::tensor::{Device, Tensor};
 use tangent_ops::{AttentionShape, Rotary};
 
-use super::{Activation, Attend, Family, Model};
+use super::{Activation, Attend, Family, FormedFrom, Model};
 use crate::error::ModelError;
 use crate::pass::Pass;
 use crate::site::{Site, SiteKind};
@@ -226,17 +226,12 @@ impl Model for Llama {
     fn layer(&self, index: usize, x: Tensor<2>, attend: &mut Attend<'_>, pass: &Pass) -> Tensor<2> {
         let l = &self.layers[index];
         let eps = self.config.rms_norm_eps;
-        let h = l.input_layernorm.rms_norm(x.clone(), eps, pass);
-        let q = l.q_proj.linear(h.clone(), pass);
-        let k = l.k_proj.linear(h.clone(), pass);
-        let read = l.self_attn.reads(&h);
-        let v = l.v_proj.linear(h, pass);
+        let maps = [&l.q_proj, &l.k_proj, &l.v_proj];
+        let (read, [q, k, v]) = l.self_attn.enter(&l.input_layernorm, eps, maps, &x, pass);
         let o = l.o_proj.linear(attend(q, k, v), pass);
         let x = l.self_attn.add(x, read, o, pass);
-        let h = l.post_attention_layernorm.rms_norm(x.clone(), eps, pass);
-        let gate = l.gate_proj.linear(h.clone(), pass);
-        let read = l.mlp.reads(&h);
-        let up = l.up_proj.linear(h, pass);
+        let (norm, maps) = (&l.post_attention_layernorm, [&l.gate_proj, &l.up_proj]);
+        let (read, [gate, up]) = l.mlp.enter(norm, eps, maps, &x, pass);
         let y = l.down_proj.gated_linear(gate, up, pass);
         l.mlp.add(x, read, y, pass)
     }
@@ -250,7 +245,11 @@ impl Model for Llama {
         );
         vec![
             Activation::kept(d, &["input_layernorm"]),
-            Activation::read(d, &["q_proj", "k_proj", "v_proj"]),
+            Activation::formed_again(
+                d,
+                FormedFrom::Norm("self_attn"),
+                &["q_proj", "k_proj", "v_proj"],
+            ),
             // Queries, keys and values, which attention keeps.
             Activation::kept(q, &[]),
             Activation::kept(kv, &[]),
@@ -258,14 +257,11 @@ impl Model for Llama {
             Activation::read(q, &["o_proj"]),
             Activation::read(0, &["self_attn"]),
             Activation::kept(d, &["post_attention_layernorm"]),
-            Activation::read(d, &["gate_proj", "up_proj"]),
+            Activation::formed_again(d, FormedFrom::Norm("mlp"), &["gate_proj", "up_proj"]),
             // Gate and up, which swiglu keeps, and their product.
             Activation::kept(ff, &[]),
             Activation::kept(ff, &[]),
-            Activation {
-                formed_again: true,
-                ..Activation::read(ff, &["down_proj"])
-            },
+            Activation::formed_again(ff, FormedFrom::Gate, &["down_proj"]),
             Activation::read(0, &["mlp"]),
         ]
     }

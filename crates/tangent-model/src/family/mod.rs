@@ -31,8 +31,19 @@ pub struct Activation {
     /// keeps it for the gradient of its weight. A sub-layer stands here by itself, without a width,
     /// where its output is known: an adapter of it says what it keeps.
     pub read_by: &'static [&'static str],
-    /// Whether low-rank products do not keep it but form it again from what is kept before it.
-    pub formed_again: bool,
+    /// Whether low-rank products need not keep it, since it can be formed again from what is kept
+    /// before it.
+    pub formed_from: Option<FormedFrom>,
+}
+
+/// What an activation is formed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormedFrom {
+    /// `silu(gate) * up`, for one site.
+    Gate,
+    /// A normalization, for several sites together, unless an adapter of this sub-layer may read
+    /// it.
+    Norm(&'static str),
 }
 
 impl Activation {
@@ -42,7 +53,7 @@ impl Activation {
             width,
             kept: true,
             read_by,
-            formed_again: false,
+            formed_from: None,
         }
     }
 
@@ -52,7 +63,19 @@ impl Activation {
             width,
             kept: false,
             read_by,
-            formed_again: false,
+            formed_from: None,
+        }
+    }
+
+    /// A [`read`](Self::read) one that low-rank products form again.
+    pub const fn formed_again(
+        width: usize,
+        from: FormedFrom,
+        read_by: &'static [&'static str],
+    ) -> Self {
+        Self {
+            formed_from: Some(from),
+            ..Self::read(width, read_by)
         }
     }
 }

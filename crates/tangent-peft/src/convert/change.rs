@@ -4,7 +4,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use tangent_linalg::{LinalgError, Mat, MatRef, Svd, mat, product, qr, svd, svd_lowrank};
-use tangent_model::{LowRank, Pass, Site, pass};
+use tangent_model::{Pass, Site, pass};
+use tangent_ops::LowRank;
 
 /// Ranks up to which an exact form is looked for unasked.
 const SMALL_RANK: usize = 64;

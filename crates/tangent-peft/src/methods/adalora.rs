@@ -28,8 +28,8 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rand_chacha::ChaCha8Rng;
-use tangent_model::{LowRank, Parameter, Pass, Site, WeightAdapter};
-use tangent_ops::FrozenMatrix;
+use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter};
+use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::Cost;
 use super::low_rank::{Product, checked_rank};
@@ -220,6 +220,22 @@ impl WeightAdapter for AdaLora {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn triplets(&self) -> Option<tangent_model::Triplets<'_>> {
+        let Triplets { a, e, b } = self.triplets.as_ref()?;
+        let scaling = self.scaling;
+        Some(tangent_model::Triplets { a, e, b, scaling })
+    }
+
+    fn beside(&self, pass: &Pass) -> Beside {
+        match &self.triplets {
+            Some(_) if pass.training && self.dropout > 0.0 => Beside::Other,
+            Some(_) => self
+                .low_rank(pass)
+                .map_or(Beside::Other, |product| Beside::Product(Box::new(product))),
+            None => Beside::Nothing,
+        }
     }
 
     fn low_rank(&self, pass: &Pass) -> Option<LowRank> {

@@ -17,6 +17,9 @@ pub enum Input {
     Kept,
     /// As it is; where it is `silu(gate) * up`, it is formed again from these.
     FormedAgain,
+    /// The same; and where it is a normalized stream, it is formed again from the stream if that is
+    /// so at all sites that read it.
+    FormedAgainTogether,
 }
 
 /// What a method takes at one site in training, beside the trained values and the product of the
@@ -151,7 +154,7 @@ mod tests {
 
     #[test]
     fn products_of_two_factors() {
-        let again = Input::FormedAgain;
+        let again = Input::FormedAgainTogether;
         check(&config("lora", 4), again, [4, 0, 0, 4 * SIDES, 0, 0]);
         let own = 2 * 4 * (SIDES + 1);
         let formed = 4 * 48;
@@ -204,7 +207,7 @@ mod tests {
     fn products_of_other_kinds() {
         // 16 pairs of factors; 25 would be dearer than the dense product.
         let want = [16, 16 * SIDES, 0, 16 * SIDES, 0, 0];
-        check(&config("loha", 4), Input::FormedAgain, want);
+        check(&config("loha", 4), Input::FormedAgainTogether, want);
         let want = [0, 3 * WEIGHT, 0, WEIGHT, 0, 6 * 5 * WEIGHT];
         check(&config("loha", 5), Input::Kept, want);
         // (4, 6) and (8, 8), the second of rank 2: X is (6, 8).

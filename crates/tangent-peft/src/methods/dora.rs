@@ -37,7 +37,7 @@ use rayon::prelude::*;
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
-use super::cost::Cost;
+use super::cost::{Cost, Input};
 use super::low_rank::{self, Pairing};
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
@@ -125,6 +125,11 @@ fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
         false => (product.per_pass + rank * (rows + rank), 2 * along),
     };
     Ok(Cost {
+        input: match product.input {
+            // The ratio of lengths comes after the sum.
+            Input::FormedAgainTogether => Input::FormedAgain,
+            other => other,
+        },
         per_token: product.per_token + rows,
         // c and m / c.
         per_pass: product.per_pass + norms + 2 * rows,

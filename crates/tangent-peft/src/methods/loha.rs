@@ -16,8 +16,8 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
-use tangent_ops::FrozenMatrix;
+use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter};
+use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::{Cost, Input};
 use super::low_rank::{Product, checked_rank};
@@ -177,6 +177,15 @@ impl WeightAdapter for LoHa {
         match self.product(pass) {
             Some(product) => product.gated_linear(gate, up, base, pass),
             None => self.linear(tangent_ops::swiglu(gate, up), base, pass),
+        }
+    }
+
+    fn beside(&self, pass: &Pass) -> Beside {
+        match self.product(pass) {
+            Some(Product { a, b, scaling, .. }) => {
+                Beside::Product(Box::new(LowRank { b, a, scaling }))
+            }
+            None => Beside::Other,
         }
     }
 

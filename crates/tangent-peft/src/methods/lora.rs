@@ -21,8 +21,8 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_model::{LowRank, Parameter, Pass, Site, SiteKind, WeightAdapter};
-use tangent_ops::FrozenMatrix;
+use tangent_model::{Beside, Parameter, Pass, Site, SiteKind, WeightAdapter};
+use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::low_rank::{self, Pairing, Product};
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType};
@@ -140,6 +140,10 @@ impl WeightAdapter for Lora {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn beside(&self, pass: &Pass) -> Beside {
+        low_rank::beside(self.dropout, pass, || self.product(pass))
     }
 
     fn low_rank(&self, pass: &Pass) -> Option<LowRank> {

@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site};
-use tangent_ops::FrozenMatrix;
+use tangent_model::{Beside, Parameter, Pass, Site};
+use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::{Cost, Input};
 use crate::adapter::{Adapter, Pair, Scope};
@@ -95,7 +95,7 @@ impl Product {
         // The dropped input is a tensor of the site's own.
         let (input, copy) = match dropout > 0.0 {
             true => (Input::Unread, cols),
-            false => (Input::FormedAgain, 0),
+            false => (Input::FormedAgainTogether, 0),
         };
         Cost {
             input,
@@ -155,6 +155,15 @@ pub(super) fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftErro
         resident: 3 * joined / 2,
         ..product
     })
+}
+
+/// What a product adds that is formed by `product`, unless its input is dropped in this pass.
+pub(super) fn beside(dropout: f32, pass: &Pass, product: impl FnOnce() -> Product) -> Beside {
+    if pass.training && dropout > 0.0 {
+        return Beside::Other;
+    }
+    let Product { a, b, scaling, .. } = product();
+    Beside::Product(Box::new(LowRank { b, a, scaling }))
 }
 
 /// The rank at a site, checked against its weight.

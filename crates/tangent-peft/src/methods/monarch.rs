@@ -30,8 +30,8 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{LowRank, Parameter, Pass, Site, WeightAdapter};
-use tangent_ops::{FrozenMatrix, MonarchShape};
+use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_ops::{FrozenMatrix, LowRank, MonarchShape};
 
 use super::cost::{Cost, Input};
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, checked_rank, linear_only};

@@ -22,11 +22,11 @@ use burn::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site, WeightAdapter, pass};
+use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter, pass};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
-use super::low_rank::Product;
+use super::low_rank::{self, Product};
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::{Adapter, Scope};
 use crate::config::AdapterConfig;
@@ -174,6 +174,10 @@ impl WeightAdapter for Vera {
         pass: &Pass,
     ) -> Tensor<2> {
         self.product(pass).gated_linear(gate, up, base, pass)
+    }
+
+    fn beside(&self, pass: &Pass) -> Beside {
+        low_rank::beside(self.dropout, pass, || self.product(pass))
     }
 
     fn is_additive(&self) -> bool {

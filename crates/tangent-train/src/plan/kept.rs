@@ -1,6 +1,6 @@
 //! What the layers keep from the forward to the backward pass.
 
-use tangent_model::family::Activation;
+use tangent_model::family::{Activation, FormedFrom};
 use tangent_peft::methods::cost::Input;
 
 use super::trained::{Costed, lowest_layer, trains_embedding};
@@ -60,13 +60,29 @@ fn features(
     is_metered: bool,
 ) -> usize {
     let mut features = 0;
+    // Whether what the last activation is given to trains.
+    let mut trained_before = false;
     for activation in activations {
         let mut keeps = activation.kept && is_tracked;
-        // Where nothing before it is kept, there is nothing to form it from.
-        let formed_again = activation.formed_again && is_tracked;
-        let readers = trained
+        let readers: Vec<&Costed<'_>> = trained
             .iter()
-            .filter(|(site, _)| activation.read_by.contains(&site.name()));
+            .filter(|(site, _)| activation.read_by.contains(&site.name()))
+            .collect();
+        let formed_again = match activation.formed_from {
+            None => false,
+            Some(FormedFrom::Gate) => true,
+            Some(FormedFrom::Norm(sublayer)) => {
+                let together = |(site, cost): &&Costed<'_>| {
+                    site.form == Form::Bias || cost.input == Input::FormedAgainTogether
+                };
+                let is_read = trained
+                    .iter()
+                    .any(|(site, _)| site.form == Form::Sublayer && site.name() == sublayer);
+                !trained_before && !is_read && readers.iter().all(together)
+            }
+        };
+        // Where nothing before it is kept, there is nothing to form it from.
+        let formed_again = formed_again && is_tracked;
         let mut trains = false;
         for (site, cost) in readers {
             trains = true;
@@ -74,11 +90,14 @@ fn features(
             keeps |= match cost.input {
                 Input::Unread => false,
                 Input::Kept => true,
-                Input::FormedAgain => !formed_again,
+                Input::FormedAgain => {
+                    activation.formed_from != Some(FormedFrom::Gate) || !formed_again
+                }
+                Input::FormedAgainTogether => !formed_again,
             };
             keeps |= is_metered && metered::is_read(site) && !formed_again;
         }
-        is_tracked |= trains;
+        (is_tracked, trained_before) = (is_tracked || trains, trains);
         features += if keeps { activation.width } else { 0 };
     }
     features
@@ -122,10 +141,11 @@ mod tests {
 
     #[test]
     fn layers_keep_what_their_backward_passes_read() {
-        // x, h, q, k, v, o, x2, h2, gate, up and seven ranks; the lowest layer's x wants nothing.
-        let all = 32 + 32 + 32 + 16 + 16 + 32 + 32 + 32 + 48 + 48 + 7 * 4;
-        check_lora(&["all-linear"], 0.0, [all - 32, all]);
-        // Nothing below; no o, no h2.
+        // x, q, k, v, o, x2, gate, up and seven ranks. h and h2 are formed again from x and x2; the
+        // lowest layer's x wants no gradient, but is kept for that.
+        let all = 32 + 32 + 16 + 16 + 32 + 32 + 48 + 48 + 7 * 4;
+        check_lora(&["all-linear"], 0.0, [all, all]);
+        // Nothing below; no o.
         let queries = 32 + 32 + 16 + 16 + 32 + 48 + 48 + 4;
         check_lora(&["model.layers.1.*q_proj"], 0.0, [0, queries]);
         // Above it, normalization, attention and gate keep their inputs all the same.
@@ -143,14 +163,28 @@ mod tests {
     /// What a layer keeps for any method that reads its inputs: x, h, q, k, v, o, x2, h2, gate, up.
     const READ: usize = 6 * 32 + 2 * 16 + 2 * 48;
 
+    /// The same without h and h2, which products form again from x and x2.
+    const TOGETHER: usize = READ - 2 * 32;
+
     /// Features of the upper layer, and values that are formed in a layer, with everything adapted.
+    /// The input of the lowest layer wants no gradient, and is not kept.
     #[track_caller]
     fn check(config: &AdapterConfig, want: (usize, usize)) {
+        check_both(config, [want.0 - 32, want.0], want.1);
+    }
+
+    /// [`check`] where the input of the lowest layer is kept, to form h again.
+    #[track_caller]
+    fn check_together(config: &AdapterConfig, want: (usize, usize)) {
+        check_both(config, [want.0; 2], want.1);
+    }
+
+    #[track_caller]
+    fn check_both(config: &AdapterConfig, features: [usize; 2], formed: usize) {
         let kept = kept(config, false);
-        // The input of the lowest layer wants no gradient.
-        assert_eq!(kept.features, [want.0 - 32, want.0], "{config:?}");
-        assert_eq!(kept.formed_in_layer, want.1, "{config:?}");
-        assert_eq!(kept.formed, 2 * want.1);
+        assert_eq!(kept.features, features, "{config:?}");
+        assert_eq!(kept.formed_in_layer, formed, "{config:?}");
+        assert_eq!(kept.formed, 2 * formed);
     }
 
     #[test]
@@ -161,15 +195,16 @@ mod tests {
             ..fixture::lora(&["all-linear"])
         };
         let sides = INPUTS + OUTPUTS;
-        check(&of("lora", 4), (READ + 7 * 4, 0));
+        check_together(&of("lora", 4), (TOGETHER + 7 * 4, 0));
         check(&of("dora", 4), (READ + 7 * 4 + OUTPUTS, 2 * OUTPUTS));
-        check(&of("adalora", 4), (READ + 7 * 4, 4 * INPUTS));
-        check(&of("vera", 6), (READ + 7 * 6, 6 * sides));
-        check(&of("loha", 2), (READ + 7 * 4, 4 * sides));
+        check_together(&of("adalora", 4), (TOGETHER + 7 * 4, 4 * INPUTS));
+        check_together(&of("vera", 6), (TOGETHER + 7 * 6, 6 * sides));
+        check_together(&of("loha", 2), (TOGETHER + 7 * 4, 4 * sides));
         // With rank 4 keys and values are dense: three matrices each, and nothing between factors.
         let dense = 2 * 3 * 16 * 32;
         let others = 16 * (sides - 2 * (16 + 32));
-        check(&of("loha", 4), (READ + 5 * 16, others + dense));
+        // They keep h; gate and up form h2 again.
+        check(&of("loha", 4), (READ - 32 + 5 * 16, others + dense));
         // X is (4, 8) and read as (4, 8), or as (4, 4) for keys and values; that of down is (6, 8).
         // The product of gate and up is kept.
         let turned = 4 * 32 + 2 * 16 + 48;
@@ -186,7 +221,7 @@ mod tests {
             init: "pissa".into(),
             ..of("lora", 4)
         };
-        check(&moved, (READ + 7 * 8, 8 * sides));
+        check_together(&moved, (TOGETHER + 7 * 8, 8 * sides));
     }
 
     /// What a layer passes on without an adapter that reads its inputs: x, q, k, v, x2, gate, up.
