@@ -24,6 +24,7 @@
 //! |---|---|
 //! | two factors of a product | in closed form, from orthonormal bases (`factors.rs`) |
 //! | the same, and lengths of rows | from thin products and a small system (`lengths.rs`) |
+//! | triplets of a number and two vectors | in closed form, from the same bases (`triplets.rs`) |
 //! | the weight | 1 |
 //! | anything else | by least squares over the parameters (`implicit.rs`) |
 //!
@@ -46,6 +47,7 @@ mod gmres;
 mod implicit;
 mod lengths;
 pub mod ranks;
+mod triplets;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -65,6 +67,7 @@ use collector::{Collector, Evidence};
 use factors::{Bases, Parts};
 use implicit::Definition;
 use lengths::Directed;
+use triplets::Triplets;
 
 /// How close one site's step was to full fine-tuning.
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +142,8 @@ enum Freedom<'a> {
     Factors(&'a Pair),
     /// Those of two factors of a product that is added to directions, and of the lengths of rows.
     Lengths(&'a Pair),
+    /// Those of triplets, which are multiplied by so much.
+    Triplets(f64),
     /// All: it is a trained tensor itself.
     Whole,
     /// Those of its definition.
@@ -308,7 +313,16 @@ impl<'a> Measured<'a> {
                 parameters.push(*one);
                 (Freedom::Lengths(pair), parameters)
             }
-            _ => (Freedom::Implicit, values_of(&own)),
+            _ => match attached.triplets() {
+                Some(t) if own.len() == 3 => {
+                    let by_name =
+                        |p: &Parameter| own.iter().find(|(_, own)| own.name() == p.name());
+                    let own = [t.a, t.e, t.b].map(|p| by_name(p).map(|(_, own)| *own));
+                    let parameters: Option<Vec<&Parameter>> = own.into_iter().collect();
+                    (Freedom::Triplets(f64::from(t.scaling)), parameters?)
+                }
+                _ => (Freedom::Implicit, values_of(&own)),
+            },
         };
         (!parameters.is_empty()).then(|| Self {
             site,
@@ -376,11 +390,24 @@ impl<'a> Measured<'a> {
             return self.by_lengths(pair, g);
         }
         let after = self.after();
+        if let (Freedom::Triplets(scaling), Some(before), Some(after)) =
+            (&self.freedom, triplets(&self.before), triplets(&after))
+        {
+            let (inner, change_norm) = before.change(self.shape(), g, &after, *scaling);
+            return Some(Found {
+                kappa: before.captured(self.shape(), g) / gradient_norm.powi(2),
+                cosine: cosine(inner, change_norm, gradient_norm),
+                gradient_norm,
+            });
+        }
         let pairs = after.iter().flatten().zip(self.before.iter().flatten());
         let moved: Vec<f64> = pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
         let (kappa, change) = match self.freedom {
             Freedom::Whole => (1.0, moved),
-            Freedom::Factors(_) | Freedom::Lengths(_) | Freedom::Implicit => {
+            Freedom::Factors(_)
+            | Freedom::Lengths(_)
+            | Freedom::Triplets(_)
+            | Freedom::Implicit => {
                 let near = Definition::new(self.site, &self.parameters, &self.before, device)?;
                 let found = (near.captured(g), near.push(&moved));
                 for (parameter, values) in self.parameters.iter().zip(after) {
@@ -400,6 +427,14 @@ impl<'a> Measured<'a> {
 
 fn values_of<'a>(numbered: &[(usize, &'a Parameter)]) -> Vec<&'a Parameter> {
     numbered.iter().map(|(_, parameter)| *parameter).collect()
+}
+
+/// The values of triplets.
+fn triplets(values: &[Vec<f32>]) -> Option<Triplets<'_>> {
+    match values {
+        [a, e, b] => Some(Triplets { a, e, b }),
+        _ => None,
+    }
 }
 
 /// The factors, which come first.
