@@ -20,7 +20,7 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass, Site, SiteKind, forward};
 use tangent_ops::cross_entropy::CHUNK;
-use tangent_ops::{Tap, weight_gradient};
+use tangent_ops::{Tap, add_weight_gradient, weight_gradient};
 
 use super::{Done, MicroBatch};
 use crate::error::TrainError;
@@ -247,8 +247,10 @@ impl Tap for Collector {
     fn linear(&self, site: &str, x: &[f32], dy: &[f32], tokens: usize) {
         if let Some(sum) = self.0.get(site) {
             let (d_out, d_in) = sum.shape;
-            let gradient = weight_gradient(x, dy, tokens, d_out, d_in);
-            add(&mut sum.gradient(), Some(gradient));
+            match &mut *sum.gradient() {
+                Some(sum) => add_weight_gradient(sum, x, dy, tokens),
+                none => *none = Some(weight_gradient(x, dy, tokens, d_out, d_in)),
+            }
         }
     }
 }
