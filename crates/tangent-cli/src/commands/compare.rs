@@ -174,10 +174,9 @@ fn tell(screen: &mut Screen, event: &Event<'_>) {
                 contender.steps,
             ));
         }
-        Event::Skipped(skipped) => screen.line(&format!(
-            "{}: left out, beyond the budget: {}",
-            skipped.recipe, skipped.why
-        )),
+        Event::Skipped(skipped) => {
+            screen.line(&format!("{}: left out: {}", skipped.recipe, skipped.why))
+        }
         Event::Begin {
             recipe,
             rate,

@@ -81,12 +81,12 @@ fn what_cannot_be_compared_is_refused() {
         ),
         (
             format!("{LINE} --budget params=1"),
-            ["no recipe", "lora: it trains at least"],
+            ["no recipe", "lora: beyond the budget: it trains at least"],
         ),
         // What failed before its first run has left nothing that is in the way.
         (
             format!("{LINE} --budget params=2"),
-            ["no recipe", "dora: it trains at least"],
+            ["no recipe", "dora: beyond the budget: it trains at least"],
         ),
     ] {
         place.run(&changed).refused(&words);

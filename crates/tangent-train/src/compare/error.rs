@@ -52,7 +52,9 @@ pub enum CompareError {
         source: Box<PeftError>,
     },
     /// No recipe that keeps to the budget and that the model can have.
-    #[error("no recipe can be compared: {why}; give a larger --budget or other --methods")]
+    #[error(
+        "no recipe can be compared: {why}; give other --methods, or a larger --budget where one is too small"
+    )]
     NoRecipe {
         /// Why not, for each of them.
         why: String,

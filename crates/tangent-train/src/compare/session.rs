@@ -153,7 +153,8 @@ impl<'a, 'b> Session<'a, 'b> {
             let pace = self.pace(&contender)?;
             contender.steps = (60.0 * minutes / pace) as usize;
             if contender.steps < LEAST_STEPS {
-                let why = format!("{LEAST_STEPS} steps of {pace:.2} s take longer");
+                let why =
+                    format!("beyond the budget: {LEAST_STEPS} steps of {pace:.2} s take longer");
                 return Ok(Err(why));
             }
         }
@@ -413,7 +414,9 @@ fn fitted(
         match ranks::largest(model, recipe, shared, limit, room)? {
             Fit::Size(largest) => size = Some(largest),
             Fit::Least(least) => {
-                return Ok(Err(format!("it trains at least {least} parameters")));
+                return Ok(Err(format!(
+                    "beyond the budget: it trains at least {least} parameters"
+                )));
             }
         }
     }

@@ -168,11 +168,11 @@ impl Standing {
     }
 }
 
-/// A recipe that the budget leaves out.
+/// A recipe that is left out.
 fn left_out(skipped: &Skipped) -> Standing {
     Standing {
         recipe: skipped.recipe,
-        note: Some(format!("beyond the budget: {}", skipped.why)),
+        note: Some(format!("left out: {}", skipped.why)),
         ..Standing::default()
     }
 }

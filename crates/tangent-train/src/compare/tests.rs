@@ -205,10 +205,10 @@ fn ranks_and_budgets_are_kept_to() {
     let too_small = |setup: &mut Setup<'_>| setup.budget = Budget::Parameters(10);
     let text = place.compare(too_small, |_, _| {}).unwrap_err().to_string();
     assert!(
-        text.contains("no recipe can be compared: lora: it trains"),
+        text.contains("no recipe can be compared: lora: beyond the budget: it trains"),
         "{text}"
     );
-    assert!(text.contains("give a larger --budget"), "{text}");
+    assert!(text.contains("a larger --budget"), "{text}");
     let too_short = |setup: &mut Setup<'_>| setup.budget = Budget::Minutes(1e-9);
     let text = place.compare(too_short, |_, _| {}).unwrap_err().to_string();
     assert!(text.contains("take longer"), "{text}");
