@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: the same work with our binary and with others, into BENCHMARKS.md.
 
 mod command;
-mod environment;
+pub mod environment;
 mod peer;
 mod results;
 pub mod reviews;

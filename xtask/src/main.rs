@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod device;
 mod download;
+mod experiments;
 mod failure;
 mod golden;
 mod hub;
@@ -83,6 +84,12 @@ const COMMANDS: &[Command] = &[
         arguments: "[--runs N] [--only NAME]... [--threads N]",
         summary: "measure against PyTorch + PEFT and llama.cpp and write BENCHMARKS.md",
         run: bench::run,
+    },
+    Command {
+        name: "experiments",
+        arguments: "[--only NAME]...",
+        summary: "run the experiments of EXPERIMENTS.md and write what they find into it (hours)",
+        run: experiments::run,
     },
     Command {
         name: "instructions",

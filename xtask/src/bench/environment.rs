@@ -36,13 +36,17 @@ impl Environment {
             format!("transformers {}", python.text("transformers")?),
             format!("peft {}", python.text("peft")?),
         ];
-        // Where there is no /proc, the description is shorter.
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         Ok(Self {
-            machine: machine(&read("/proc/cpuinfo"), &read("/proc/meminfo")),
+            machine: machine_here(),
             versions: versions.join(", "),
         })
     }
+}
+
+/// This machine in one line; where there is no /proc, it is shorter.
+pub fn machine_here() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    machine(&read("/proc/cpuinfo"), &read("/proc/meminfo"))
 }
 
 /// What `program --version` prints.

@@ -1,0 +1,334 @@
+//! `cargo xtask experiments`: the runs of EXPERIMENTS.md, and what they find, into it.
+
+use std::fs;
+use std::path::Path;
+
+use crate::bench::environment::{commit, machine_here, today};
+use crate::failure::{Failure, file_failure};
+use crate::model::{self, Source};
+use crate::process::{Process, Report};
+use crate::{below, target_folder};
+
+/// The page with the findings.
+const PAGE: &str = "EXPERIMENTS.md";
+const THREADS: &str = "2";
+
+/// One experiment; between the markers of its name stands on the page what it finds.
+struct Experiment {
+    name: &'static str,
+    kind: Kind,
+}
+
+enum Kind {
+    /// A command of `tangent` that prints a table and goes on where it was interrupted.
+    Table(&'static str),
+    /// `tangent train` with the flags of all and each one's own, once with each seed.
+    Training {
+        seeds: usize,
+        all: &'static str,
+        each: &'static [(&'static str, &'static str)],
+    },
+}
+
+/// Every variant of LoRA, and full fine-tuning.
+macro_rules! variants {
+    () => {
+        "lora,rslora,lora+,dora,pissa,adalora,lora-ga,lora-pro,lora-ga+lora-pro,altlora+,lora-rite,full"
+    };
+}
+
+/// Methods of the other kinds, between LoRA and full fine-tuning.
+macro_rules! kinds {
+    () => {
+        "lora,vera,loha,lokr,oft,monarch,intrinsic,ia3,prompt-tuning,p-tuning,prefix-tuning,lst,houlsby,pfeiffer,lin,parallel-adapter,norms,last-layers,full"
+    };
+}
+
+const EXPERIMENTS: &[Experiment] = &[
+    table(
+        "variants-debian",
+        concat!(
+            "compare --methods ",
+            variants!(),
+            " --data examples/debian_sections/train.jsonl --eval-data \
+             examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 100 \
+             --budget steps=40 --batch-size 8 --seeds 3 --base-dtype f32"
+        ),
+    ),
+    table(
+        "variants-email",
+        concat!(
+            "compare --methods ",
+            variants!(),
+            " --data bench/data/email_subjects/train.jsonl --eval-data \
+             bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 100 \
+             --budget steps=40 --batch-size 8 --seeds 3 --base-dtype f32"
+        ),
+    ),
+    table(
+        "variants-foods",
+        concat!(
+            "compare --methods ",
+            variants!(),
+            " --data bench/data/fine_foods/train.jsonl --eval-data \
+             bench/data/fine_foods/test.jsonl --eval-rows 200 --validation-rows 60 \
+             --budget steps=20 --batch-size 8 --seeds 3 --base-dtype f32"
+        ),
+    ),
+    table(
+        "variants-botchan",
+        concat!(
+            "compare --methods ",
+            variants!(),
+            " --data bench/data/botchan/train.jsonl --eval-data bench/data/botchan/test.jsonl \
+             --validation-rows 20 --budget steps=20 --batch-size 4 --seeds 3 --base-dtype f32"
+        ),
+    ),
+    table(
+        "kinds-debian",
+        concat!(
+            "compare --methods ",
+            kinds!(),
+            " --data examples/debian_sections/train.jsonl --eval-data \
+             examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 60 \
+             --budget steps=20 --batch-size 8 --seeds 2 --base-dtype f32 --meter-readings 0"
+        ),
+    ),
+    table(
+        "kinds-email",
+        concat!(
+            "compare --methods ",
+            kinds!(),
+            " --data bench/data/email_subjects/train.jsonl --eval-data \
+             bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 60 \
+             --budget steps=20 --batch-size 8 --seeds 2 --base-dtype f32 --meter-readings 0"
+        ),
+    ),
+    table(
+        "intrinsic-debian",
+        "intrinsic --data examples/debian_sections/train.jsonl --eval-data \
+         examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 60 \
+         --budget steps=40 --batch-size 8 --dimensions 10 100 1000 10000",
+    ),
+    table(
+        "intrinsic-email",
+        "intrinsic --data bench/data/email_subjects/train.jsonl --eval-data \
+         bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 60 \
+         --budget steps=40 --batch-size 8 --dimensions 10 100 1000 10000",
+    ),
+    Experiment {
+        name: "ladder",
+        kind: Kind::Training {
+            seeds: 3,
+            all: "--data examples/debian_sections/train.jsonl --eval-data \
+                  examples/debian_sections/test.jsonl --eval-rows 200 --base-dtype f32 \
+                  --batch-size 8 --max-steps 120",
+            each: &[
+                ("LoRA", "--method lora --learning-rate 2e-3"),
+                ("LST", "--method lst"),
+                (
+                    "LST, states stored",
+                    "--method lst --cache-activations target/experiments/states",
+                ),
+            ],
+        },
+    },
+    Experiment {
+        name: "quantized",
+        kind: Kind::Training {
+            seeds: 3,
+            all: "--data examples/debian_sections/train.jsonl --eval-data \
+                  examples/debian_sections/test.jsonl --eval-rows 200 --batch-size 8 \
+                  --max-steps 40 --learning-rate 2e-3",
+            each: &[
+                ("LoRA, f32", "--base-dtype f32"),
+                ("LoRA, bf16", "--base-dtype bf16"),
+                ("LoRA, Q4_1 as stored", "--base-dtype as-stored"),
+                ("QLoRA, nf4", "--base-dtype nf4"),
+                ("QLoRA, fp4", "--base-dtype fp4"),
+                ("LoRA, int8", "--base-dtype int8"),
+                ("LoftQ, nf4", "--base-dtype nf4 --init loftq"),
+            ],
+        },
+    },
+];
+
+const fn table(name: &'static str, command: &'static str) -> Experiment {
+    Experiment {
+        name,
+        kind: Kind::Table(command),
+    }
+}
+
+/// Runs the experiments that `--only` names, or all, and writes each into the page when it is done.
+pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
+    let chosen = chosen(arguments)?;
+    let gguf = below(root, &model::obtain(root, Source::Wheel)?);
+    Process::cargo(root)
+        .args(["build", "--release", "--workspace"])
+        .run()?;
+    let lab = Lab { root, gguf: &gguf };
+    for experiment in chosen {
+        let found = match &experiment.kind {
+            Kind::Table(command) => lab.table(experiment.name, command)?,
+            Kind::Training { seeds, all, each } => lab.trainings(*seeds, all, each)?,
+        };
+        let state = commit(root, &[PAGE]).map_or(String::new(), |c| format!(" at commit {c}"));
+        let origin = format!("{}{state}, on: {}.", today(), machine_here());
+        write(root, experiment.name, &format!("{found}\n\n{origin}"))?;
+    }
+    Ok(())
+}
+
+fn chosen(arguments: &[String]) -> Result<Vec<&'static Experiment>, Failure> {
+    let mut chosen = vec![];
+    for pair in arguments.chunks(2) {
+        let found = match pair {
+            [flag, name] if flag == "--only" => EXPERIMENTS.iter().find(|e| e.name == *name),
+            _ => None,
+        };
+        chosen.push(found.ok_or_else(|| {
+            let names: Vec<&str> = EXPERIMENTS.iter().map(|e| e.name).collect();
+            Failure::Usage(format!(
+                "`experiments` takes --only with one of {}, not `{}`",
+                names.join(", "),
+                pair.join(" ")
+            ))
+        })?);
+    }
+    if chosen.is_empty() {
+        chosen = EXPERIMENTS.iter().collect();
+    }
+    Ok(chosen)
+}
+
+/// Where experiments run.
+struct Lab<'a> {
+    root: &'a Path,
+    gguf: &'a str,
+}
+
+impl Lab<'_> {
+    fn tangent(&self, flags: &str) -> Process {
+        let binary = target_folder(self.root).join("release").join("tangent");
+        Process::new(self.root, &binary, &below(self.root, &binary))
+            .args(flags.split_whitespace())
+            .args(["--model", self.gguf, "--threads", THREADS])
+    }
+
+    /// The command line and what it prints.
+    fn table(&self, name: &str, command: &str) -> Result<String, Failure> {
+        let output = target_folder(self.root).join("experiments").join(name);
+        let again = if output.exists() { "--resume" } else { "" };
+        let output = below(self.root, &output);
+        let process = self.tangent(command).args(["--output", &output]);
+        let printed = process.args(again.split_whitespace()).output()?;
+        Ok(format!(
+            "```sh\ntangent {command} --model {} --threads {THREADS} --output {output}\n```\n\n\
+             ```text\n{}\n```",
+            self.gguf,
+            printed.trim_end()
+        ))
+    }
+
+    /// The command lines' common part, and a line of a table for each.
+    fn trainings(&self, seeds: usize, all: &str, each: &[(&str, &str)]) -> Result<String, Failure> {
+        let mut text = format!(
+            "```sh\ntangent train {all} --seed S --model {} --threads {THREADS}\n```\n\n\
+             | run | flags | eval loss | tokens/s | seconds | peak MB |\n|---|---|---|---|---|---|\n",
+            self.gguf
+        );
+        let output = below(self.root, &target_folder(self.root).join("experiments/out"));
+        for (label, flags) in each {
+            let mut reports = vec![];
+            for seed in 0..seeds {
+                let command = format!("train {all} {flags} --seed {seed}");
+                let train = self.tangent(&command);
+                let train = train.args(["--json", "--overwrite", "--output", &output]);
+                reports.push(train.report(false)?);
+            }
+            text.push_str(&row(label, flags, &reports)?);
+        }
+        Ok(text.trim_end().to_owned())
+    }
+}
+
+/// Mean, and smallest and largest in parentheses, over seeds.
+fn row(label: &str, flags: &str, reports: &[Report]) -> Result<String, Failure> {
+    let cell = |key: &str, factor: f64, decimals: usize| -> Result<String, Failure> {
+        let values = reports.iter().map(|r| Ok(factor * r.number(key)?));
+        let values: Vec<f64> = values.collect::<Result<_, Failure>>()?;
+        let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Ok(format!(
+            "{mean:.decimals$} ({low:.decimals$}–{high:.decimals$})"
+        ))
+    };
+    Ok(format!(
+        "| {label} | `{flags}` | {} | {} | {} | {} |\n",
+        cell("eval_loss", 1.0, 3)?,
+        cell("tokens_per_second", 1.0, 0)?,
+        cell("seconds", 1.0, 1)?,
+        cell("peak_memory_bytes", 1e-6, 0)?,
+    ))
+}
+
+/// Writes what an experiment found between its markers on the page.
+fn write(root: &Path, name: &str, found: &str) -> Result<(), Failure> {
+    let path = root.join(PAGE);
+    let page = fs::read_to_string(&path).map_err(file_failure(&path, "read"))?;
+    let page = replaced(&page, name, found).ok_or_else(|| Failure::Content {
+        path: path.clone(),
+        fault: format!("must have {} once, and {} after it", begin(name), end(name)),
+    })?;
+    fs::write(&path, page).map_err(file_failure(&path, "write"))
+}
+
+fn begin(name: &str) -> String {
+    format!("<!-- {name}:begin -->")
+}
+
+fn end(name: &str) -> String {
+    format!("<!-- {name}:end -->")
+}
+
+fn replaced(page: &str, name: &str, found: &str) -> Option<String> {
+    let (begin, end) = (begin(name), end(name));
+    let (before, rest) = page.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n\n{found}\n\n{end}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_a_place_for_every_experiment() {
+        let page = fs::read_to_string(crate::repository_root().join(PAGE)).unwrap();
+        for experiment in EXPERIMENTS {
+            let name = experiment.name;
+            let page = replaced(&page, name, "new").unwrap_or_else(|| panic!("{name}"));
+            assert!(page.contains(&format!("{}\n\nnew\n\n{}", begin(name), end(name))));
+        }
+    }
+
+    #[test]
+    fn experiments_are_chosen_by_name() {
+        let words =
+            |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() };
+        let names = |text: &str| -> Vec<&str> {
+            let chosen = chosen(&words(text)).unwrap();
+            chosen.iter().map(|e| e.name).collect()
+        };
+        assert_eq!(names("").len(), EXPERIMENTS.len());
+        assert_eq!(
+            names("--only ladder --only quantized"),
+            ["ladder", "quantized"]
+        );
+        for wrong in ["--only nothing", "--only", "ladder"] {
+            assert!(chosen(&words(wrong)).is_err(), "{wrong}");
+        }
+    }
+}
