@@ -269,7 +269,7 @@ fn normed_linears() -> [Row; 2] {
         work(2 * (map + 4 * n * thin), n * (2 * d_in + 2 * d_out), 0),
     ];
     let (a, b) = (tracked(RANK, d_in), tracked(d_out, RANK));
-    let inputs = [tracked(n, d_in), a.clone(), b.clone(), a, b];
+    let inputs = [tracked(n, d_in), a, b, a, b];
     Row::both("normed_linears F32", work, &inputs, move |t| {
         let maps = [0, 1].map(|i| NormedLinear {
             weight: &weights[i],
