@@ -128,6 +128,12 @@ pub trait WeightAdapter: Send + Sync {
     fn row_lengths(&self) -> Option<&Parameter> {
         None
     }
+
+    /// What the site's pair of factors adds to the frozen weight to make V, where there are
+    /// [`row_lengths`](Self::row_lengths).
+    fn row_product(&self, _pass: &Pass) -> Option<LowRank> {
+        None
+    }
 }
 
 /// The frozen weight as a dense constant.

@@ -23,7 +23,8 @@ use tangent_model::{Parameter, Pass, Site, SiteKind};
 use crate::adapter::{Adapter, attach};
 use crate::config::{AdapterConfig, BiasMode};
 use crate::error::PeftError;
-use crate::methods::{Attach, Common, checked_rank, lora};
+use crate::init::loftq;
+use crate::methods::{Attach, Common, lora};
 use crate::targets::Targets;
 use change::{Change, Thin, Wanted};
 
@@ -127,7 +128,12 @@ pub fn to_lora(
             "it changes no weight, as before its first step; train it first",
         ));
     }
-    let converted = attach(model, &plain(adapter, &found.sites), 0)?;
+    let mut converted = attach(model, &plain(adapter, &found.sites), 0)?;
+    // It stands on the same base, which lacks the same.
+    let corrects = |part: &Adapter| part.config.init == loftq::INIT.id;
+    if adapter.each().iter().any(corrects) {
+        converted.config.init = loftq::INIT.id.to_owned();
+    }
     let mut taken_over = vec![];
     for parameter in &converted.parameters {
         let values = found.factors.remove(parameter.name());
@@ -240,13 +246,7 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
         .filter(|site| adapter.sites.contains(&site.path))
         .collect();
     if let Some(rank) = rank {
-        let config = AdapterConfig {
-            rank,
-            ..AdapterConfig::default()
-        };
-        for site in &sites {
-            checked_rank(&config, site)?;
-        }
+        check_rank(&sites, rank)?;
     }
     let pass = Pass::inference(&model.device());
     let mut found = Found::default();
@@ -266,6 +266,25 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
         }
     }
     Ok(found)
+}
+
+/// Refuses a rank that one of the sites cannot have.
+fn check_rank(sites: &[&Site], rank: usize) -> Result<(), PeftError> {
+    let side = |site: &Site| site.weight.rows().min(site.weight.cols());
+    let sides = sites.iter().map(|site| side(site));
+    let most = sides.min().unwrap_or(0);
+    let mut sites = sites.iter();
+    match sites.find(|site| rank == 0 || rank > side(site)) {
+        None => Ok(()),
+        Some(site) => Err(PeftError::ConvertedRank {
+            site: site.path.clone(),
+            rank,
+            limit: side(site),
+            rows: site.weight.rows(),
+            cols: site.weight.cols(),
+            most,
+        }),
+    }
 }
 
 /// What adapts the site `path`.

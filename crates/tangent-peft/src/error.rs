@@ -44,6 +44,17 @@ pub enum PeftError {
         /// Module names like it.
         near: String,
     },
+    /// A target of a method of sub-layers that matches none.
+    #[error(
+        "target module \"{target}\" is no sub-layer, and this method adapts the outputs of \
+         sub-layers; near: {near}; presets: attention, mlp, all-linear for all of them"
+    )]
+    UnknownSublayer {
+        /// What was asked for.
+        target: String,
+        /// Names of sub-layers like it.
+        near: String,
+    },
     /// A pattern of ranks or alphas that matches no adapted site.
     #[error("{setting}: \"{pattern}\" matches no adapted module; near: {near}")]
     UnknownPattern {
@@ -202,6 +213,19 @@ pub enum PeftError {
         /// Why not.
         why: &'static str,
     },
+    /// A row of a weight that has no direction.
+    #[error(
+        "{method} cannot adapt row {row} of {site}: it is zero and has no direction; leave the site \
+         out with --exclude-modules"
+    )]
+    ZeroRow {
+        /// Method.
+        method: &'static str,
+        /// Site.
+        site: String,
+        /// Index of the row.
+        row: usize,
+    },
     /// Two things want the same site.
     #[error("{site} is named twice: as {first} and as {second}; keep one")]
     Conflict {
@@ -336,6 +360,50 @@ pub enum PeftError {
         site: String,
         /// Why.
         why: &'static str,
+    },
+    /// A merged model without what a merge keeps of the lengths of rows.
+    #[error(
+        "{site}: the adapter gave the rows of this weight their lengths, and which they had before \
+         is in no merged weight: tangent merge keeps it in {path}, which is not there; copy it from \
+         the merged model, or keep the unmerged model instead",
+        path = path.display()
+    )]
+    NoRowNorms {
+        /// The file.
+        path: PathBuf,
+        /// The first site that needs it.
+        site: String,
+    },
+    /// A merged model that another adapter was merged into.
+    #[error(
+        "{path}: the rows of {site} have other lengths than this adapter gives them; give the \
+         adapter that was merged into this model",
+        path = path.display()
+    )]
+    OtherMerged {
+        /// The file that was kept of the merge.
+        path: PathBuf,
+        /// The first site that differs.
+        site: String,
+    },
+    /// A rank of plain LoRA that a weight cannot have.
+    #[error(
+        "{site}: rank {rank} is not between 1 and {limit}, the smaller side of {rows} x {cols}; all \
+         sites get the same rank, so give one of at most {most} (--rank)"
+    )]
+    ConvertedRank {
+        /// Site.
+        site: String,
+        /// Rank asked for.
+        rank: usize,
+        /// Smaller side.
+        limit: usize,
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+        /// The smallest side of all sites.
+        most: usize,
     },
     /// An adapter that is not to be turned into plain LoRA.
     #[error("an adapter of method {method} cannot be converted to plain LoRA: {why}")]

@@ -1,8 +1,11 @@
 //! Whole models as Hugging Face folders: merged, unmerged, switched or fully fine-tuned.
 
+mod row_norms;
+
 use std::borrow::Cow;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Mutex;
 
 use burn::tensor::Tensor;
 use half::bf16;
@@ -15,6 +18,9 @@ use tangent_model::{LanguageModel, Pass, Site, SiteKind};
 use tangent_ops::FrozenMatrix;
 
 use crate::error::PeftError;
+use row_norms::RowNorms;
+
+pub(crate) use row_norms::zero_length;
 
 /// Number type of written weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +120,9 @@ impl View for &LazyTensor<'_> {
 /// Most bytes of weights in one file.
 const SHARD_BYTES: usize = 5_000_000_000;
 
-/// Writes the model with its effective weights as a Hugging Face folder in the making.
+/// Writes the model with its effective weights as a Hugging Face folder in the making. Where an adapter
+/// gives rows their lengths, the folder `merged_adapter` inside keeps the norms that they had before,
+/// which [`write_without`] needs.
 ///
 /// # Errors
 /// If the configuration cannot be expressed or the system refuses.
@@ -130,6 +138,7 @@ pub fn write_model(
     let weight = |site: &Site| tangent_ops::values(site.effective_weight(&pass));
     let bias = |site: &Site| site.effective_bias(&pass);
     write_weights(folder, model, dtype, tied, (&weight, &bias))?;
+    RowNorms::of(&model.sites(), &pass).write(folder)?;
     write_config(folder, opened, dtype, tied)?;
     write_tokenizer(folder, opened)
 }
@@ -334,11 +343,13 @@ pub struct Drift {
 /// Writes a model whose weights hold the merged adapter `A` without it, or with `B` in its place.
 ///
 /// `removed` and, if given, `added` are the merged model opened once more with the adapter
-/// attached. Only the removed one must be one that can be taken out again.
+/// attached. Only the removed one must be one that can be taken out again. One that gives rows their
+/// lengths needs what [`write_model`] kept in the merged model's folder; of an added one it is kept
+/// likewise.
 ///
 /// # Errors
-/// If it cannot be taken out of a merged weight, one of them is no change of weights, or the system
-/// refuses.
+/// If it cannot be taken out of a merged weight, what was kept is missing or of another adapter, one
+/// of them is no change of weights, or the system refuses.
 pub fn write_without(
     folder: &NewFolder,
     removed: &LanguageModel,
@@ -351,28 +362,33 @@ pub fn write_without(
         // It need not be removable: all that it computes is known.
         check_mergeable(&*added.model)?;
     }
+    let norms = RowNorms::read(removed, &pass)?;
     let mut sites = removed.model.sites().into_iter();
-    if let Some(site) = sites.find(|site| !site.is_removable(&pass)) {
+    if let Some(site) = sites.find(|site| !norms.is_removable(site, &pass)) {
         return Err(PeftError::NotSubtractable {
             site: site.path.clone(),
             why: "what was trained replaced, turned or erased the original weight, which is \
                   not in the merged model",
         });
     }
-    let drift = std::sync::Mutex::new(Drift::default());
+    let drift = Mutex::new(Drift::default());
+    let kept = Mutex::new(RowNorms::default());
     let added_sites = added.map(|a| a.model.sites());
     let other = |site: &Site| {
         let mut sites = added_sites.iter().flatten().copied();
         sites.find(|s| s.path == site.path && s.is_trained())
     };
     let result = |site: &Site| -> Vec<f32> {
-        let mut values = match site.weight_without(&pass) {
+        let mut values = match norms.weight_without(site, &pass) {
             Some(weight) => tangent_ops::values(weight),
             None => unreachable!("{} was found removable", site.path),
         };
         if let Some(other) = other(site) {
             let (rows, cols) = (site.weight.rows(), site.weight.cols());
             let base = FrozenMatrix::from_values(values, rows, cols);
+            let mut all = kept.lock().unwrap_or_else(|e| e.into_inner());
+            all.add(other, &base, &pass);
+            drop(all);
             values = tangent_ops::values(other.effective_weight_on(&base, &pass));
         }
         let mut drift = drift.lock().unwrap_or_else(|e| e.into_inner());
@@ -398,6 +414,8 @@ pub fn write_without(
     // Either adapter may part the head from the embedding.
     let tied = stays_tied(&*removed.model) && added.is_none_or(|a| stays_tied(&*a.model));
     write_weights(folder, &*removed.model, dtype, tied, (&result, &bias))?;
+    let kept = kept.lock().unwrap_or_else(|e| e.into_inner());
+    kept.write(folder)?;
     write_config(folder, removed, dtype, tied)?;
     write_tokenizer(folder, removed)?;
     let drift = *drift.lock().unwrap_or_else(|e| e.into_inner());

@@ -2,6 +2,7 @@
 //! model card.
 
 mod card;
+mod ranks;
 mod settings;
 mod trained_on;
 
@@ -19,10 +20,11 @@ use tangent_ops::FrozenMatrix;
 use crate::adapter::{Adapter, Start, attach_all};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::export::{LazyTensor, WriteDtype};
+use crate::export::{LazyTensor, WriteDtype, zero_length};
 use crate::methods::{Attach, PeftType, ia3, norms, virtual_tokens};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
+pub use card::{ForOthers, for_others};
 pub use settings::{Fields, read_config};
 pub use trained_on::{TrainedOn, trained_on};
 
@@ -98,24 +100,32 @@ fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, P
             .iter()
             .try_for_each(|folder| trained_on::check(&*model, folder))?;
     }
+    for (config, folder) in configs.iter().zip(&folders) {
+        ranks::check(&*model, config, &folder.join(TENSORS))?;
+    }
     let start = Start {
         from_file: true,
         ..Start::default()
     };
-    let adapter = attach_all(model, &configs, &start).map_err(|source| match source {
+    let misfit = |path: &Path, source: PeftError| match source {
+        PeftError::ZeroRow { site, row, .. } if base == Base::Merged => zero_length(&site, row),
+        source => unfit(path, source),
+    };
+    let mut adapter = attach_all(model, &configs, &start).map_err(|source| match source {
         PeftError::Part { method, source } => {
             let mut parts = folders.iter().zip(&configs);
             let of_part = parts.find(|(_, config)| config.method == method);
-            unfit(
+            misfit(
                 &of_part.map_or(path, |(folder, _)| folder.join(CONFIG)),
                 *source,
             )
         }
-        source => unfit(&path, source),
+        source => misfit(&path, source),
     })?;
     for (part, folder) in adapter.each().iter().zip(&folders) {
         fill(model, part, &folder.join(TENSORS), base)?;
     }
+    trained_on::recall(&mut adapter, &folders)?;
     Ok(adapter)
 }
 
@@ -242,7 +252,7 @@ fn unfit(path: &Path, source: PeftError) -> PeftError {
     }
 }
 
-fn malformed(path: &Path, why: impl ToString) -> PeftError {
+pub(crate) fn malformed(path: &Path, why: impl ToString) -> PeftError {
     PeftError::Malformed {
         path: path.to_owned(),
         why: why.to_string(),
@@ -400,6 +410,7 @@ pub fn write(
     base: &str,
 ) -> Result<(), PeftError> {
     let parts = adapter.each();
+    let held = card::held(model);
     for (index, part) in parts.iter().enumerate() {
         let within = match index {
             0 => String::new(),
@@ -407,7 +418,7 @@ pub fn write(
         };
         folder.create_folder(&within)?;
         write_part(folder, &within, part, model, base)?;
-        let card = card::card(parts, index, (base, trained_on::quantization(model)));
+        let card = card::card(parts, index, (base, held));
         folder.write(&format!("{within}{CARD}"), card.as_bytes())?;
     }
     Ok(())

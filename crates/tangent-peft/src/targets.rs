@@ -12,6 +12,10 @@ pub trait Place {
     fn layer(&self) -> Option<usize>;
     /// Whether the presets may choose it.
     fn in_presets(&self) -> bool;
+    /// What there is to say of a target that matches nothing of this kind; `near` are names like it.
+    fn unknown(target: String, near: String) -> PeftError
+    where
+        Self: Sized;
 }
 
 impl Place for Site {
@@ -26,6 +30,10 @@ impl Place for Site {
     fn in_presets(&self) -> bool {
         self.kind == SiteKind::Linear
     }
+
+    fn unknown(target: String, near: String) -> PeftError {
+        PeftError::UnknownTarget { target, near }
+    }
 }
 
 impl Place for Sublayer {
@@ -39,6 +47,10 @@ impl Place for Sublayer {
 
     fn in_presets(&self) -> bool {
         true
+    }
+
+    fn unknown(target: String, near: String) -> PeftError {
+        PeftError::UnknownSublayer { target, near }
     }
 }
 
@@ -84,10 +96,8 @@ impl Targets {
         let typed = matches!(self, Self::List(_));
         for matcher in &matchers {
             if typed && !sites.iter().any(|site| matcher.matches(*site)) {
-                return Err(PeftError::UnknownTarget {
-                    target: matcher.text().to_owned(),
-                    near: near(matcher.text(), sites),
-                });
+                let target = matcher.text();
+                return Err(P::unknown(target.to_owned(), near(target, sites)));
             }
         }
         let chosen = |site: &&&'a P| matchers.iter().any(|m| m.matches(**site));

@@ -1,6 +1,8 @@
 //! `report.html`: what `metrics.jsonl` holds, as curves, heat maps and a sentence.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod sentence;
+
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -10,14 +12,19 @@ use tangent_model::folder;
 use crate::error::TrainError;
 use crate::meter::ranks;
 use crate::metrics::METRICS;
-use crate::report::{Arrangement, Axis, HeatMap, HeatPanel, LineChart, Page, Series, number};
+use crate::report::{Arrangement, Axis, HeatMap, HeatPanel, LineChart, Page, Series};
 use crate::twin;
+
+use sentence::{ranks_can_move, sentence};
 
 /// Name of the report in a run's output folder.
 pub const REPORT: &str = "report.html";
 
-/// Most readings of the meter that are drawn.
+/// Most readings of the meter that are drawn site by site.
 const PANELS: usize = 6;
+
+/// Most readings that are drawn layer by layer, in columns.
+const COLUMNS: usize = 100;
 
 /// Settings that are too long for a table.
 const LONG: [&str; 3] = ["target_modules", "data", "eval_data"];
@@ -40,7 +47,8 @@ pub fn write(output: &Path) -> Result<(), TrainError> {
     // Runs of libraries may have other settings, or none.
     let settings = fs::read(output.join("run.json")).unwrap_or_default();
     let settings: Value = serde_json::from_slice(&settings).unwrap_or_default();
-    let sentence = sentence(&ranks::lost_shares(&path).unwrap_or_default());
+    let shares = ranks::lost_shares(&path).unwrap_or_default();
+    let sentence = sentence(&shares, ranks_can_move(&settings));
     // That of another run may have been left.
     let twin = twin::Record::read(output).ok().flatten();
     let twin = twin.filter(|twin| twin.settings == settings);
@@ -118,14 +126,37 @@ fn meter(page: &mut Page, lines: &[Value], sentence: Option<&str>) {
     page.figure(
         "Captured share: how much of the full gradient the adapter can follow, its squared \
          projection onto the directions in which the adapter can move the weights. Cosine: between \
-         the change that the step made and the negative full gradient. Means over the sites, \
-         weighted by the squares of their gradients' norms.",
+         the change that the step made and the negative full gradient, which is the step of plain \
+         gradient descent: one of AdamW has less than 1, even of full fine-tuning. Means over the \
+         sites, weighted by the squares of their gradients' norms.",
         &means,
     );
-    page.figure(
-        "Captured share of every site at some steps. Dark sites lose most of their gradient.",
-        &heat_map(&readings).svg(),
+    if readings.len() > 1 {
+        let caption = format!(
+            "Captured share of every layer at {}: means over its sites, weighted alike.",
+            told(readings.len(), COLUMNS)
+        );
+        page.figure(&caption, &layer_map(&readings).svg());
+    }
+    let caption = format!(
+        "Captured share of every site at {}. Dark sites lose most of their gradient.",
+        told(readings.len(), PANELS)
     );
+    page.figure(&caption, &heat_map(&readings).svg());
+}
+
+/// How many of the readings are drawn, in words.
+fn told(readings: usize, most: usize) -> String {
+    match readings > most {
+        true => format!("{most} of {readings} readings"),
+        false => "all readings".to_owned(),
+    }
+}
+
+/// Places of at most `most` out of so many readings, evenly chosen with the first and the last.
+fn evenly(readings: usize, most: usize) -> impl Iterator<Item = usize> {
+    let (last, chosen) = (readings.saturating_sub(1), most.min(readings));
+    (0..chosen).map(move |i| i * last / (chosen - 1).max(1))
 }
 
 fn chart(title: &str, y: Axis, series: Vec<Series>) -> String {
@@ -178,6 +209,57 @@ fn places<'a>(sites: impl Iterator<Item = &'a String>) -> (Vec<&'a str>, Vec<Opt
     (kinds, layers.into_iter().map(|(_, layer)| layer).collect())
 }
 
+fn step(reading: &Value) -> u64 {
+    reading.get("step").and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// The captured share of a layer's sites together, or of those of no layer.
+fn of_layer(reading: &Value, layer: Option<usize>) -> Option<f64> {
+    let sites = reading.get("meter")?.as_object()?;
+    let own = sites
+        .iter()
+        .filter(|(site, _)| kind_and_layer(site).1 == layer);
+    let (mut captured, mut all) = (0.0, 0.0);
+    for (_, found) in own {
+        let number = |key: &str| found.get(key).and_then(Value::as_f64);
+        if let (Some(kappa), Some(norm)) = (number("kappa"), number("gradient_norm")) {
+            captured += kappa * norm * norm;
+            all += norm * norm;
+        }
+    }
+    (all > 0.0).then(|| captured / all)
+}
+
+/// The captured shares, layer by reading.
+fn layer_map(readings: &[&Value]) -> HeatMap {
+    let chosen = evenly(readings.len(), COLUMNS).filter_map(|i| readings.get(i).copied());
+    let chosen: Vec<&Value> = chosen.collect();
+    let sites = chosen.iter().filter_map(|r| r.get("meter")?.as_object());
+    let (_, layers) = places(sites.flat_map(|sites| sites.keys()));
+    let row = |layer: &Option<usize>| -> Vec<Option<f64>> {
+        let values = chosen.iter().map(|reading| of_layer(reading, *layer));
+        values.collect()
+    };
+    let name = |layer: &Option<usize>| match layer {
+        Some(layer) => format!("Layer {layer}"),
+        None => "no layer".to_owned(),
+    };
+    HeatMap {
+        title: "Captured share of the gradient by layer".to_owned(),
+        rows: layers.iter().map(name).collect(),
+        columns: chosen.iter().map(|r| step(r).to_string()).collect(),
+        column_title: "Step".to_owned(),
+        value_title: "Captured share".to_owned(),
+        range: Some((0.0, 1.0)),
+        panels: vec![HeatPanel {
+            title: String::new(),
+            values: layers.iter().map(row).collect(),
+            titles: vec![],
+        }],
+        arrangement: Arrangement::SideBySide,
+    }
+}
+
 /// The captured shares, kind by layer, at evenly chosen readings with the first and the last.
 fn heat_map(readings: &[&Value]) -> HeatMap {
     let sites = readings.iter().filter_map(|r| r.get("meter")?.as_object());
@@ -194,16 +276,13 @@ fn heat_map(readings: &[&Value]) -> HeatMap {
                 *cell = found.get("kappa").and_then(Value::as_f64);
             }
         }
-        let step = reading.get("step").and_then(Value::as_u64).unwrap_or(0);
         HeatPanel {
-            title: format!("Step {step}"),
+            title: format!("Step {}", step(reading)),
             values,
             titles: vec![],
         }
     };
-    let last = readings.len().saturating_sub(1);
-    let panels = PANELS.min(readings.len());
-    let chosen = (0..panels).map(|i| i * last / (panels - 1).max(1));
+    let chosen = evenly(readings.len(), PANELS);
     HeatMap {
         title: "Captured share of the gradient".to_owned(),
         rows: kinds.iter().map(|kind| (*kind).to_owned()).collect(),
@@ -219,116 +298,35 @@ fn heat_map(readings: &[&Value]) -> HeatMap {
     }
 }
 
-/// Neighboring layers of one kind whose losses stand out most.
-#[derive(Clone, Copy)]
-struct Worst<'a> {
-    kind: &'a str,
-    first: usize,
-    last: usize,
-    excess: f64,
-    lost: f64,
-}
-
-/// What stands out in the shares that sites lose, in plain words; `None` without sites.
-fn sentence(shares: &BTreeMap<String, f64>) -> Option<String> {
-    let all: f64 = shares.values().sum();
-    if shares.is_empty() {
-        return None;
-    }
-    if all <= 0.0 {
-        return Some("The adapter can follow every gradient.".to_owned());
-    }
-    let mean = all / shares.len() as f64;
-    let mut kinds: BTreeMap<&str, BTreeMap<usize, f64>> = BTreeMap::new();
-    for (site, share) in shares {
-        let (kind, layer) = kind_and_layer(site);
-        kinds
-            .entry(kind)
-            .or_default()
-            .insert(layer.unwrap_or(0), *share);
-    }
-    let runs = kinds
-        .iter()
-        .filter_map(|(kind, layers)| worst(kind, layers, mean));
-    let worst = runs.reduce(|a, b| if b.excess > a.excess { b } else { a });
-    let percent = |share: f64| format!("{} %", number((100.0 * share).round()));
-    let told = format!("The adapter loses {} of the gradients", percent(all));
-    let Some(worst) = worst.filter(|w| w.excess > 0.05 * all) else {
-        return Some(format!("{told}, all sites about as much."));
-    };
-    let Worst {
-        kind, first, last, ..
-    } = worst;
-    let advice = match first == last {
-        true => format!("Layer {first} {kind} loses most: raise its rank"),
-        false => format!("Layers {first}-{last} {kind} lose most: raise their rank"),
-    };
-    let share = percent(worst.lost / all);
-    Some(format!(
-        "{advice}. {told}, {share} of that there. tangent plan --ranks-from {METRICS} computes \
-         ranks for as many parameters."
-    ))
-}
-
-/// The neighboring layers of a kind that lose most above the mean of all sites.
-fn worst<'a>(kind: &'a str, layers: &BTreeMap<usize, f64>, mean: f64) -> Option<Worst<'a>> {
-    let mut best: Option<Worst<'a>> = None;
-    let mut current: Option<Worst<'a>> = None;
-    for (&layer, &share) in layers {
-        // A run goes on as long as what it has exceeds the mean.
-        let before = current.filter(|run| run.excess > 0.0);
-        let run = Worst {
-            kind,
-            first: before.map_or(layer, |run| run.first),
-            last: layer,
-            excess: before.map_or(0.0, |run| run.excess) + share - mean,
-            lost: before.map_or(0.0, |run| run.lost) + share,
-        };
-        if best.is_none_or(|best| run.excess > best.excess) {
-            best = Some(run);
-        }
-        current = Some(run);
-    }
-    best
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
 
-    fn shares(lost: impl Fn(&str, usize) -> f64) -> BTreeMap<String, f64> {
-        let sites = (0..30)
-            .flat_map(|layer| ["self_attn.q_proj", "mlp.down_proj"].map(|name| (name, layer)));
-        let named = sites.map(|(name, layer)| {
-            let (kind, _) = kind_and_layer(name);
-            (format!("model.layers.{layer}.{name}"), lost(kind, layer))
-        });
-        named.collect()
-    }
-
     #[test]
-    fn the_sentence_names_the_layers_that_lose_most() {
-        let late = |kind: &str, layer: usize| match (kind, layer) {
-            ("down_proj", 20..=29) => 0.03,
-            _ => 0.005,
+    fn layers_have_a_cell_for_every_reading() {
+        let reading = |step: usize| {
+            json!({"step": step, "meter": {
+                "model.layers.0.q_proj": {"kappa": 0.5, "gradient_norm": 1.0},
+                "model.layers.0.v_proj": {"kappa": 0.25, "gradient_norm": 3.0},
+                "model.layers.1.q_proj": {"kappa": 0.75},
+                "lm_head": {"kappa": 1.0, "gradient_norm": 2.0},
+            }})
         };
-        let text = sentence(&shares(late)).unwrap();
-        let told = "Layers 20-29 down_proj lose most: raise their rank. The adapter loses 55 %";
-        assert!(text.starts_with(told), "{text}");
-        let one = |kind: &str, layer: usize| match (kind, layer) {
-            ("q_proj", 3) => 0.4,
-            _ => 0.0,
-        };
-        let text = sentence(&shares(one)).unwrap();
-        assert!(text.starts_with("Layer 3 q_proj loses most"), "{text}");
-        assert!(text.contains("100 % of that there"), "{text}");
-        let text = sentence(&shares(|_, _| 0.01)).unwrap();
-        assert!(text.contains("all sites about as much"), "{text}");
-        let text = sentence(&shares(|_, _| 0.0)).unwrap();
-        assert!(text.contains("every gradient"), "{text}");
-        assert_eq!(sentence(&BTreeMap::new()), None);
+        let readings: Vec<Value> = (1..=COLUMNS + 20).map(reading).collect();
+        let readings: Vec<&Value> = readings.iter().collect();
+        let map = layer_map(&readings[..7]);
+        assert_eq!(map.rows, ["Layer 0", "Layer 1", "no layer"]);
+        assert_eq!(map.columns, ["1", "2", "3", "4", "5", "6", "7"]);
+        let values = &map.panels[0].values;
+        assert_eq!(values[0], [Some((0.5 + 9.0 * 0.25) / 10.0); 7]);
+        assert_eq!((values[1][0], values[2][6]), (None, Some(1.0)));
+        let many = layer_map(&readings);
+        assert_eq!(many.columns.len(), COLUMNS);
+        assert_eq!(many.columns.last().unwrap(), "120");
+        assert_eq!(told(120, COLUMNS), "100 of 120 readings");
+        assert_eq!(told(7, COLUMNS), "all readings");
     }
 
     #[test]

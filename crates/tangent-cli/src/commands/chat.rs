@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use tangent_model::generate::generate;
 
-use super::generate::{SamplingArgs, prompt_ids};
+use super::generate::{SamplingArgs, prompt_ids, tell_slow};
 use crate::failure::Failure;
 use crate::open::ModelArgs;
 use crate::progress::{say, show};
@@ -30,7 +30,8 @@ pub struct Args {
 /// Reads a line, answers it, until the input ends. `/reset` forgets the conversation.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let sampling = args.sampling.sampling()?;
-    let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
+    let (opened, adapter) = args.model.open_with(args.adapter.as_deref())?;
+    tell_slow(adapter.as_ref());
     let start: Vec<Value> = args
         .system
         .iter()

@@ -14,6 +14,7 @@ use tangent_train::plan::grouped;
 
 use crate::failure::Failure;
 use crate::open::{ModelArgs, load};
+use crate::progress::say;
 
 /// What to convert, and to what.
 #[derive(clap::Args)]
@@ -30,6 +31,10 @@ pub struct Args {
     /// triplets that are left), else the adapter's own.
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
+    /// Largest relative error over all sites, 0 to 1. Above it nothing is written. If not given,
+    /// there is a warning above 0.1.
+    #[arg(long, value_name = "ERROR")]
+    tolerance: Option<f64>,
     /// Where the adapter goes.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
@@ -61,9 +66,19 @@ impl FromStr for Form {
 
 /// Sites in the printed table.
 const SHOWN: usize = 5;
+/// Relative error over all sites above which there is a warning.
+const WARNED: f64 = 0.1;
+/// Relative error up to which nothing but digits is lost.
+const ROUNDING: f64 = 1e-5;
 
 /// Converts and reports the error.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
+    if let Some(tolerance) = args.tolerance.filter(|t| !(0.0..=1.0).contains(t)) {
+        return Err(Failure::Request(format!(
+            "--tolerance {tolerance}: expected a share of what the adapter changes the weights by, 0 \
+             to 1"
+        )));
+    }
     let mut opened = args.model.open()?;
     let adapter = load(&mut opened, &args.adapter)?;
     let base = base_name(&args)?;
@@ -71,6 +86,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let conversion = match args.to {
         Form::Lora => convert::to_lora(&mut *opened.model, &adapter, args.rank)?,
     };
+    check_error(&args, &conversion)?;
     peft_format::write(&folder, &conversion.adapter, &*opened.model, &base)?;
     folder.finish()?;
     let mut out = io::stdout().lock();
@@ -85,6 +101,48 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         report.print(&mut out)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a conversion that loses more than is allowed, and warns of one that loses much.
+fn check_error(args: &Args, conversion: &Conversion) -> Result<(), Failure> {
+    let error = conversion.relative_error();
+    if let Some(tolerance) = args.tolerance {
+        return match error > tolerance {
+            false => Ok(()),
+            true => Err(Failure::Run(format!(
+                "{}, above the tolerance of {:.3} %; nothing was written. Give a higher --rank, \
+                 allow more with --tolerance, or merge the adapter (tangent merge), which loses \
+                 nothing",
+                loss(conversion),
+                100.0 * tolerance
+            ))),
+        };
+    }
+    if error > WARNED {
+        say(format_args!(
+            "warning: {}: {}; compare both (tangent eval), give a higher --rank, or merge the adapter \
+             (tangent merge), which loses nothing",
+            args.output.display(),
+            loss(conversion)
+        ));
+    }
+    Ok(())
+}
+
+/// What a conversion loses, in words.
+fn loss(conversion: &Conversion) -> String {
+    let error = conversion.relative_error();
+    let sites = conversion.sites.iter();
+    match sites.max_by(|a, b| a.relative_error().total_cmp(&b.relative_error())) {
+        Some(worst) if error > ROUNDING => format!(
+            "plain LoRA misses {:.3} % of what the adapter changes the weights by, at worst {:.3} % \
+             ({})",
+            100.0 * error,
+            100.0 * worst.relative_error(),
+            worst.path
+        ),
+        _ => "plain LoRA computes what the adapter does, up to rounding".to_owned(),
+    }
 }
 
 /// The base's name in the adapter's files, or the path that was given where they have none.
@@ -199,6 +257,7 @@ impl Report<'_> {
             taken_over,
             ..
         } = self.conversion;
+        writeln!(out, "{}", loss(self.conversion))?;
         if let Some(first) = left_out.first() {
             let count = left_out.len();
             writeln!(

@@ -7,10 +7,13 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use tangent_model::generate::{Finish, Generated, Sampling, generate};
 use tangent_model::{LanguageModel, ModelError};
+use tangent_peft::Adapter;
+use tangent_peft::methods::intrinsic;
 use tangent_train::memory;
 
 use crate::failure::Failure;
 use crate::open::ModelArgs;
+use crate::progress::say;
 
 /// How tokens are chosen.
 #[derive(clap::Args, Clone)]
@@ -96,6 +99,17 @@ pub struct Args {
     json: bool,
 }
 
+/// Tells of an adapter with which every token takes a pass over all weights more.
+pub fn tell_slow(adapter: Option<&Adapter>) {
+    let mut parts = adapter.into_iter().flat_map(Adapter::each);
+    if parts.any(|part| part.method.id == intrinsic::METHOD.id) {
+        say(
+            "an intrinsic adapter projects its numbers to all weights again for every token; tangent \
+             merge makes a model that generates at full speed",
+        );
+    }
+}
+
 /// Token ids of messages up to the assistant's next answer.
 pub fn prompt_ids(opened: &LanguageModel, messages: &[Value]) -> Result<Vec<u32>, Failure> {
     let Some(template) = &opened.tokenizer.chat_template else {
@@ -134,7 +148,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         ignore_eos: args.ignore_eos,
         ..args.sampling.sampling()?
     };
-    let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
+    let (opened, adapter) = args.model.open_with(args.adapter.as_deref())?;
+    tell_slow(adapter.as_ref());
     let prompt = if args.raw {
         opened.tokenizer.encode(&args.prompt)?
     } else {

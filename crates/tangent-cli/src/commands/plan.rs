@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         let mut line = Map::new();
         let model = prepared.opened.path.to_string_lossy();
         line.insert("model".into(), json!(model));
-        line.insert("method".into(), json!(prepared.adapter_config.method));
+        line.insert("method".into(), json!(prepared.method_names()));
         line.insert("settings".into(), Value::Object(settings));
         if let Value::Object(told) = plan.to_json(rate) {
             line.extend(told);

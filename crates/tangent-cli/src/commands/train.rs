@@ -15,15 +15,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
-use tangent_model::folder;
-use tangent_peft::Adapter;
+use tangent_model::{BaseDtype, folder};
+use tangent_peft::{Adapter, peft_format};
 use tangent_train::TrainReport;
 use tangent_train::trainer::{self, Outcome, Run};
 use tangent_train::twin::{Readiness, TwinOf};
 
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::open::tell_unseen;
+use crate::open::{ModelArgs, tell_unseen};
 use crate::profile;
 use crate::progress::{Progress, duration, say};
 
@@ -161,7 +161,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     if args.profile {
         show_profile(&args)?;
     }
-    finish(&args, &along, &report)
+    finish(&args, &along, &adapter, &report)
 }
 
 /// Refuses what cannot be predicted, before anything is opened.
@@ -237,7 +237,21 @@ fn show_profile(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn finish(args: &Args, along: &[String], report: &TrainReport) -> Result<ExitCode, Failure> {
+/// The flags that open a model, as documentation would show them.
+fn flags(model: &ModelArgs) -> String {
+    let path = model.model.display();
+    match model.base_dtype {
+        BaseDtype::Quantized(kind) => format!("--model {path} --base-dtype {kind}"),
+        _ => format!("--model {path}"),
+    }
+}
+
+fn finish(
+    args: &Args,
+    along: &[String],
+    adapter: &Adapter,
+    report: &TrainReport,
+) -> Result<ExitCode, Failure> {
     let output = args.output.display();
     let spent = duration(Duration::from_secs_f64(report.seconds));
     match report.outcome {
@@ -247,6 +261,14 @@ fn finish(args: &Args, along: &[String], report: &TrainReport) -> Result<ExitCod
                 say(format_args!(
                     "what was trained along is in {} there; --adapter {output} takes all of it",
                     along.join(", ")
+                ));
+            }
+            let folder = output.to_string();
+            let way = peft_format::for_others(adapter, &flags(&args.run.model), &folder);
+            if let Some(way) = way {
+                say(format_args!(
+                    "PEFT cannot load this kind of adapter: {} {}",
+                    way.command, way.does
                 ));
             }
         }

@@ -105,6 +105,14 @@ fn methods_targets_ranks_and_patterns() {
         ),
         ("--target-modules qproj", near),
         (
+            "--method houlsby --target-modules q_proj",
+            ["\"q_proj\" is no sub-layer", "near: ", "self_attn"],
+        ),
+        (
+            "--method lst --set reduction_factor=2 fisher_rows=4",
+            ["fisher_rows = 4", "start=fisher", "leave it out"],
+        ),
+        (
             "--modules-to-save lmhead",
             ["\"lmhead\" matches nothing", "near: ", "lm_head"],
         ),

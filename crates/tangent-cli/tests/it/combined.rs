@@ -200,6 +200,8 @@ fn plans_count_all_of_them() {
         text.contains("method     lora + norms + houlsby + prompt-tuning"),
         "{text}"
     );
+    let plan = place.run(&line(&format!("{flags} --json"))).json();
+    assert_eq!(plan["method"], "lora + norms + houlsby + prompt-tuning");
     assert!(
         text.contains(&format!("  {:<30}norms {{", "also")),
         "{text}"

@@ -19,6 +19,25 @@ fn error(report: &Value) -> f64 {
 }
 
 #[test]
+fn what_peft_does_not_know_is_offered_as_plain_lora() {
+    let place = Place::new();
+    let train = "train --model tiny.gguf --data rows.jsonl --max-steps 1 --output";
+    let offered = place.run(&format!("{train} adapter --method monarch"));
+    assert!(offered.err.contains("PEFT cannot load"), "{}", offered.err);
+    let rest = offered.err.split("tangent convert").nth(1).unwrap();
+    let line = rest.split(" makes plain LoRA").next().unwrap();
+    place.run(&format!("convert{line}")).succeeded();
+    let config = place.read_json("plain/adapter_config.json");
+    assert_eq!(config["peft_type"], "LORA");
+    let card = String::from_utf8(place.read("adapter/README.md")).unwrap();
+    let command = "`tangent convert --model tiny.gguf --adapter path/to/this/folder --to lora";
+    assert!(card.contains(command), "{card}");
+    let known = place.run(&format!("{train} lora"));
+    assert!(!known.err.contains("PEFT"), "{}", known.err);
+    known.succeeded();
+}
+
+#[test]
 fn adapters_of_any_method_become_plain_lora() {
     for (flags, exact) in [
         ("--method adalora --rank 4 --set target_r=2", true),
@@ -83,6 +102,60 @@ fn the_table_shows_the_worst_sites_and_the_total() {
 }
 
 #[test]
+fn what_is_lost_is_said_warned_of_and_refused_above_a_tolerance() {
+    let place = Place::new();
+    place.train("adapter", "--method oft --set oft_block_size=8");
+    let line = format!("{CONVERT} --rank 1");
+    let ran = place.run(&line);
+    assert!(
+        ran.err.contains("warning: plain: plain LoRA misses "),
+        "{}",
+        ran.err
+    );
+    assert!(
+        ran.err.contains("--rank") && ran.err.contains("merge"),
+        "{}",
+        ran.err
+    );
+    let out = ran.succeeded();
+    let said = "\nplain LoRA misses ";
+    assert!(out.contains(said) && out.contains(", at worst "), "{out}");
+    let worst = place.run(&format!("{line} --overwrite --json"));
+    let worst = error(&worst.json());
+    assert!(worst > 0.1, "{worst}");
+
+    let before = place.files();
+    let limited = format!("{line} --overwrite --tolerance");
+    place.run(&format!("{limited} {}", 0.9 * worst)).failed(
+        1,
+        &[
+            "plain LoRA misses",
+            "tolerance",
+            "nothing was written",
+            "--rank",
+        ],
+    );
+    for wrong in ["1.5", "nan"] {
+        let words = ["--tolerance", "0 to 1"];
+        place.run(&format!("{limited} {wrong}")).refused(&words);
+    }
+    assert!(place.files() == before);
+    let allowed = place.run(&format!("{limited} {}", 0.5 * (1.0 + worst)));
+    assert!(!allowed.err.contains("warning"), "{}", allowed.err);
+    allowed.succeeded();
+
+    let place = Place::new();
+    place.train("adapter", "--method loha --rank 2");
+    let ran = place.run(CONVERT);
+    assert!(!ran.err.contains("warning"), "{}", ran.err);
+    let out = ran.succeeded();
+    assert!(
+        out.contains("what the adapter does, up to rounding"),
+        "{out}"
+    );
+}
+
+#[test]
 fn what_cannot_be_converted_is_refused_and_nothing_is_written() {
     let place = Place::new();
     place.train("plain_lora", "");
@@ -96,7 +169,7 @@ fn what_cannot_be_converted_is_refused_and_nothing_is_written() {
         (of("nowhere"), ["nowhere is not an adapter", "expected"]),
         (
             format!("{CONVERT} --rank 17"),
-            ["rank 17 is not between 1 and 16", "k_proj"],
+            ["rank 17 is not between 1 and 16", "at most 16 (--rank)"],
         ),
         (
             format!("{CONVERT} --rank 0"),

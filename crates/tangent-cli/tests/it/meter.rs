@@ -68,6 +68,26 @@ fn ranks_from_readings_train_no_more_parameters() {
     let count = |plan: &Value| plan["trainable_parameters"].as_u64().unwrap();
     assert!(count(&ranked) <= count(&plain));
     place.train("ranked", &format!("--rank 4 {flags}"));
+    assert!(table.contains("lost: share of the squared gradients"));
+    let is_of = |told: &Value, ranks: &[u64]| {
+        let sites = told["sites"].as_array().unwrap().iter();
+        let mut measured = sites.map(|site| site["measured_rank"].as_u64().unwrap());
+        measured.all(|rank| ranks.contains(&rank))
+    };
+    assert!(is_of(&told, &[4]), "{told}");
+    // Readings of other ranks, and those of ranks that nothing tells.
+    place.train(
+        "mixed",
+        "--rank 4 --rank-pattern {\"q_proj\":2} --meter every=3",
+    );
+    let line = format!("{plan} --ranks-from mixed/metrics.jsonl --json");
+    let told = place.run(&line).json();
+    assert!(is_of(&told, &[2, 4]) && !is_of(&told, &[4]), "{told}");
+    place.write("lone.jsonl", place.read("mixed/metrics.jsonl"));
+    let line = format!("{plan} --ranks-from lone.jsonl --json");
+    let lone = place.run(&line);
+    assert!(lone.err.contains("taken to be of rank 4"), "{}", lone.err);
+    assert!(is_of(&lone.json(), &[4]));
 
     for (flags, words) in [
         (
@@ -83,10 +103,34 @@ fn ranks_from_readings_train_no_more_parameters() {
             "--ranks-from run/metrics.jsonl --rank-pattern {\"q_proj\":2}",
             ["cannot be used with", "--rank-pattern"],
         ),
+        (
+            "--ranks-from run/metrics.jsonl --method lokr",
+            ["method lokr", "do not grow with the rank"],
+        ),
+        (
+            "--ranks-from run/metrics.jsonl --method vera",
+            ["method vera", "no ranks of single sites"],
+        ),
         ("--meter 10", ["every=N", "--meter"]),
     ] {
         place.run(&format!("{plan} {flags}")).refused(&words);
     }
+}
+
+#[test]
+fn ranks_of_a_method_with_four_factors_cost_twice_as_much() {
+    let place = Place::new();
+    let flags = "--method loha --rank 2 --target-modules q_proj,v_proj";
+    place.train("run", &format!("{flags} --meter every=3"));
+    let line = format!("plan --model tiny.gguf --data rows.jsonl --max-steps 3 {flags} --json");
+    let plan = place.run(&line).json();
+    let ranks = place
+        .run(&format!("{line} --ranks-from run/metrics.jsonl"))
+        .json();
+    assert_eq!(
+        ranks["parameters_of_one_rank"],
+        plan["trainable_parameters"]
+    );
 }
 
 #[test]

@@ -257,6 +257,25 @@ fn train_prints_a_summary_and_writes_the_adapter_with_its_history() {
 }
 
 #[test]
+fn generating_with_an_intrinsic_adapter_tells_of_its_cost() {
+    let place = Place::new();
+    place.train("slow", "--method intrinsic --set dimension=20");
+    place.train("fast", "--rank 4");
+    for (adapter, is_slow) in [("slow", true), ("fast", false)] {
+        let line = format!("--model tiny.gguf --adapter {adapter} --max-new-tokens 2");
+        let told = |ran: Ran| ran.err.contains("tangent merge");
+        let generated = place.run(&format!("generate --prompt fox {line}"));
+        assert_eq!(told(generated), is_slow, "{adapter}");
+        // Nothing is said to it.
+        assert_eq!(
+            told(place.run(&format!("chat {line}"))),
+            is_slow,
+            "{adapter}"
+        );
+    }
+}
+
+#[test]
 fn patterns_are_recorded_as_they_were_written() {
     let place = Place::new();
     let ranks = "--rank-pattern {\"v_proj\":2,\"q_proj\":4}";
@@ -479,6 +498,59 @@ fn a_merged_model_is_the_adapted_one_and_can_be_unmerged_and_switched() {
     let switched = difference(&place, "switched", "b-merged");
     assert!(switched < 1e-4, "{switched}");
     assert!(difference(&place, "a-merged", "b-merged") > 1e-2);
+}
+
+#[test]
+fn lengths_of_rows_come_back_by_what_the_merged_model_keeps() {
+    let place = Place::new();
+    place.train("a", "--method dora --rank 4");
+    place.train("b", "--rank 2 --seed 7 --target-modules q_proj,up_proj");
+    for name in ["a", "b"] {
+        let line = format!("merge --model tiny.gguf --adapter {name} --output {name}-merged");
+        place.run(&line).succeeded();
+    }
+    let file = "merged_adapter/row_norms.safetensors";
+    assert!(place.path("a-merged").join(file).exists());
+    assert!(!place.path("b-merged/merged_adapter").exists());
+    assert!(difference(&place, "a-merged", "tiny.gguf") > 1e-2);
+
+    let unmerge = "unmerge --model a-merged --adapter a --base tiny.gguf --output";
+    let out = place.run(&format!("{unmerge} unmerged")).succeeded();
+    let drift = out
+        .lines()
+        .find_map(|l| l.strip_prefix("largest difference from tiny.gguf: "));
+    let drift: f64 = drift.unwrap().parse().unwrap();
+    assert!(drift < 1e-5, "{out}");
+    let unmerged = difference(&place, "unmerged", "tiny.gguf");
+    assert!(unmerged < 1e-4, "{unmerged}");
+    let there = "switch --model a-merged --from a --to b --output there";
+    place.run(there).succeeded();
+    let back = "switch --model there --from b --to a --output back";
+    place.run(back).succeeded();
+    assert!(difference(&place, "there", "b-merged") < 1e-4);
+    assert!(difference(&place, "back", "a-merged") < 1e-4);
+    assert!(place.path("back").join(file).exists());
+
+    place.train("c", "--method dora --rank 4 --seed 3");
+    let other = unmerge.replace("--adapter a", "--adapter c");
+    place.run(&format!("{other} out")).refused(&[
+        file,
+        "other lengths",
+        "the adapter that was merged",
+    ]);
+    fs::remove_file(place.path("a-merged").join(file)).unwrap();
+    for line in [
+        format!("{unmerge} out"),
+        there.replace("--output there", "--output out"),
+    ] {
+        place.run(&line).refused(&[
+            "a-merged/merged_adapter",
+            "not there",
+            "q_proj",
+            "unmerged model",
+        ]);
+    }
+    assert!(!place.path("out").exists());
 }
 
 #[test]

@@ -63,10 +63,53 @@ fn what_quantization_lost_is_taken_back_and_kept_for_a_resumed_run() {
     place
         .run("merge --model tiny.gguf --base-dtype nf4 --onto original --adapter a --output out")
         .refused(&["--onto original", "--onto dequantized"]);
+    // Nor does another form of it go onto another base.
+    place
+        .run("convert --model tiny.gguf --base-dtype nf4 --adapter a --rank 4 --output plain")
+        .succeeded();
+    place
+        .run("eval --data rows.jsonl --model tiny.gguf --adapter plain")
+        .refused(&["plain/adapter_config.json", "--base-dtype nf4"]);
+    let merge = "merge --model tiny.gguf --base-dtype nf4 --adapter plain --output out --onto";
+    place
+        .run(&format!("{merge} original"))
+        .refused(&["--onto original", "--onto dequantized"]);
+    place.run(&format!("{merge} dequantized")).succeeded();
     let train = "train --data rows.jsonl --max-steps 1 --output b --init loftq";
     place
         .run(&format!("{train} --model tiny.gguf"))
         .refused(&["--base-dtype nf4", "q_proj"]);
+}
+
+#[test]
+fn cards_open_the_base_as_it_was_held() {
+    let place = Place::new();
+    place.hugging_face_folder();
+    let card = |model: &str, kind: &str| -> String {
+        let train = "train --data rows.jsonl --max-steps 1 --rank 4 --output run --overwrite";
+        let line = format!("{train} --model {model} --base-dtype {kind}");
+        place.run(&line).succeeded();
+        String::from_utf8(place.read("run/README.md")).unwrap()
+    };
+    for (kind, config) in [
+        (
+            "fp4",
+            "(load_in_4bit=True, bnb_4bit_quant_type=\"fp4\", bnb_4bit_use_double_quant=True)",
+        ),
+        ("int8", "(load_in_8bit=True)"),
+    ] {
+        let card = card("hf", kind);
+        assert!(card.contains(config), "{card}");
+        assert!(card.contains("quantization_config=quantization"), "{card}");
+        assert_eq!(card.contains("close and not"), kind == "int8", "{card}");
+    }
+    // transformers refuses both at once.
+    let card = card("tiny.gguf", "nf4");
+    assert!(!card.contains("gguf_file"), "{card}");
+    assert!(card.contains("merge --onto dequantized"), "{card}");
+    place.train("plain", "--rank 4");
+    let card = String::from_utf8(place.read("plain/README.md")).unwrap();
+    assert!(!card.contains("BitsAndBytes"), "{card}");
 }
 
 #[test]

@@ -327,10 +327,8 @@ pub fn chosen<'a, P: Place>(
     let mut targets = config.targets.select(sites)?;
     if targets.is_empty() {
         let target = config.targets.text();
-        return Err(PeftError::UnknownTarget {
-            near: near(&target, sites),
-            target,
-        });
+        let near = near(&target, sites);
+        return Err(P::unknown(target, near));
     }
     if let Some(exclude) = &config.exclude {
         let excluded = exclude.select(sites)?;

@@ -11,6 +11,9 @@
 //! Trained: A, B and m. At the start `m_i` is the norm of row i of W, so the model is unchanged.
 //! Paper: 2402.09353.
 //!
+//! The merged weight tells no c, so merged models keep it beside their weights
+//! (`export/row_norms.rs`), and the adapter can be taken out of them again.
+//!
 //! A and B are a pair whose product moves V, so optimizer rules for pairs apply: what they do as full
 //! fine-tuning of the weight would, they do as full fine-tuning of V would, with m beside it.
 //!
@@ -35,7 +38,7 @@ use std::sync::{Arc, OnceLock};
 use burn::tensor::{Device, Tensor};
 use rayon::prelude::*;
 use tangent_model::{Parameter, Pass, Site, WeightAdapter};
-use tangent_ops::FrozenMatrix;
+use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::{Cost, Input};
 use super::low_rank::{self, Pairing};
@@ -94,10 +97,10 @@ fn attach(
     linear_only(METHOD.id, site)?;
     let squares = squared_norms(&site.weight);
     if let Some(row) = squares.iter().position(|square| *square == 0.0) {
-        return Err(PeftError::Site {
+        return Err(PeftError::ZeroRow {
             method: METHOD.id,
-            site: format!("row {row} of {}", site.path),
-            why: "it is zero and has no direction; leave the site out with --exclude-modules",
+            site: site.path.clone(),
+            row,
         });
     }
     let pair = Pairing::new(config, site, scope)?;
@@ -243,6 +246,12 @@ impl WeightAdapter for Dora {
 
     fn row_lengths(&self) -> Option<&Parameter> {
         Some(&self.magnitude)
+    }
+
+    fn row_product(&self, pass: &Pass) -> Option<LowRank> {
+        let (a, b) = self.pair.factors(pass);
+        let scaling = self.pair.scaling;
+        Some(LowRank { b, a, scaling })
     }
 }
 

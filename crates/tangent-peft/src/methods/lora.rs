@@ -83,7 +83,7 @@ fn attach(
                   default one",
         }),
         SiteKind::Embedding => {
-            let rank = low_rank::checked_rank(config, site)?;
+            let rank = low_rank::rank_in(scope, config, site)?;
             let scaling = config.scaling_at(&site.path)?;
             let (rows, cols) = (site.weight.rows(), site.weight.cols());
             let a = scope.parameter(site, "lora_embedding_A", vec![rank, rows], |_| {

@@ -30,7 +30,7 @@ impl Pairing {
         site: &Site,
         scope: &mut Scope<'_>,
     ) -> Result<Self, PeftError> {
-        let rank = checked_rank(config, site)?;
+        let rank = rank_in(scope, config, site)?;
         let scaling = config.scaling_at(&site.path)?;
         let (rows, cols) = (site.weight.rows(), site.weight.cols());
         let Factors { a, b } = scope.start_factors(config, site)?;
@@ -164,6 +164,19 @@ pub(super) fn beside(dropout: f32, pass: &Pass, product: impl FnOnce() -> Produc
     }
     let Product { a, b, scaling, .. } = product();
     Beside::Product(Box::new(LowRank { b, a, scaling }))
+}
+
+/// The rank at a site. One of a file may be larger than the smaller side of the weight, as where what
+/// was taken out of the base doubles it; it was held to the file's tensors before.
+pub(super) fn rank_in(
+    scope: &Scope<'_>,
+    config: &AdapterConfig,
+    site: &Site,
+) -> Result<usize, PeftError> {
+    match config.rank_at(&site.path)? {
+        rank if rank > 0 && scope.from_file() => Ok(rank),
+        _ => checked_rank(config, site),
+    }
 }
 
 /// The rank at a site, checked against its weight.

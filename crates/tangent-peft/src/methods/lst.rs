@@ -133,6 +133,7 @@ pub const METHOD: Method = Method {
     attach: Attach::Side(Side {
         attach,
         setting: START,
+        rows_setting: FISHER_ROWS,
         rows: prune::rows,
         values: prune::values,
     }),

@@ -88,6 +88,8 @@ pub struct Side {
     pub attach: AttachSide,
     /// Name of the setting that chooses its start values.
     pub setting: &'static str,
+    /// Name of the setting that says how many rows these look at, which is read with them alone.
+    pub rows_setting: &'static str,
     /// How many rows of training data its start values look at; `None` if they look at none.
     pub rows: fn(&AdapterConfig) -> Result<Option<usize>, PeftError>,
     /// Its start values by name, from the importances of the model's values in those rows.

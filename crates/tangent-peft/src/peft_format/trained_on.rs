@@ -4,7 +4,7 @@
 //! this one, keeps it when it saves the adapter again, and reads it only where there is no task
 //! type.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tangent_model::SiteKind;
@@ -91,6 +91,21 @@ pub fn trained_on(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
         quantization,
         corrects: record[INIT].as_str() == Some(loftq::INIT.id),
     }))
+}
+
+/// Lets an adapter that was read from these folders, one a part, know that it began with what
+/// quantization lost, so that files that are made of it say so as well.
+pub(super) fn recall(adapter: &mut Adapter, folders: &[PathBuf]) -> Result<(), PeftError> {
+    let parts = match adapter.parts.is_empty() {
+        true => std::slice::from_mut(adapter),
+        false => &mut adapter.parts[..],
+    };
+    for (part, folder) in parts.iter_mut().zip(folders) {
+        if trained_on(folder)?.is_some_and(|base| base.corrects) {
+            part.config.init = loftq::INIT.id.to_owned();
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a model that is held in another way than the base that the adapter in the folder `dir`

@@ -11,6 +11,9 @@ use tangent_peft::{PeftError, peft_format};
 
 use tangent_testkit::{Reference, all_logits, close, folder};
 
+/// What a merged model keeps of an adapter that gives rows their lengths.
+const ROW_NORMS: &str = "merged_adapter/row_norms.safetensors";
+
 /// A model folder that can be opened with a tokenizer.
 fn base(name: &str, place: &Path) -> PathBuf {
     let from = folder("lora").join(name);
@@ -65,6 +68,10 @@ fn unmerged_models_are_the_base_where_adapters_hold_its_weights() {
         ("base_biased", "lm_head"),
         // Vectors are divided out, of biases as well.
         ("base_biased", "../ia3/biased"),
+        // Rows get back the lengths that the merged model keeps.
+        ("base_tied", "../dora/mixed"),
+        ("base_biased", "../dora/rslora_biased"),
+        ("base_tied", "../moved_base/dora"),
     ] {
         let root = tempfile::tempdir().unwrap();
         let base = base(base_name, root.path());
@@ -87,7 +94,7 @@ fn unmerged_models_are_the_base_where_adapters_hold_its_weights() {
 #[test]
 fn a_switched_model_computes_what_the_new_adapter_does() {
     // The first new adapter parts the head from the embedding, which the merged model has tied.
-    for name in ["embedding_tied", "qv", "../ia3/usual"] {
+    for name in ["embedding_tied", "qv", "../ia3/usual", "../dora/mixed"] {
         let root = tempfile::tempdir().unwrap();
         let merged = merge(&base("base_tied", root.path()), "qv");
         let place = root.path().join("switched");
@@ -106,6 +113,95 @@ fn a_switched_model_computes_what_the_new_adapter_does() {
         let config = read_json(&place.join("config.json")).unwrap();
         let tied = name != "embedding_tied";
         assert_eq!(config["tie_word_embeddings"], json!(tied));
+    }
+}
+
+/// Writes the model of `merged` without the adapter `removed`, or with `added` in its place.
+fn without(merged: &Path, removed: &LanguageModel, added: Option<&str>, place: &str) -> PathBuf {
+    let place = merged.with_file_name(place);
+    let new = NewFolder::begin(&place, false).unwrap();
+    let added = added.map(|name| merged_with(merged, name));
+    write_without(&new, removed, added.as_ref(), WriteDtype::F32).unwrap();
+    new.finish().unwrap();
+    place
+}
+
+#[test]
+fn a_switched_model_keeps_what_the_next_switch_needs() {
+    let root = tempfile::tempdir().unwrap();
+    let base = base("base_tied", root.path());
+    let merged = merge(&base, "qv");
+    assert!(!merged.join(ROW_NORMS).exists());
+    let dora = "../dora/mixed";
+    let switched = without(&merged, &merged_with(&merged, "qv"), Some(dora), "switched");
+    assert!(switched.join(ROW_NORMS).exists());
+    let back = without(&switched, &merged_with(&switched, dora), Some("qv"), "back");
+    assert!(!back.join(ROW_NORMS).exists());
+    let left = distance(&*open(&merged).model, &*open(&back).model).unwrap();
+    assert!(left < 1e-5, "{left:e}");
+    let unmerged = without(&switched, &merged_with(&switched, dora), None, "unmerged");
+    let left = distance(&*open(&base).model, &*open(&unmerged).model).unwrap();
+    assert!(left < 1e-5, "{left:e}");
+}
+
+#[test]
+fn lengths_of_rows_are_taken_out_of_the_model_that_they_were_merged_into_alone() {
+    let dora = "../dora/mixed";
+    let root = tempfile::tempdir().unwrap();
+    let base = base("base_tied", root.path());
+    let merged = merge(&base, dora);
+    let refused = |model: &LanguageModel| {
+        let new = NewFolder::begin(&root.path().join("out"), false).unwrap();
+        let error = write_without(&new, model, None, WriteDtype::F32);
+        error.unwrap_err().to_string()
+    };
+    let with = |change: &dyn Fn(&mut [f32])| {
+        let mut opened = open(&merged);
+        let attached = peft_format::load_onto_merged(&mut *opened.model, &adapter(dora)).unwrap();
+        let mut parameters = attached.parameters.iter();
+        let lengths = parameters.find(|p| p.name().ends_with("q_proj.lora_magnitude_vector"));
+        let lengths = lengths.unwrap();
+        let mut values = lengths.values();
+        change(&mut values);
+        lengths.set(values);
+        opened
+    };
+    let check = |model: &LanguageModel, words: &[&str]| {
+        let text = refused(model);
+        for word in words {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    };
+    check(
+        &with(&|values| values[3] *= 1.01),
+        &[ROW_NORMS, "layers.0.self_attn.q_proj", "other lengths"],
+    );
+    let file = merged.join(ROW_NORMS);
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() - 4]).unwrap();
+    check(&with(&|_| {}), &[ROW_NORMS, "malformed"]);
+    std::fs::remove_file(&file).unwrap();
+    let words = [ROW_NORMS, "not there", "q_proj", "keep the unmerged model"];
+    check(&with(&|_| {}), &words);
+
+    // A length of zero leaves nothing of its row.
+    let mut opened = open(&base);
+    let attached = peft_format::load(&mut *opened.model, &adapter(dora)).unwrap();
+    let mut parameters = attached.parameters.iter();
+    let lengths = parameters.find(|p| p.name().ends_with("q_proj.lora_magnitude_vector"));
+    lengths.unwrap().update(|values| values[2] = 0.0);
+    let place = root.path().join("flat");
+    let new = NewFolder::begin(&place, false).unwrap();
+    write_model(&new, &opened, WriteDtype::F32).unwrap();
+    new.finish().unwrap();
+    let error = peft_format::load_onto_merged(&mut *open(&place).model, &adapter(dora));
+    let text = error.err().unwrap().to_string();
+    for word in [
+        "row 2 of model.layers.0.self_attn.q_proj",
+        "zero",
+        "keep the unmerged",
+    ] {
+        assert!(text.contains(word), "{word}: {text}");
     }
 }
 

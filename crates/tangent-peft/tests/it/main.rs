@@ -18,6 +18,7 @@ mod lokr;
 mod lora;
 mod lst;
 mod monarch;
+mod moved_base;
 mod norms;
 mod oft;
 mod pairs;

@@ -391,6 +391,7 @@ fn is_of_shared(error: &PeftError) -> bool {
     matches!(
         error,
         PeftError::UnknownTarget { .. }
+            | PeftError::UnknownSublayer { .. }
             | PeftError::UnknownPattern { .. }
             | PeftError::Pattern { .. }
             | PeftError::UnknownMethod(_)

@@ -113,6 +113,8 @@ impl Bases {
 
 #[cfg(test)]
 mod tests {
+    use tangent_testkit::{Reference, folder};
+
     use super::super::basis::tests::{explicit, values};
     use super::*;
 
@@ -154,6 +156,26 @@ mod tests {
             let got = bases.captured(&parts);
             assert!((got - want).abs() < 1e-5 * parts.norm2, "{got} {want}");
             assert!((parts.norm2 - norm2(&g)).abs() < 1e-5 * parts.norm2);
+        }
+    }
+
+    #[test]
+    fn the_share_is_that_of_the_stored_references() {
+        let stored = Reference::open(&folder("aligned/kappa.safetensors"));
+        for (case, shape) in [
+            ("tall", (7, 5)),
+            ("wide", (6, 9)),
+            ("zero_b", (7, 5)),
+            ("rank_one_b", (7, 5)),
+            ("full_rank", (4, 6)),
+        ] {
+            let of = |tensor: &str| stored.values(&format!("{case}.{tensor}"));
+            let (a, b, g) = (of("A"), of("B"), of("G"));
+            let bases = Bases::of(shape, &Factors { a: &a, b: &b });
+            let parts = bases.of_gradient(&g);
+            let got = bases.captured(&parts) / parts.norm2;
+            let want = f64::from(of("kappa")[0]);
+            assert!((got - want).abs() < 1e-4, "{case}: {got} for {want}");
         }
     }
 

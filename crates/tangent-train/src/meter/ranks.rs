@@ -2,25 +2,28 @@
 //!
 //! ```text
 //! lost_i   = mean over the readings of (1 - kappa_i) ||G_i||^2 / sum over sites of ||G||^2
-//! lost_i(r) ~ lost_i / r
+//! lost_i(r) ~ lost_i m_i / r        m_i: the rank at which it was read
 //! ```
 //!
 //! What a site loses is taken to fall as one over its rank. From rank 1 everywhere, the site gains
-//! a rank whose next one saves most for each of its `d_in + d_out` parameters, `lost_i / (r (r + 1)
-//! (d_in + d_out))`, as long as the sum of the parameters is not above that of one rank for all. No
-//! rank is above half of the smaller side of its weight. In the limit of large ranks, `r_i` is
-//! proportional to `sqrt(lost_i / (d_in + d_out))`.
-//!
-//! The readings should be of a run with that one rank, since they tell what is lost at the ranks it
-//! had.
+//! a rank whose next one saves most for each of its `c_i` parameters, `lost_i m_i / (r (r + 1)
+//! c_i)`, as long as the sum of the parameters is not above that of one rank for all. No rank is
+//! above half of the smaller side of its weight. In the limit of large ranks, `r_i` is proportional
+//! to `sqrt(lost_i m_i / c_i)`.
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::Value;
+use tangent_peft::methods::{Common, lokr};
+use tangent_peft::{AdapterConfig, Method};
 
 use crate::error::TrainError;
+
+/// The settings of a run, beside its readings.
+const RUN: &str = "run.json";
 
 /// A site that is to get a rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,16 +32,15 @@ pub struct Place {
     pub site: String,
     /// `(d_out, d_in)` of its weight.
     pub shape: (usize, usize),
+    /// Parameters of one rank.
+    pub cost: usize,
     /// Its share of all that gradients hold that its adapter loses, see [`lost_shares`].
     pub lost: f64,
+    /// The rank at which it lost that.
+    pub measured: usize,
 }
 
 impl Place {
-    /// Parameters of a rank.
-    pub fn cost(&self) -> usize {
-        self.shape.0 + self.shape.1
-    }
-
     /// The largest rank that it may get.
     fn limit(&self) -> usize {
         (self.shape.0.min(self.shape.1) / 2).max(1)
@@ -46,8 +48,60 @@ impl Place {
 
     /// What one more than `rank` saves, for each of its parameters.
     fn gain(&self, rank: usize) -> f64 {
-        self.lost / (rank as f64 * (rank as f64 + 1.0) * self.cost() as f64)
+        let at_rank_one = self.lost * self.measured as f64;
+        at_rank_one / (rank as f64 * (rank as f64 + 1.0) * self.cost as f64)
     }
+}
+
+/// Whether ranks can move between the sites of a method for as many parameters: whether each site
+/// has a rank of its own, and parameters in proportion to it. Those of LoKr have other sizes: one of
+/// its factors has no rank, and the other none either where the rank is high.
+pub fn can_move(method: &Method) -> bool {
+    method.reads.contains(&Common::Patterns) && method.id != lokr::METHOD.id
+}
+
+/// The ranks of the run whose readings are in `metrics`, as the `run.json` beside it records them,
+/// in settings of which nothing else is that run's. `None` if there is no such file, if it tells of
+/// no rank, or if ranks moved between sites before the first step.
+///
+/// # Errors
+/// If the file cannot be read or is malformed.
+pub fn measured_ranks(metrics: &Path) -> Result<Option<AdapterConfig>, TrainError> {
+    let path = metrics.with_file_name(RUN);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => {
+            return Err(TrainError::Io {
+                action: "read",
+                path,
+                source,
+            });
+        }
+    };
+    let fault = |why: String| TrainError::Readings {
+        path: path.clone(),
+        why,
+    };
+    let settings: Value = serde_json::from_slice(&bytes).map_err(|e| fault(e.to_string()))?;
+    let given = |name: &str, value: &Value| {
+        let rank = value.as_u64().filter(|rank| *rank > 0);
+        let rank = rank.and_then(|rank| usize::try_from(rank).ok());
+        rank.ok_or_else(|| fault(format!("{name} has no rank")))
+    };
+    let rho = settings["set"]["rho"].as_str();
+    let rho = rho.and_then(|rho| rho.parse::<f64>().ok());
+    let is_moved = rho.is_some_and(|rho| rho > 1.0);
+    let Some(rank) = settings.get("rank").filter(|_| !is_moved) else {
+        return Ok(None);
+    };
+    let patterns = settings["rank_pattern"].as_object().into_iter().flatten();
+    let patterns = patterns.map(|(name, rank)| Ok((name.clone(), given(name, rank)?)));
+    Ok(Some(AdapterConfig {
+        rank: given("the run", rank)?,
+        rank_pattern: patterns.collect::<Result<_, TrainError>>()?,
+        ..AdapterConfig::default()
+    }))
 }
 
 /// Mean of what each site loses over the readings in a `metrics.jsonl`, as a share of all gradients
@@ -119,12 +173,12 @@ pub fn ranks(places: &[Place], uniform: usize) -> Vec<usize> {
         return vec![uniform; places.len()];
     }
     let mut ranks = vec![1; places.len()];
-    let costs = places.iter().map(Place::cost);
+    let costs = places.iter().map(|place| place.cost);
     let mut left = costs.sum::<usize>() * (uniform - 1);
     loop {
         let open = places.iter().zip(&ranks).enumerate();
         let next = open
-            .filter(|(_, (place, rank))| **rank < place.limit() && place.cost() <= left)
+            .filter(|(_, (place, rank))| **rank < place.limit() && place.cost <= left)
             .map(|(index, (place, rank))| (index, place.gain(*rank)))
             .filter(|(_, gain)| *gain > 0.0)
             // The first of equals.
@@ -136,7 +190,7 @@ pub fn ranks(places: &[Place], uniform: usize) -> Vec<usize> {
             return ranks;
         };
         *rank += 1;
-        left -= place.cost();
+        left -= place.cost;
     }
 }
 
@@ -148,12 +202,14 @@ mod tests {
         Place {
             site: String::new(),
             shape,
+            cost: shape.0 + shape.1,
             lost,
+            measured: 8,
         }
     }
 
     fn parameters(places: &[Place], ranks: &[usize]) -> usize {
-        places.iter().zip(ranks).map(|(p, r)| p.cost() * r).sum()
+        places.iter().zip(ranks).map(|(p, r)| p.cost * r).sum()
     }
 
     #[test]
@@ -175,6 +231,62 @@ mod tests {
             assert!(got.abs_diff(want) <= 1, "{got} {want}");
         }
         assert_eq!(got.iter().sum::<usize>(), 80);
+    }
+
+    #[test]
+    fn what_was_lost_at_a_higher_rank_counts_for_more() {
+        let of = |measured: usize, cost: usize| Place {
+            cost,
+            measured,
+            ..place((400, 400), 0.1)
+        };
+        // As if 1, 4, 9 and 16 times as much were lost at one rank.
+        let places = [1, 4, 9, 16].map(|measured| of(measured, 800));
+        for (got, want) in ranks(&places, 20).iter().zip([8usize, 16, 24, 32]) {
+            assert!(got.abs_diff(want) <= 1, "{got} {want}");
+        }
+        // A rank that costs four times as much is half as high.
+        let got = ranks(&[of(8, 800), of(8, 3200)], 20);
+        // What is left in the end does for the cheaper one alone.
+        assert!(got[0].abs_diff(2 * got[1]) <= 5, "{got:?}");
+        assert!(800 * got[0] + 3200 * got[1] <= 20 * 4000, "{got:?}");
+    }
+
+    #[test]
+    fn ranks_move_where_parameters_are_in_proportion() {
+        let movable = tangent_peft::METHODS.iter().filter(|m| can_move(m));
+        let movable: Vec<&str> = movable.map(|method| method.id).collect();
+        assert_eq!(movable, ["lora", "dora", "loha"]);
+    }
+
+    #[test]
+    fn ranks_of_a_run_are_those_that_it_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let metrics = dir.path().join("metrics.jsonl");
+        assert!(measured_ranks(&metrics).unwrap().is_none());
+        let read = |text: &str| {
+            fs::write(dir.path().join(RUN), text).unwrap();
+            measured_ranks(&metrics)
+        };
+        let text = r#"{"rank": 8, "rank_pattern": {"layers.1.q_proj": 2, "q_proj": 4}, "set": {}}"#;
+        let run = read(text).unwrap().unwrap();
+        let at = |path: &str| run.rank_at(path).unwrap();
+        let of_layer = |layer: usize, name: &str| at(&format!("model.layers.{layer}.{name}"));
+        assert_eq!(of_layer(1, "q_proj"), 2);
+        assert_eq!((of_layer(0, "q_proj"), of_layer(0, "k_proj")), (4, 8));
+        assert_eq!(read(r#"{"rank": 3}"#).unwrap().unwrap().rank, 3);
+        // EVA has moved them, and where to is not recorded there.
+        let moved = r#"{"rank": 8, "set": {"rho": "2"}}"#;
+        assert!(read(moved).unwrap().is_none());
+        assert!(read("{}").unwrap().is_none());
+        for text in [
+            "[",
+            r#"{"rank": 0}"#,
+            r#"{"rank": 4, "rank_pattern": {"q": "x"}}"#,
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains("run.json"), "{text}: {error}");
+        }
     }
 
     #[test]

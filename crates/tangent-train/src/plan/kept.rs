@@ -103,6 +103,17 @@ fn features(
     features
 }
 
+/// Features that a layer keeps of every token where nothing trains, its input wants a gradient, and
+/// a tap is told of all its linear maps. What a normalization gives is formed again for these.
+pub(super) fn of_bare_layer(activations: &[Activation]) -> usize {
+    let is_tapped = |a: &Activation| {
+        let is_normalized = matches!(a.formed_from, Some(FormedFrom::Norm(_)));
+        !a.read_by.is_empty() && !is_normalized
+    };
+    let kept = activations.iter().filter(|a| a.kept || is_tapped(a));
+    kept.map(|a| a.width).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use tangent_peft::{AdapterConfig, SettingValue, attach};
@@ -185,6 +196,14 @@ mod tests {
         assert_eq!(kept.features, features, "{config:?}");
         assert_eq!(kept.formed_in_layer, formed, "{config:?}");
         assert_eq!(kept.formed, 2 * formed);
+    }
+
+    #[test]
+    fn a_bare_layer_keeps_what_its_maps_read() {
+        let model = fixture::model("llama/tied_gqa");
+        // x, q, k, v, o, x2, gate, up and their product.
+        let all = 32 + 32 + 16 + 16 + 32 + 32 + 48 + 48 + 48;
+        assert_eq!(of_bare_layer(&model.activations()), all);
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! The memory model: what is resident at the moments of a run when most is.
 
 use serde_json::{Value, json};
+use tangent_model::SiteKind;
 use tangent_model::family::Model;
 use tangent_ops::FrozenMatrix;
 use tangent_ops::cross_entropy::CHUNK;
+use tangent_peft::{Attach, methods};
 
 use super::calibration as measured;
-use super::kept::Kept;
+use super::kept::{Kept, of_bare_layer};
 use super::metered;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{Costed, costs, lowest_layer};
@@ -14,6 +16,7 @@ use super::{Draft, Form, TrainedSite, evaluated_tokens};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
+use crate::evidence;
 use crate::optim;
 
 /// Bytes of an `f32`.
@@ -85,6 +88,41 @@ impl Beside {
     }
 }
 
+/// The pass before the first step that finds how important each value of the model is, for a network
+/// beside the layers that begins with parts of them. It takes one row at a time.
+struct Importances {
+    /// One for each value of the linear maps, and a gradient that is being squared.
+    values: u64,
+    /// Features of a token that all layers keep.
+    kept: usize,
+}
+
+impl Importances {
+    /// Nothing where no network of the draft begins so.
+    fn of(draft: &Draft<'_>) -> Result<Option<Self>, TrainError> {
+        if draft.model.whole().side.is_none() {
+            return Ok(None);
+        }
+        let mut rows = 0;
+        for adapter in draft.adapters() {
+            if matches!(methods::find(&adapter.method)?.attach, Attach::Side(_)) {
+                rows += evidence::rows(adapter)?;
+            }
+        }
+        let sites = draft.model.sites().into_iter();
+        let maps = sites.filter(|site| site.kind == SiteKind::Linear);
+        let sizes = maps.map(|site| (site.weight.rows() * site.weight.cols()) as u64);
+        let (all, largest) = sizes.fold((0, 0), |(all, largest), size| {
+            (all + size, u64::max(largest, size))
+        });
+        let layer = of_bare_layer(&draft.model.activations());
+        Ok((rows > 0).then(|| Self {
+            values: all + largest,
+            kept: layer * draft.model.layers(),
+        }))
+    }
+}
+
 /// A model with what trains in it, in the numbers that memory depends on.
 pub(super) struct MemoryModel {
     layers: usize,
@@ -96,6 +134,7 @@ pub(super) struct MemoryModel {
     widest: usize,
     kept: Kept,
     beside: Option<Beside>,
+    importances: Option<Importances>,
     /// How the head trains, the values that it keeps of a target, and whether its tensor is the
     /// embedding's.
     head: Option<(Form, usize)>,
@@ -143,6 +182,7 @@ impl MemoryModel {
             widest: widths.max().unwrap_or(0),
             kept: Kept::new(draft, &costs, config.meter_every > 0),
             beside: Beside::of(model),
+            importances: Importances::of(draft)?,
             head: head_site.map(|(site, cost)| (site.form, cost.per_token)),
             shared_head: head_site.is_some_and(|(site, _)| site.parameters == 0),
             parameters: parameters as u64,
@@ -164,6 +204,7 @@ impl MemoryModel {
         let checkpointing = checkpointing && self.beside.is_none();
         let mut worst = self.evaluation();
         for moment in [
+            self.of_importances(survey),
             self.before_side(survey),
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey),
@@ -173,6 +214,29 @@ impl MemoryModel {
             }
         }
         worst
+    }
+
+    /// Before the first step, the backward pass of the longest row is about to begin, or has come to
+    /// a layer, with the squares of all gradients so far. Nothing that trains is there yet.
+    fn of_importances(&self, survey: &Survey) -> Memory {
+        let Some(Importances { values, kept }) = self.importances else {
+            return Memory::default();
+        };
+        let tokens = survey.longest_row;
+        let row = MicroBatch {
+            tokens,
+            targets: tokens,
+        };
+        let loss = self.loss_bytes(row);
+        let at_loss = activation_bytes(tokens * (kept + self.hidden));
+        let at_layer = activation_bytes(tokens * (kept + self.working()));
+        Memory {
+            base_weights: self.base_bytes,
+            trained: trained_bytes(values),
+            activations: at_loss.max(at_layer.saturating_sub(loss)),
+            loss,
+            fixed: self.fixed_bytes,
+        }
     }
 
     /// The layers have computed the states of all rows of a micro-batch, row by row, which are not

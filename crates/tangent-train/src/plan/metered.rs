@@ -10,7 +10,11 @@ use crate::config::TrainConfig;
 /// added to, what is left of the gradient, and a system that is solved in a few products.
 const WITH_FACTORS: f64 = 10.0;
 
-/// The same by least squares: dozens of products, each of two evaluations of the weight and a
+/// Products of the gradient with as many vectors as there are triplets: what A and B of those that
+/// move span, and three sums of the step.
+const WITH_TRIPLETS: f64 = 5.0;
+
+/// Passes by least squares: dozens of products, each of two evaluations of the weight and a
 /// derivative.
 const LEAST_SQUARES: f64 = 200.0;
 
@@ -77,6 +81,9 @@ impl Work {
                 (Form::Whole, _) => {}
                 // The products with what either factor spans.
                 (_, Some(rank)) => work.of_reading += 2.0 * rank as f64 * weight,
+                (_, None) if site.triplets > 0 => {
+                    work.of_reading += WITH_TRIPLETS * site.triplets as f64 * weight;
+                }
                 (_, None) if site.pair.is_some() => work.evaluated += WITH_FACTORS * weight,
                 (_, None) => work.evaluated += LEAST_SQUARES * weight,
             }
@@ -118,8 +125,8 @@ mod tests {
         assert_eq!(values(&whole, &metered, false), ALL + 32 * 48);
         let (head, _) = fixture::attached(&mut *model, &fixture::lora(&["lm_head"]));
         assert_eq!(values(&head, &metered, false), 96 * 32);
-        // Lengths of rows move the weight as well, vectors around projections do alone.
-        for method in ["dora", "vera"] {
+        // Lengths of rows move the weight as well, vectors around projections or triplets do alone.
+        for method in ["dora", "vera", "adalora"] {
             let config = tangent_peft::AdapterConfig {
                 method: method.into(),
                 ..fixture::lora(&["all-linear"])
@@ -151,14 +158,19 @@ mod tests {
         let whole = TrainedSite::whole_model(&*model);
         let work = Work::new(&whole, &every(1));
         assert_eq!((work.of_token, work.of_reading), (all, 0.0));
-        for (method, passes) in [("dora", WITH_FACTORS), ("vera", LEAST_SQUARES)] {
+        for (method, products, passes) in [
+            ("dora", 0.0, WITH_FACTORS),
+            ("vera", 0.0, LEAST_SQUARES),
+            ("adalora", WITH_TRIPLETS * 4.0, 0.0),
+        ] {
             let config = tangent_peft::AdapterConfig {
                 method: method.into(),
                 ..fixture::lora(&["all-linear"])
             };
             let (trained, _) = fixture::attached(&mut *model, &config);
             let work = Work::new(&trained, &every(1));
-            assert_eq!((work.of_reading, work.evaluated), (0.0, passes * all));
+            let got = (work.of_reading, work.evaluated);
+            assert_eq!(got, (products * all, passes * all), "{method}");
         }
     }
 }

@@ -61,12 +61,29 @@ pub struct TrainedSite {
     pub shared: usize,
     /// Sizes of the factors, where some optimizers move two of them together.
     pub pair: Option<PairShape>,
+    /// Triplets of a number and two vectors, where these are all that moves its weight; else 0.
+    pub triplets: usize,
 }
 
 impl TrainedSite {
     /// The last part of the path.
     pub fn name(&self) -> &str {
         self.path.rsplit('.').next().unwrap_or(&self.path)
+    }
+
+    /// Values of each rank, lengths of rows and biases left out: those of one row and one column of
+    /// the weight, or of several; `None` where ranks have no such values of their own.
+    pub fn of_one_rank(&self) -> Option<usize> {
+        let Form::LowRank { rank } = self.form else {
+            return None;
+        };
+        let growing = match self.pair {
+            Some(pair) => pair.a() + pair.b(),
+            None => self.parameters - self.replaced.min(self.parameters),
+        };
+        let row_and_column = rank * (self.shape.0 + self.shape.1);
+        let is_whole = growing > 0 && growing.is_multiple_of(row_and_column);
+        is_whole.then(|| growing / rank)
     }
 
     fn new(site: &Site, form: Form, parameters: usize, replaced: usize) -> Self {
@@ -81,6 +98,7 @@ impl TrainedSite {
             replaced,
             shared: 0,
             pair: None,
+            triplets: 0,
         }
     }
 
@@ -109,6 +127,7 @@ impl TrainedSite {
             trained.push(Self {
                 part: part.map_or(0, |(index, _)| index),
                 pair: pair.map(|pair| PairShape::of(pair, &adapter.parameters)),
+                triplets: triplets(site, &own),
                 ..Self::new(site, form, parameters, replaced)
             });
         }
@@ -139,6 +158,7 @@ impl TrainedSite {
             replaced: 0,
             shared: 0,
             pair: None,
+            triplets: 0,
         }
     }
 
@@ -233,6 +253,16 @@ fn form(site: &Site, own: &[&Parameter], adapter: Option<&Adapter>) -> Form {
     match own.iter().find(|p| p.shape().len() == 2) {
         Some(rows) => Form::Rows(rows.shape().first().copied().unwrap_or(0)),
         None => Form::Bias,
+    }
+}
+
+/// The triplets of a site, if they are all that moves its weight.
+fn triplets(site: &Site, own: &[&Parameter]) -> usize {
+    let moving = own.iter().filter(|p| !p.name().ends_with(".bias"));
+    let are_three = moving.count() == 3;
+    match site.attached() {
+        Some(attached) if are_three => attached.triplets().map_or(0, |t| t.e.count()),
+        _ => 0,
     }
 }
 

@@ -207,14 +207,23 @@ fn tangent_basis(site: &Site, adapter: &Adapter) -> Vec<Vec<f64>> {
 fn every_method_is_measured_as_the_explicit_computation_says() {
     let rows = rows();
     let batch = batch(&rows);
-    for method in of_weights() {
-        let (model, adapter) = attached(BASE, &config(method, &[SMALL]));
+    let mut configs: Vec<AdapterConfig> = of_weights()
+        .map(|method| config(method, &[SMALL]))
+        .collect();
+    // A constant product beside the trained one.
+    configs.push(AdapterConfig {
+        init: "pissa".into(),
+        ..lora(&[SMALL])
+    });
+    for config in configs {
+        let (model, adapter) = attached(BASE, &config);
+        let whole_model = adapter.method.whole_model;
         let site = at(&*model, SMALL);
         let pass = Pass::inference(&Device::flex());
         let weight = || wide(&tangent_ops::values(site.effective_weight(&pass)));
         let before = weight();
         let g = wide(&full_gradients(BASE, &*model, &batch)[SMALL]);
-        let kappa = match method.whole_model {
+        let kappa = match whole_model {
             true => 1.0,
             false => {
                 let basis = tangent_basis(site, &adapter);
@@ -231,7 +240,7 @@ fn every_method_is_measured_as_the_explicit_computation_says() {
         let reading = meter.finish();
 
         let found = of(&reading, SMALL);
-        let id = method.id;
+        let id = format!("{} from {}", config.method, config.init);
         assert!(
             (found.kappa - kappa).abs() < 1e-4,
             "{id}: {} {kappa}",
@@ -250,7 +259,7 @@ fn every_method_is_measured_as_the_explicit_computation_says() {
         assert!(moved == after, "{id}: parameters are as they were given");
         // Something is captured and, but for the whole, something is lost.
         assert!(
-            kappa > 1e-3 && (kappa < 0.9999 || method.whole_model),
+            kappa > 1e-3 && (kappa < 0.9999 || whole_model),
             "{id}: {kappa}"
         );
     }

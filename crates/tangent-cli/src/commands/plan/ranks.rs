@@ -7,17 +7,18 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tangent_peft::methods::{self, Common};
 use tangent_train::config::decimal;
-use tangent_train::meter::ranks::{Place, lost_shares, ranks};
+use tangent_train::meter::ranks::{Place, can_move, lost_shares, measured_ranks, ranks};
 use tangent_train::plan::grouped;
 
 use crate::commands::train::Prepared;
 use crate::failure::Failure;
+use crate::progress::say;
 
 /// Ranks of sites, and the patterns that give them.
 struct Choice {
     places: Vec<Place>,
     ranks: Vec<usize>,
-    /// The rank of the run that was measured.
+    /// The one rank for all that takes as many parameters.
     uniform: usize,
     rank_pattern: Map<String, Value>,
     alpha_pattern: Map<String, Value>,
@@ -45,6 +46,13 @@ impl Choice {
                 method.id
             )));
         }
+        if !can_move(method) {
+            return Err(Failure::Request(format!(
+                "--ranks-from: the parameters of method {} do not grow with the rank site by site, \
+                 so that ranks cannot move between sites for as many of them",
+                method.id
+            )));
+        }
         let shares = lost_shares(file)?;
         let trained = |path: &String| prepared.trained.iter().any(|site| site.path == *path);
         if let Some(other) = shares.keys().find(|path| !trained(path)) {
@@ -56,14 +64,28 @@ impl Choice {
         }
         // What other methods adapt along has no rank here.
         let own = prepared.trained.iter().filter(|site| site.part == 0);
-        let places = own.filter_map(|site| {
-            Some(Place {
+        let measured = measured_ranks(file)?;
+        if measured.is_none() {
+            say(format_args!(
+                "{}: the ranks of the run that was measured are not known, since no run.json beside \
+                 it has them; its readings are taken to be of rank {} everywhere",
+                file.display(),
+                config.rank
+            ));
+        }
+        let mut places = vec![];
+        for site in own {
+            let (Some(lost), Some(cost)) = (shares.get(&site.path), site.of_one_rank()) else {
+                continue;
+            };
+            places.push(Place {
                 site: site.path.clone(),
                 shape: site.shape,
-                lost: *shares.get(&site.path)?,
-            })
-        });
-        let places: Vec<Place> = places.collect();
+                cost,
+                lost: *lost,
+                measured: measured.as_ref().unwrap_or(config).rank_at(&site.path)?,
+            });
+        }
         let ranks = ranks(&places, config.rank);
         let (mut rank_pattern, mut alpha_pattern) = (Map::new(), Map::new());
         for (place, &rank) in places.iter().zip(&ranks) {
@@ -95,7 +117,7 @@ impl Choice {
 
     /// Parameters of these ranks, and of one rank for all.
     fn parameters(&self) -> (usize, usize) {
-        let costs = || self.places.iter().map(Place::cost);
+        let costs = || self.places.iter().map(|place| place.cost);
         let chosen = costs().zip(&self.ranks).map(|(cost, rank)| cost * rank);
         (chosen.sum(), costs().sum::<usize>() * self.uniform)
     }
@@ -107,6 +129,7 @@ impl Choice {
                 "site": place.site,
                 "shape": [place.shape.0, place.shape.1],
                 "lost": place.lost,
+                "measured_rank": place.measured,
                 "rank": rank,
             })
         };
@@ -135,6 +158,11 @@ impl Choice {
             )?;
         }
         let (parameters, uniform) = self.parameters();
+        writeln!(
+            out,
+            "\nlost: share of the squared gradients of a step, of all sites, that the adapter could \
+             not follow\nat this one; mean over the readings"
+        )?;
         writeln!(
             out,
             "\n{} parameters; rank {} for all sites takes {}",

@@ -20,7 +20,9 @@ use crate::progress::{duration, say};
 pub fn counted(config: &AdapterConfig) -> Result<AdapterConfig, Failure> {
     if let Some(side) = side_of_data(config)? {
         let mut plain = config.clone();
-        plain.own.remove(side.setting);
+        for setting in [side.setting, side.rows_setting] {
+            plain.own.remove(setting);
+        }
         return Ok(plain);
     }
     if !init::find(&config.init)?.is_kept() {
@@ -136,6 +138,7 @@ mod tests {
             method: "lst".into(),
             own: [
                 ("start".to_owned(), SettingValue::text("fisher")),
+                ("fisher_rows".to_owned(), number(2.0)),
                 ("reduction_factor".to_owned(), number(4.0)),
             ]
             .into(),

@@ -335,6 +335,11 @@ fn adapters_for_another_base() {
         ),
         (
             "r",
+            json!(1_000_000_000),
+            ["lora_A.weight", "[1000000000, ", "another base model"],
+        ),
+        (
+            "r",
             json!(0),
             ["adapter_config.json", "rank = 0", "at least 1"],
         ),

@@ -34,11 +34,19 @@ use crate::importances::Importances;
 /// The start that cuts blocks out of the model's layers.
 pub(super) const FISHER: &str = "fisher";
 
-/// Rows of training data that the start values look at.
+/// Rows of training data that the start values look at; refused is their number where they look at
+/// none.
 pub(super) fn rows(config: &AdapterConfig) -> Result<Option<usize>, PeftError> {
     let start = config.own(START);
     match start.word() {
-        "random" => Ok(None),
+        "random" => match config.own.get(FISHER_ROWS) {
+            None => Ok(None),
+            Some(rows) => Err(PeftError::Setting {
+                setting: FISHER_ROWS,
+                value: rows.to_string(),
+                why: "is read with start=fisher alone; add that, or leave it out",
+            }),
+        },
         FISHER => {
             let why = "must be a whole number of at least 1";
             config.whole(FISHER_ROWS, 1, why).map(Some)
@@ -387,6 +395,33 @@ mod tests {
         assert_eq!(kept(&[2.0, 2.0, 2.0], 2), [0, 1]);
         // A damaged model is told of by its loss.
         assert_eq!(kept(&[1.0, f64::NAN, 3.0, f64::INFINITY], 3), [1, 2, 3]);
+    }
+
+    #[test]
+    fn rows_are_refused_where_nothing_looks_at_them() {
+        let of = |start: Option<&'static str>, rows: Option<f64>| {
+            let mut config = config();
+            config.own.remove("start");
+            let given = start.map(|word| ("start", SettingValue::text(word)));
+            let counted = rows.map(|rows| ("fisher_rows", SettingValue::Number(rows)));
+            for (name, value) in given.into_iter().chain(counted) {
+                config.own.insert(name.to_owned(), value);
+            }
+            super::rows(&config)
+        };
+        assert_eq!(of(None, None).unwrap(), None);
+        assert_eq!(of(Some("fisher"), Some(3.0)).unwrap(), Some(3));
+        assert_eq!(of(Some("fisher"), None).unwrap(), Some(1024));
+        for (start, rows) in [
+            (None, 3.0),
+            (Some("random"), 1024.0),
+            (Some("random"), -3.0),
+            (Some("fisher"), -3.0),
+        ] {
+            let error = of(start, Some(rows)).unwrap_err().to_string();
+            let words = format!("fisher_rows = {rows}");
+            assert!(error.contains(&words), "{start:?}: {error}");
+        }
     }
 
     #[test]

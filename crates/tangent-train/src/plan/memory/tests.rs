@@ -158,6 +158,39 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
 }
 
 #[test]
+fn importances_of_all_weights_are_held_before_the_first_step() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let half = ("reduction_factor", SettingValue::Number(2.0));
+    let plain = fixture::usual("lst", std::slice::from_ref(&half));
+    let (trained, _) = fixture::attached(&mut *model, &plain);
+    let start = ("start", SettingValue::text("fisher"));
+    let cut_out = fixture::usual("lst", &[half, start]);
+    let train = fixture::rows(&[10, 6]);
+    let settings = TrainConfig::default();
+    let survey = Survey::new(&train, &settings, 0);
+    let of = |config: &AdapterConfig| {
+        let draft = Draft {
+            adapter: config,
+            ..fixture::draft(&*model, &trained, &train)
+        };
+        let memory = MemoryModel::new(&draft, &settings).unwrap();
+        (
+            memory.of_importances(&survey),
+            memory.predict(&survey, false).peak(),
+        )
+    };
+    let ((nothing, without), (before, with)) = (of(&plain), of(&cut_out));
+    assert_eq!(nothing, Memory::default());
+    // Seven maps in each of two layers, and the gradient of the largest one.
+    let maps = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48) + 32 * 48;
+    assert_eq!(before.trained, trained_bytes(maps));
+    let kept = 2 * (32 + 32 + 16 + 16 + 32 + 32 + 3 * 48);
+    assert!(before.activations >= activation_bytes(10 * (kept + 32)));
+    assert!(before.loss > 0);
+    assert_eq!(with, without.max(before.peak()));
+}
+
+#[test]
 fn the_change_of_a_weight_is_there_while_its_site_is_gone_through() {
     let mut model = fixture::model("llama/tied_gqa");
     let config = fixture::usual("intrinsic", &[]);

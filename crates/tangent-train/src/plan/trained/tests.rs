@@ -37,6 +37,33 @@ fn low_rank_sites_are_grouped_over_layers() {
 }
 
 #[test]
+fn ranks_have_rows_and_columns_of_their_own_or_none() {
+    let mut model = fixture::model("llama/tied_gqa");
+    for (method, times, triplets) in [
+        ("lora", Some(1), 0),
+        // Lengths of rows do not grow with the rank.
+        ("dora", Some(1), 0),
+        ("loha", Some(2), 0),
+        ("lokr", None, 0),
+        ("vera", None, 0),
+        ("adalora", None, 4),
+    ] {
+        let config = AdapterConfig {
+            method: method.into(),
+            ..fixture::lora(&["all-linear"])
+        };
+        let (trained, _) = fixture::attached(&mut *model, &config);
+        for site in trained.iter().filter(|site| site.parameters > 0) {
+            let want = times.map(|times| times * (site.shape.0 + site.shape.1));
+            assert_eq!(site.of_one_rank(), want, "{method} {}", site.path);
+            assert_eq!(site.triplets, triplets, "{method} {}", site.path);
+        }
+    }
+    let whole = TrainedSite::whole_model(&*model);
+    assert!(whole.iter().all(|site| site.of_one_rank().is_none()));
+}
+
+#[test]
 fn virtual_tokens_train_through_all_layers() {
     let mut model = fixture::model("llama/tied_gqa");
     let projection = ("prefix_projection", SettingValue::Flag(true));
