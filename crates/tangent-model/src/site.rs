@@ -154,7 +154,7 @@ pub struct Site {
     pub layer: Option<usize>,
     /// The frozen weight.
     pub weight: FrozenMatrix,
-    /// The weight before it was quantized, where that was done when the model was opened.
+    /// What the weight was quantized from, where that was done when the model was opened or since.
     pub original: Option<Original>,
     /// The frozen bias, `(1, d_out)`.
     pub bias: Option<FrozenMatrix>,
@@ -162,6 +162,8 @@ pub struct Site {
     pub tied_to: Option<String>,
     adapter: Option<Arc<dyn WeightAdapter>>,
     trained_bias: Option<Parameter>,
+    /// What [`rebase`](Self::rebase) replaced.
+    replaced: Option<Box<(FrozenMatrix, Option<Original>)>>,
 }
 
 impl std::fmt::Debug for Site {
@@ -187,6 +189,7 @@ impl Site {
             tied_to: None,
             adapter: None,
             trained_bias: None,
+            replaced: None,
         }
     }
 
@@ -200,10 +203,37 @@ impl Site {
         self.trained_bias = Some(bias);
     }
 
-    /// Removes whatever is attached.
+    /// Puts another frozen weight in the place of this one, which comes back when the site is
+    /// detached; `original` reads what the new one was quantized from.
+    pub fn rebase(&mut self, weight: FrozenMatrix, original: Original) {
+        let held = std::mem::replace(&mut self.weight, weight);
+        let before = self.original.replace(original);
+        self.replaced
+            .get_or_insert_with(|| Box::new((held, before)));
+    }
+
+    /// The weight that was put in the place of another one, with what it was quantized from; none
+    /// if the weight is the model's.
+    pub fn rebased(&self) -> Option<(FrozenMatrix, Original)> {
+        let original = self.original.clone();
+        let here = self.replaced.is_some().then(|| self.weight.clone());
+        here.zip(original)
+    }
+
+    /// The weight that is here without whatever is attached.
+    pub fn detached_weight(&self) -> &FrozenMatrix {
+        self.replaced
+            .as_ref()
+            .map_or(&self.weight, |replaced| &replaced.0)
+    }
+
+    /// Removes whatever is attached. The frozen weight is the model's again.
     pub fn detach(&mut self) {
         self.adapter = None;
         self.trained_bias = None;
+        if let Some(replaced) = self.replaced.take() {
+            (self.weight, self.original) = *replaced;
+        }
     }
 
     /// The attached adapter.
@@ -371,5 +401,43 @@ impl Site {
             None => Some(Head::Frozen(self.weight.clone())),
             Some(adapter) => adapter.replacement(pass).map(Head::Trained),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weight(value: f32) -> FrozenMatrix {
+        FrozenMatrix::from_values(vec![value; 6], 2, 3)
+    }
+
+    #[test]
+    fn a_weight_comes_back_when_the_site_is_detached() {
+        let original = |value: f32| -> Original { Arc::new(move || Ok(weight(value))) };
+        let read = |site: &Site| site.original.as_ref().unwrap()().unwrap().to_values();
+        let mut site = Site::new("q_proj".into(), SiteKind::Linear, Some(0), weight(1.0));
+        site.original = Some(original(2.0));
+        assert!(site.rebased().is_none());
+        for other in [3.0, 5.0] {
+            site.rebase(weight(other), original(other + 1.0));
+            let (here, from) = site.rebased().unwrap();
+            assert_eq!(here.to_values(), [other; 6]);
+            assert_eq!(from().unwrap().to_values(), [other + 1.0; 6]);
+            assert_eq!(site.weight.to_values(), [other; 6]);
+            assert_eq!(read(&site), [other + 1.0; 6]);
+            assert_eq!(site.detached_weight().to_values(), [1.0; 6]);
+        }
+        site.detach();
+        assert_eq!(
+            (site.weight.to_values(), read(&site)),
+            (vec![1.0; 6], vec![2.0; 6])
+        );
+        assert!(site.rebased().is_none());
+        // A weight without an original gets that back, too.
+        site.original = None;
+        site.rebase(weight(3.0), original(4.0));
+        site.detach();
+        assert!(site.original.is_none());
     }
 }

@@ -13,7 +13,7 @@ use tangent_model::{Parameter, Site, SiteKind, pass};
 
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
-use crate::init::{self, Factors, Needs, Setup};
+use crate::init::{self, Factors, Needs, Setup, Started};
 use crate::methods::Method;
 use crate::trained::TrainedWeight;
 
@@ -35,6 +35,9 @@ pub struct Adapter {
     /// Tensors that do not train and are saved along, in the order in which they were made. They
     /// belong to no site: their names in files stand after the adapter's prefix alone.
     pub fixed: Vec<Parameter>,
+    /// Factors by path of the site whose product, times the site's scaling, left its weight before
+    /// that was quantized; empty where the base is the model's.
+    pub taken: BTreeMap<String, Factors>,
     /// The adapters that this one is put together from, its own first; none if it stands alone.
     /// Their tensors are shared with it.
     pub parts: Vec<Adapter>,
@@ -130,12 +133,25 @@ pub struct Start {
     /// Factors that were computed before, by path of the site: all of those that need the training
     /// data, others where time is saved.
     pub factors: BTreeMap<String, Factors>,
+    /// Factors whose product leaves the weight before it is quantized, by path of the site: of all
+    /// those whose base is quantized anew.
+    pub taken: BTreeMap<String, Factors>,
     /// Tokens whose embeddings, or whose keys and values, virtual tokens begin with.
     pub prompt: Vec<u32>,
     /// Whether the tensors will be those of a file, so that start values do not matter.
     pub from_file: bool,
     /// Start values of tensors that were computed before, by whole name.
     pub values: BTreeMap<String, Vec<f32>>,
+}
+
+impl Start {
+    /// Adds what a site starts with.
+    pub fn add(&mut self, path: &str, started: Started) {
+        self.factors.insert(path.to_owned(), started.factors);
+        if let Some(taken) = started.taken {
+            self.taken.insert(path.to_owned(), taken);
+        }
+    }
 }
 
 /// The start factors of one linear site, from `evidence` as the initialization needs it.
@@ -148,10 +164,11 @@ pub fn start_factors(
     seed: u64,
     evidence: &[f32],
 ) -> Result<Factors, PeftError> {
-    start_factors_of(config, site, config.rank_at(&site.path)?, seed, evidence)
+    let rank = config.rank_at(&site.path)?;
+    Ok(start_factors_of(config, site, rank, seed, evidence)?.factors)
 }
 
-/// [`start_factors`] of another rank than the settings say.
+/// [`start_factors`] of another rank than the settings say, with what leaves the weight for them.
 ///
 /// # Errors
 /// As [`start_factors`].
@@ -161,7 +178,7 @@ pub fn start_factors_of(
     rank: usize,
     seed: u64,
     evidence: &[f32],
-) -> Result<Factors, PeftError> {
+) -> Result<Started, PeftError> {
     let init = init::find(&config.init)?;
     (init.check)(config, site, rank)?;
     let mut setup = Setup {
@@ -171,8 +188,13 @@ pub fn start_factors_of(
         scaling: config.scaling_at(&site.path)?,
         rng: random(seed, &format!("{}.lora_A.weight", site.path)),
         evidence,
+        taken: None,
     };
-    (init.factors)(&mut setup)
+    let factors = (init.factors)(&mut setup)?;
+    Ok(Started {
+        factors,
+        taken: setup.taken,
+    })
 }
 
 /// Random numbers that depend on the seed and the name only.
@@ -220,18 +242,27 @@ impl Scope<'_> {
             return Ok(factors.clone());
         }
         let init = init::find(&config.init)?;
-        let evidence = match init.needs {
-            Needs::Nothing => vec![],
-            Needs::Original => init::original(init, site)?,
-            Needs::Gradient | Needs::Inputs(_) => {
-                return Err(PeftError::NoEvidence {
-                    site: site.path.clone(),
-                    init: init.id,
-                    needs: init.needs.words(),
-                });
-            }
+        if init.needs != Needs::Nothing {
+            return Err(PeftError::NoEvidence {
+                site: site.path.clone(),
+                init: init.id,
+                needs: init.needs.words(),
+            });
+        }
+        start_factors(config, site, self.start.seed, &[])
+    }
+
+    /// The site on the base that its start values give it; none if that is the one that is there.
+    fn rebased(&self, config: &AdapterConfig, site: &Site) -> Result<Option<Site>, PeftError> {
+        let Some(taken) = self.start.taken.get(&site.path) else {
+            return Ok(None);
         };
-        start_factors(config, site, self.start.seed, &evidence)
+        let (weight, original) = init::base(site, taken, config.scaling_at(&site.path)?)?;
+        let path = site.path.clone();
+        let mut rebased = Site::new(path, site.kind, site.layer, site.weight.clone());
+        rebased.bias = site.bias.clone();
+        rebased.rebase(weight, original);
+        Ok(Some(rebased))
     }
 
     /// Notes that two parameters that were just created in this scope are a [`Pair`]. Factors on

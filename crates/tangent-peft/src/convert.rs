@@ -11,6 +11,9 @@
 //! decompositions. Of every other method the dense change is decomposed, one site at a time, and `B = U sqrt(S)`,
 //! `A = sqrt(S) V^T` of its largest singular triplets. What is lost, `|D - B A|`, is measured on the
 //! rounded factors, as they are written.
+//!
+//! Of an adapter with a base of its own, `Q(W - s B0 A0)`, W is the original weight, and the change is
+//! that of the adapter on `W - s B0 A0`: of LoRA it is `s B A - s B0 A0`, exactly.
 
 mod change;
 
@@ -25,6 +28,7 @@ use crate::config::{AdapterConfig, BiasMode};
 use crate::error::PeftError;
 use crate::init::loftq;
 use crate::methods::{Attach, Common, lora};
+use crate::onto;
 use crate::targets::Targets;
 use change::{Change, Thin, Wanted};
 
@@ -110,6 +114,9 @@ fn kept(lost: f64, energy: f64) -> f64 {
 /// other methods as many as their change has where these are few (at most 64, and half the numbers
 /// of the dense matrix), else the adapter's rank, or LoRA's usual one if the method has none.
 ///
+/// If the adapter has a base of its own, the model has its original weights afterwards, for which the
+/// result is.
+///
 /// # Errors
 /// If the adapter is plain LoRA already and no rank is given, if its result is no adapter, if it
 /// changes no weight, if it combines methods that do not all adapt weights and nothing else, or if a
@@ -141,6 +148,9 @@ pub fn to_lora(
             taken_over.push(parameter.name().to_owned());
             values_of(adapter, parameter.name())
         }));
+    }
+    if !adapter.taken.is_empty() {
+        onto::restore(model)?;
     }
     Ok(Conversion {
         adapter: converted,
@@ -174,7 +184,7 @@ fn check(adapter: &Adapter, rank: Option<usize>) -> Result<(), PeftError> {
              --adapter where it is used",
         ));
     }
-    if adapter.method.id == lora::METHOD.id && rank.is_none() {
+    if adapter.method.id == lora::METHOD.id && rank.is_none() && adapter.taken.is_empty() {
         return Err(not_convertible(
             adapter,
             "it is plain LoRA already; use it as it is, or give a rank (--rank) to truncate it",
@@ -256,7 +266,13 @@ fn find(model: &dyn Model, adapter: &Adapter, rank: Option<usize>) -> Result<Fou
             None => Wanted::Own(own_rank(adapter, site)?),
         };
         let part = part_at(adapter, &site.path);
-        let change = Change::of(site, &pass);
+        let change = match part.taken.get(&site.path) {
+            None => Change::of(site, &pass),
+            Some(taken) => {
+                let scaling = part.config.scaling_at(&site.path)?;
+                Change::of_original(site, (taken, scaling), &pass)?
+            }
+        };
         match converted(&change, site, &part.config, wanted)? {
             Some((site, factors)) => {
                 found.sites.push(site);
@@ -299,6 +315,9 @@ fn own_rank(adapter: &Adapter, site: &Site) -> Result<usize, PeftError> {
         true => adapter.config.rank_at(&site.path)?,
         false => lora::METHOD.rank,
     };
+    // What left the base is a product, too.
+    let products = 1 + usize::from(adapter.taken.contains_key(&site.path));
+    let rank = products * rank;
     Ok(rank.min(site.weight.rows()).min(site.weight.cols()))
 }
 

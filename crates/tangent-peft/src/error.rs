@@ -262,11 +262,22 @@ pub enum PeftError {
         /// The system's answer.
         source: std::io::Error,
     },
-    /// An adapter that began with what the quantization of its base lost, on a base that is held in
-    /// another way.
+    /// What is left of a weight, which cannot be quantized.
     #[error(
-        "{path}: the adapter began with what {expected} lost of its base, and this base is held \
-         {got}; hold it with --base-dtype {expected}",
+        "{site}: what is left of the weight without what start values take out cannot be quantized: \
+         {source}; the adapter is damaged, or choose another initialization"
+    )]
+    Quantize {
+        /// Site.
+        site: String,
+        /// What is wrong with it.
+        source: tangent_ops::MatrixError,
+    },
+    /// An adapter whose start values belong to the quantization of its base, on a base that is held
+    /// in another way.
+    #[error(
+        "{path}: the adapter's start values belong to a base held as {expected}, and this one is \
+         held {got}; open the original model with --base-dtype {expected}",
         path = path.display()
     )]
     BaseDtype {

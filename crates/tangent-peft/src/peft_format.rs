@@ -3,6 +3,7 @@
 
 mod card;
 mod ranks;
+mod rebased;
 mod settings;
 mod trained_on;
 
@@ -36,6 +37,9 @@ const CARD: &str = "README.md";
 /// Folder inside that of an adapter: each adapter that was trained along stands there, in a folder
 /// called by its method.
 pub const ALSO: &str = "also";
+/// Folder inside that of an adapter with a base of its own: what left the weights before they were
+/// quantized, as plain LoRA of the original model.
+pub const BASE: &str = "base";
 /// What precedes names of the model's modules.
 const PREFIX: &str = "base_model.model.";
 /// What precedes names of tensors that belong to no module.
@@ -103,10 +107,15 @@ fn load_onto(model: &mut dyn Model, dir: &Path, base: Base) -> Result<Adapter, P
     for (config, folder) in configs.iter().zip(&folders) {
         ranks::check(&*model, config, &folder.join(TENSORS))?;
     }
-    let start = Start {
+    let mut start = Start {
         from_file: true,
         ..Start::default()
     };
+    for (folder, config) in folders.iter().zip(&configs) {
+        start
+            .taken
+            .extend(rebased::read(&*model, folder, config, base)?);
+    }
     let misfit = |path: &Path, source: PeftError| match source {
         PeftError::ZeroRow { site, row, .. } if base == Base::Merged => zero_length(&site, row),
         source => unfit(path, source),
@@ -418,6 +427,7 @@ pub fn write(
         };
         folder.create_folder(&within)?;
         write_part(folder, &within, part, model, base)?;
+        rebased::write(folder, &within, part, model, base)?;
         let card = card::card(parts, index, (base, held));
         folder.write(&format!("{within}{CARD}"), card.as_bytes())?;
     }

@@ -172,8 +172,8 @@ impl TrainConfig {
             ),
             (
                 "adam_epsilon",
-                self.hyper.epsilon.into(),
-                self.hyper.epsilon > 0.0,
+                self.hyper.epsilon().into(),
+                self.hyper.epsilon() > 0.0,
                 "must be above 0",
             ),
             (
@@ -273,6 +273,8 @@ impl TrainConfig {
             Warmup::Steps(n) => ("warmup_steps", json!(n)),
             Warmup::Ratio(r) => ("warmup_ratio", json!(r)),
         };
+        let rule = optim::find(&self.optimizer);
+        let hyper = rule.map_or(self.hyper, |rule| self.hyper.of(rule));
         let mut settings = json!({
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": self.schedule.to_string(),
@@ -280,7 +282,7 @@ impl TrainConfig {
             "optim": self.optimizer,
             "adam_beta1": decimal(self.hyper.beta1),
             "adam_beta2": decimal(self.hyper.beta2),
-            "adam_epsilon": decimal(self.hyper.epsilon),
+            "adam_epsilon": decimal(hyper.epsilon()),
             "momentum": decimal(self.hyper.momentum),
             "weight_decay": decimal(self.weight_decay),
             "max_grad_norm": decimal(self.max_grad_norm),
@@ -305,4 +307,38 @@ pub fn decimal(value: f32) -> Value {
         .to_string()
         .parse::<f64>()
         .map_or(json!(value), |v| json!(v))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_has_its_authors_epsilon_unless_another_is_given() {
+        let epsilon = |optimizer: &str, epsilon| {
+            let config = TrainConfig {
+                optimizer: optimizer.into(),
+                hyper: Hyper {
+                    epsilon,
+                    ..Hyper::default()
+                },
+                ..TrainConfig::default()
+            };
+            config.validate().unwrap();
+            config.to_json()["adam_epsilon"].clone()
+        };
+        assert_eq!(epsilon("adamw", None), json!(1e-8));
+        assert_eq!(epsilon("lora-rite", None), json!(1e-6));
+        assert_eq!(epsilon("lora_rite", None), json!(1e-6));
+        assert_eq!(epsilon("lora-rite", Some(1e-8)), json!(1e-8));
+        let config = TrainConfig {
+            hyper: Hyper {
+                epsilon: Some(0.0),
+                ..Hyper::default()
+            },
+            ..TrainConfig::default()
+        };
+        let text = config.validate().unwrap_err().to_string();
+        assert!(text.contains("adam_epsilon"), "{text}");
+    }
 }

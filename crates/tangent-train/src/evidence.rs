@@ -17,7 +17,7 @@ use tangent_model::family::Model;
 use tangent_model::{Batch, Site};
 use tangent_peft::adapter::{chosen, start_factors_of};
 use tangent_peft::init::ranks::{self, Offer};
-use tangent_peft::init::{self, Needs};
+use tangent_peft::init::{self, Needs, Started};
 use tangent_peft::{AdapterConfig, Attach, Factors, PeftError, Start, detach, methods};
 
 use crate::config::TrainConfig;
@@ -41,6 +41,15 @@ pub struct Evidence {
     pub sparse: bool,
 }
 
+/// How many rows of training data start values look at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rows {
+    /// So many at most; 0 for none.
+    pub most: usize,
+    /// No more than so many steps of training take, where that is a limit.
+    pub steps: Option<usize>,
+}
+
 /// A micro-batch of the pass and the rows that it was made of.
 pub struct MicroBatch<'r> {
     /// What the model computes.
@@ -52,10 +61,11 @@ pub struct MicroBatch<'r> {
 impl Evidence {
     /// The first `rows` rows in the order of training, in its micro-batches; all rows, if there are
     /// not as many.
-    pub fn first(train: &[Example], config: &TrainConfig, rows: usize) -> Self {
-        let mut left = rows;
+    pub fn first(train: &[Example], config: &TrainConfig, rows: Rows) -> Self {
+        let mut left = rows.most;
         let mut batches = vec![];
-        for mut batch in epoch_steps(train, config, 0).into_iter().flatten() {
+        let steps = epoch_steps(train, config, 0).into_iter();
+        for mut batch in steps.take(rows.steps.unwrap_or(usize::MAX)).flatten() {
             batch.truncate(left);
             left -= batch.len();
             if batch.is_empty() {
@@ -109,17 +119,23 @@ pub type OfSites<'a> = Vec<(&'a Site, Vec<f32>)>;
 /// Takes what the pass has found at the sites of one layer, or at the head.
 pub type Done<'a, 'f> = dyn FnMut(OfSites<'a>) -> Result<(), TrainError> + 'f;
 
-/// How many rows of training data the start values of an adapter look at; 0 for none.
+/// How many rows of training data the start values of an adapter look at.
 ///
 /// # Errors
 /// If a setting is out of its range.
-pub fn rows(config: &AdapterConfig) -> Result<usize, TrainError> {
+pub fn rows(config: &AdapterConfig) -> Result<Rows, TrainError> {
     if let Attach::Side(side) = methods::find(&config.method)?.attach {
-        return Ok((side.rows)(config)?.unwrap_or(0));
+        return Ok(Rows {
+            most: (side.rows)(config)?.unwrap_or(0),
+            steps: None,
+        });
     }
     Ok(match init::find(&config.init)?.needs.is_of_data() {
-        true => init::rows(config)?,
-        false => 0,
+        true => Rows {
+            most: init::rows(config)?,
+            steps: init::steps(config)?,
+        },
+        false => Rows::default(),
     })
 }
 
@@ -143,7 +159,7 @@ pub fn start(
         ..Start::default()
     };
     if let Attach::Side(side) = methods::find(&config.method)?.attach {
-        if self::rows(config)? > 0 {
+        if self::rows(config)?.most > 0 {
             check_device(model, side.setting, config.own(side.setting).to_string())?;
             detach(model);
             let looked_at = settings.batches.iter().flatten();
@@ -187,6 +203,7 @@ pub fn start(
             })?;
         }
     }
+    start.taken = std::mem::take(&mut found.taken).into_iter().collect();
     let (factors, new_ranks) = found.finish(&wanted);
     if let Some(new_ranks) = new_ranks {
         ranks::assign(config, &new_ranks)?;
@@ -215,6 +232,8 @@ struct Found<'c> {
     /// Most that a rank may grow by; 1 where ranks stay.
     rho: f64,
     sites: Vec<(Offer, Factors)>,
+    /// By path, what leaves weights before they are quantized anew.
+    taken: Vec<(String, Factors)>,
 }
 
 type NewRanks = Vec<(String, usize)>;
@@ -229,6 +248,7 @@ impl<'c> Found<'c> {
                 false => 1.0,
             },
             sites: vec![],
+            taken: vec![],
         }
     }
 
@@ -238,17 +258,21 @@ impl<'c> Found<'c> {
             let sides = (site.weight.rows(), site.weight.cols());
             let rank = config.rank_at(&site.path)?;
             let offered = ranks::offered(rank, rho, sides);
-            let factors = start_factors_of(config, site, offered, seed, &evidence)?;
+            let started = start_factors_of(config, site, offered, seed, &evidence)?;
             let shares = match rho > 1.0 {
-                true => ranks::shares(&factors.a, sides.1, &evidence),
+                true => ranks::shares(&started.factors.a, sides.1, &evidence),
                 false => vec![],
             };
             let site = site.path.clone();
-            Ok::<_, PeftError>((Offer { site, rank, shares }, factors))
+            Ok::<_, PeftError>((Offer { site, rank, shares }, started))
         };
         let computed = layer.into_par_iter().map(compute);
-        let computed: Vec<(Offer, Factors)> = computed.collect::<Result<_, PeftError>>()?;
-        self.sites.extend(computed);
+        let computed: Vec<(Offer, Started)> = computed.collect::<Result<_, PeftError>>()?;
+        for (offer, Started { factors, taken }) in computed {
+            self.taken
+                .extend(taken.map(|taken| (offer.site.clone(), taken)));
+            self.sites.push((offer, factors));
+        }
         Ok(())
     }
 
@@ -280,6 +304,8 @@ impl<'c> Found<'c> {
 mod tests {
     use std::sync::Arc;
 
+    use tangent_peft::SettingValue;
+
     use super::*;
     use crate::config::Batching;
     use crate::data::Origin;
@@ -298,6 +324,10 @@ mod tests {
         lengths.iter().enumerate().map(row).collect()
     }
 
+    fn at_most(most: usize) -> Rows {
+        Rows { most, steps: None }
+    }
+
     #[test]
     fn the_first_rows_come_in_the_order_of_training() {
         let rows = rows(&[5; 20]);
@@ -306,14 +336,46 @@ mod tests {
             ..TrainConfig::default()
         };
         let steps: Vec<Vec<usize>> = epoch_steps(&rows, &config, 0).concat();
-        let evidence = Evidence::first(&rows, &config, 8);
+        let evidence = Evidence::first(&rows, &config, at_most(8));
         assert_eq!(evidence.rows(), 8);
         assert_eq!(evidence.batches[..2], steps[..2]);
         assert_eq!(evidence.batches[2], steps[2][..2]);
         let batches = evidence.micro_batches(&rows);
         assert_eq!(batches.len(), 3);
         assert_eq!(batches[2].rows.len(), 2);
-        assert_eq!(Evidence::first(&rows, &config, 100).rows(), 20);
+        assert_eq!(Evidence::first(&rows, &config, at_most(100)).rows(), 20);
+    }
+
+    #[test]
+    fn gradients_are_those_of_few_steps_unless_rows_are_given() {
+        let rows = rows(&[5; 100]);
+        let looked_at = |init: &str, typed: Option<f64>, (batch, times): (usize, usize)| {
+            let own = typed.map(|rows| ("rows".to_owned(), SettingValue::Number(rows)));
+            let adapter = AdapterConfig {
+                init: init.into(),
+                own: own.into_iter().collect(),
+                ..AdapterConfig::default()
+            };
+            let config = TrainConfig {
+                batching: Batching::Rows(batch),
+                gradient_accumulation_steps: times,
+                ..TrainConfig::default()
+            };
+            Evidence::first(&rows, &config, super::rows(&adapter).unwrap()).rows()
+        };
+        // Four steps, however they are cut, and no more than 32 rows.
+        for (cut, count) in [
+            ((1, 1), 4),
+            ((4, 1), 16),
+            ((2, 2), 16),
+            ((8, 1), 32),
+            ((16, 1), 32),
+        ] {
+            assert_eq!(looked_at("lora-ga", None, cut), count, "{cut:?}");
+            assert_eq!(looked_at("lora-ga", Some(32.0), cut), 32, "{cut:?}");
+            assert_eq!(looked_at("eva", None, cut), 32, "{cut:?}");
+            assert_eq!(looked_at("kaiming", None, cut), 0, "{cut:?}");
+        }
     }
 
     #[test]
@@ -325,7 +387,7 @@ mod tests {
                 activation_checkpointing,
                 ..TrainConfig::default()
             };
-            Evidence::first(&rows, &config, 16).sparse
+            Evidence::first(&rows, &config, at_most(16)).sparse
         };
         assert!(!sparse(2, false));
         assert!(sparse(1, false));

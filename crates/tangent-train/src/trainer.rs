@@ -223,6 +223,10 @@ fn publish(run: &Run<'_>) -> Result<(), TrainError> {
     let stale: Vec<&str> = stale.copied().collect();
     result.finish_into(&run.output)?;
     remove_files(&run.output, &stale)?;
+    let first = run.adapter.each().first();
+    if first.is_none_or(|part| part.taken.is_empty()) {
+        remove_base(&run.output)?;
+    }
     remove_further(&run.output, run.adapter)
 }
 
@@ -240,11 +244,20 @@ fn remove_further(output: &Path, adapter: &Adapter) -> Result<(), TrainError> {
         let folder = entry.path();
         if folder.is_dir() && !stands(&entry.file_name()) {
             remove_files(&folder, RESULTS)?;
+            remove_base(&folder)?;
             // A folder with files of others stays.
             let _ = fs::remove_dir(&folder);
         }
     }
     let _ = fs::remove_dir(&all);
+    Ok(())
+}
+
+/// Removes what left the base of an earlier adapter in a folder.
+fn remove_base(folder: &Path) -> Result<(), TrainError> {
+    let base = folder.join(peft_format::BASE);
+    remove_files(&base, RESULTS)?;
+    let _ = fs::remove_dir(&base);
     Ok(())
 }
 

@@ -311,14 +311,21 @@ def signed_svd(w):
     return u * signs, s, vt * signs[:, None]
 
 
-GA = dict(r=2, scale=2.0, gamma=16, shapes=[[12, 9], [8, 11]])
+GA = dict(r=2, scale=2.0, gamma=16, shapes=[[12, 9], [8, 11]], clipped=0.02)
+
+
+def clipped(w, a, b, scale):
+    """The authors' norm_clip: no entry of what leaves W exceeds the largest of W."""
+    ratio = np.abs(w).max() / np.abs(scale * b @ a).max()
+    root = min(1.0, ratio) ** 0.5
+    return root * a, root * b
 
 
 def lora_ga():
     """Factors of every direction and scale, and what the first step of SGD does to W."""
     r, scale, stored = GA["r"], GA["scale"], {}
     for n, shape in enumerate(GA["shapes"]):
-        g = normal(150 + n, *shape)
+        g, w = normal(150 + n, *shape), normal(155 + n, *shape)
         u, s, vt = signed_svd(g)
         best = (u[:, : 2 * r] * s[: 2 * r]) @ vt[: 2 * r]
         directions = {
@@ -327,12 +334,19 @@ def lora_ga():
             "ArBr": (vt[1 : 2 * r : 2], u[:, 0 : 2 * r : 2]),
         }
         sizes = {"stable": shape[0] ** 0.25 / GA["gamma"] ** 0.5, "unit": 1.0, "gd": 1 / scale}
-        stored |= {f"{n}.G": g, f"{n}.singular_values": s, f"{n}.best_rank_2r": best}
+        sizes["weightS"] = np.sqrt(svd(w, compute_uv=False)[:r] / scale).mean()
+        stored |= {f"{n}.G": g, f"{n}.W": w, f"{n}.singular_values": s, f"{n}.best_rank_2r": best}
         for direction, (a, b) in directions.items():
             # B moves by scale g A^T and A by scale B^T g; so does W, by scale^2 times this.
             np.testing.assert_allclose(b @ b.T @ g + g @ a.T @ a, best, atol=1e-10)
             for name, size in sizes.items():
                 stored |= {f"{n}.{direction}.{name}.A": size * a, f"{n}.{direction}.{name}.B": size * b}
+        # Nothing is shortened above a weight as it is, all of unit length above a small one.
+        a, b = directions["ArB2r"]
+        np.testing.assert_array_equal(clipped(w, a * sizes["stable"], b, scale)[0], a * sizes["stable"])
+        small_a, small_b = clipped(GA["clipped"] * w, a, b, scale)
+        assert norm(small_a) < 0.5 * norm(a)
+        stored |= {f"{n}.clipped.A": small_a, f"{n}.clipped.B": small_b}
     return stored
 
 
@@ -360,6 +374,74 @@ def weight_starts():
             stored |= {f"{n}.{name}.A": a, f"{n}.{name}.B": b, f"{n}.{name}.residual": w - scale * b @ a}
         np.testing.assert_allclose(norm(stored[f"{n}.pissa.residual"]) ** 2, (s[r:] ** 2).sum())
         np.testing.assert_allclose(norm(stored[f"{n}.milora.residual"]) ** 2, (s[:-r] ** 2).sum())
+    return stored
+
+
+# --- Starting points from inputs, and from what quantization lost ---
+
+
+EVA = dict(r=2, rho=2, tokens=30, sides=[8, 6, 10], falls=[0.9, 0.45, 0.75])
+
+
+def eva():
+    """Main directions of the inputs of three sites, and how many of them each site gets out of all."""
+    r, most, stored = EVA["r"], EVA["rho"] * EVA["r"], {}
+    pool = []
+    for n, (side, fall) in enumerate(zip(EVA["sides"], EVA["falls"])):
+        turn = qr(normal(190 + n, side, side))[0]
+        x = 0.3 + (normal(194 + n, EVA["tokens"], side) * fall ** np.arange(side)) @ turn
+        # By a decomposition of the inputs; the scatter is what is stored of them.
+        centered = x - x.mean(axis=0)
+        _, s, vt = signed_svd(centered)
+        shares = s**2 / (s**2).sum()
+        stored |= {f"{n}.scatter": centered.T @ centered, f"{n}.A": vt[:most], f"{n}.shares": shares[:most]}
+        stored[f"{n}.whitened"] = vt[:most] / np.sqrt(s[:most, None])
+        pool += [(share, n) for share in shares[:most]]
+    taken = [n for _, n in sorted(pool, reverse=True)[: r * len(EVA["sides"])]]
+    ranks = [taken.count(n) for n in range(len(EVA["sides"]))]
+    assert min(ranks) > 0 and max(ranks) > r, ranks
+    return stored | {"ranks": np.array(ranks)}
+
+
+CORDA = dict(r=2, scale=2.0, damping=0.01, shapes=[[7, 9], [9, 7]], tokens=[12, 5, 9])
+
+
+def corda():
+    """Factors of a weight oriented by the covariance of its inputs, with the inverse written out."""
+    r, scale, stored = CORDA["r"], CORDA["scale"], {}
+    for n, (rows, columns) in enumerate(CORDA["shapes"]):
+        w = normal(200 + n, rows, columns)
+        inputs = [0.2 + normal(210 + 10 * n + k, tokens, columns) for k, tokens in enumerate(CORDA["tokens"])]
+        covariance = np.mean([x.T @ x / np.abs(x.max()) ** 2 for x in inputs], axis=0)
+        damped = covariance + CORDA["damping"] * np.diag(covariance).mean() * np.eye(columns)
+        u, s, vt = signed_svd(w @ damped)
+        v = vt @ inv(damped)
+        np.testing.assert_allclose((u * s) @ v, w, atol=1e-10)
+        stored |= {f"{n}.W": w, f"{n}.covariance": covariance}
+        for mode, part in [("ipm", slice(0, r)), ("kpm", slice(len(s) - r, len(s)))]:
+            root = np.sqrt(s[part] / scale)
+            a, b = root[:, None] * v[part], u[:, part] * root
+            stored |= {f"{n}.{mode}.A": a, f"{n}.{mode}.B": b, f"{n}.{mode}.residual": w - scale * b @ a}
+    return stored
+
+
+LOFTQ = dict(r=3, scale=2.0, step=2**-6, shapes=[[10, 8], [6, 9]])
+
+
+def loftq():
+    """Factors of what 8 bits for every row took from a weight, and what is left after them."""
+    r, scale, step, stored = LOFTQ["r"], LOFTQ["scale"], LOFTQ["step"], {}
+    for n, (rows, columns) in enumerate(LOFTQ["shapes"]):
+        # Exact in f32, and in every row one entry with the largest code, so that the codes' step is known.
+        w = np.round(0.1 * normal(220 + n, rows, columns) * 4096) / 4096
+        w[np.arange(rows), np.arange(rows) % columns] = 127 * step
+        q = np.round(w / step) * step
+        u, s, vt = signed_svd(w - q)
+        root = np.sqrt(s[:r] / scale)
+        a, b = root[:, None] * vt[:r], u[:, :r] * root
+        left = w - q - scale * b @ a
+        np.testing.assert_allclose(norm(left) ** 2, (s[r:] ** 2).sum())
+        stored |= {f"{n}.W": w, f"{n}.Q": q, f"{n}.A": a, f"{n}.B": b, f"{n}.left": left}
     return stored
 
 
@@ -394,6 +476,9 @@ store("altlora_plus", pair_tensors() | altlora_plus())
 store("lora_rite", pair_tensors() | lora_rite_reference())
 store("lora_ga", lora_ga())
 store("weight_starts", weight_starts())
+store("eva", eva())
+store("corda", corda())
+store("loftq", loftq())
 store("kappa", kappa())
 pairs = [dict(zip(("out", "in", "r", "scale", "b_starts_at_zero"), pair)) for pair in PAIRS]
 save_json(
@@ -405,5 +490,8 @@ save_json(
         "lora_rite": RITE,
         "lora_ga": GA,
         "weight_starts": WEIGHT,
+        "eva": EVA,
+        "corda": CORDA,
+        "loftq": LOFTQ,
     },
 )

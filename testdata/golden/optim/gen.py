@@ -1,4 +1,5 @@
-"""Writes optim/reference.safetensors: five steps of torch's AdamW and SGD, and two learning-rate schedules."""
+"""Writes optim/reference.safetensors: five steps of torch's AdamW and SGD, and two learning-rate schedules; and
+optim/lora_plus.safetensors: three steps of PEFT's LoRA+."""
 
 import sys
 from pathlib import Path
@@ -6,8 +7,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import tempfile
+
 import torch
-from common import save_tensors
+from common import load_base, move_parameters, save_tensors, saved_names, trained_parameters
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 STEPS, WARMUP, TOTAL, BASE_LR = 5, 5, 20, 3e-4
@@ -55,3 +61,37 @@ save_tensors(
     schedules=f"base lr {BASE_LR}, warm-up {WARMUP}, total {TOTAL}",
 )
 print(stored["lr.cosine"].tolist(), stored["lr.linear"].tolist())
+
+LORA_PLUS = dict(lr=0.01, loraplus_lr_ratio=16, loraplus_lr_embedding=0.002, loraplus_weight_decay=0.1)
+# Shares of the peak rate in force at the steps.
+SHARES = [0.5, 1.0, 0.25]
+
+
+def lora_plus(case, seed, **settings):
+    """`<case>.start.<name>`, `<case>.grad.K.<name>` and `<case>.after.K.<name>` of all that trains."""
+    model = get_peft_model(load_base("base_biased"), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings))
+    trained = trained_parameters(model)
+    move_parameters(trained, seed, lambda name, parameter, noise: 1 + 0.2 * noise if "magnitude" in name else noise)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        names = saved_names(trained, load_file(Path(folder) / "adapter_model.safetensors"))
+    names = {name: saved.removeprefix("base_model.model.") for name, saved in names.items()}
+    values = {f"{case}.start.{names[name]}": parameter.detach().clone() for name, parameter in trained}
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, **LORA_PLUS)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    noise = torch.Generator().manual_seed(seed + 1)
+    for step, share in enumerate(SHARES):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = share * peak
+        for name, parameter in trained:
+            parameter.grad = torch.randn(parameter.shape, generator=noise)
+            values[f"{case}.grad.{step}.{names[name]}"] = parameter.grad.clone()
+        optimizer.step()
+        values |= {f"{case}.after.{step}.{names[name]}": p.detach().clone() for name, p in trained}
+    return values
+
+
+# Without a normalization: whether PEFT lets those of Llama decay depends on the version of transformers.
+stored = lora_plus("dora", 31, target_modules=["q_proj"], use_dora=True, bias="lora_only")
+stored |= lora_plus("embedding", 33, target_modules=["q_proj", "embed_tokens"])
+save_tensors(HERE / "lora_plus.safetensors", stored, shares=SHARES, **LORA_PLUS)

@@ -435,6 +435,13 @@ fn underscores_aliases_and_run_files_are_the_same_run() {
     let run = place.read_json("names/run.json");
     assert_eq!(run["init"], "lora-ga");
     assert_eq!(run["optim"], "lora-pro-sgd");
+    // Where none is typed the optimizer's own epsilon counts.
+    assert_eq!(run["adam_epsilon"], json!(1e-8));
+    place.train("own", "--optim lora_rite");
+    assert_eq!(place.read_json("own/run.json")["adam_epsilon"], json!(1e-6));
+    place.train("typed", "--optim lora_rite --adam-epsilon 1e-7");
+    let run = place.read_json("typed/run.json");
+    assert_eq!(run["adam_epsilon"], json!(1e-7));
 }
 
 #[test]

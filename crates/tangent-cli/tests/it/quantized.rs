@@ -113,6 +113,61 @@ fn cards_open_the_base_as_it_was_held() {
 }
 
 #[test]
+fn an_adapter_with_a_base_of_its_own_is_resumed_merged_and_converted() {
+    for (init, more) in [("qpissa", ""), ("loftq", "--set iterations=2")] {
+        let place = Place::new();
+        let train = format!("--base-dtype nf4 --init {init} {more} --rank 4 --save-steps 1");
+        place.train("a", &train);
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            assert!(place.path(&format!("a/base/{file}")).exists(), "{init}");
+        }
+        let base = "tiny.gguf --base-dtype nf4";
+        let adapted = loss(&place, &format!("{base} --adapter a"));
+        let whole = place.read("a/adapter_model.safetensors");
+        place.train("b", &format!("{train} --save-total-limit 9"));
+        let last = place.path("b/checkpoint-3");
+        std::fs::remove_dir_all(last).unwrap();
+        place.train("b", &format!("{train} --save-total-limit 9 --resume"));
+        assert!(place.read("b/adapter_model.safetensors") == whole, "{init}");
+
+        place
+            .run("eval --model tiny.gguf --data rows.jsonl --adapter a")
+            .refused(&["a/adapter_config.json", "--base-dtype nf4"]);
+        let merged = |onto: &str| {
+            let line = format!("merge --model {base} --adapter a --onto {onto} --output {onto}");
+            place.run(&line).succeeded();
+            loss(&place, onto)
+        };
+        let (dequantized, original) = (merged("dequantized"), merged("original"));
+        assert!((dequantized - adapted).abs() < 1e-4, "{init}");
+        assert!(original != dequantized, "{init}");
+        place
+            .run(&format!(
+                "convert --model {base} --adapter a --output plain"
+            ))
+            .succeeded();
+        let plain = place.run("eval --model tiny.gguf --data rows.jsonl --adapter plain --json");
+        assert!(!plain.err.contains("warning"), "{init}: {}", plain.err);
+        let plain = plain.json()["loss"].as_f64().unwrap();
+        assert!((plain - original).abs() < 1e-4, "{init}");
+
+        // Another run in the folder has no base of its own.
+        place.train("a", "--base-dtype nf4 --overwrite");
+        assert!(!place.path("a/base").exists(), "{init}");
+    }
+    let place = Place::new();
+    let train = "train --data rows.jsonl --max-steps 1 --output b --init qpissa";
+    place
+        .run(&format!("{train} --model tiny.gguf"))
+        .refused(&["--base-dtype nf4", "q_proj"]);
+    place
+        .run(&format!(
+            "{train} --model tiny.gguf --base-dtype nf4 --set iterations=0"
+        ))
+        .refused(&["iterations", "at least 1"]);
+}
+
+#[test]
 fn what_would_be_lost_is_refused() {
     let place = Place::new();
     place.hugging_face_folder();

@@ -45,6 +45,10 @@ impl Scene {
     fn start(&self, output: &str, more: &[&str]) -> Child {
         let model =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/golden/gguf/tiny.gguf");
+        let rate: &[&str] = match self.extra.contains(&"--learning-rate") {
+            true => &[],
+            false => &["--learning-rate", "1e-2"],
+        };
         Command::new(env!("CARGO_BIN_EXE_tangent"))
             .current_dir(self.root.path())
             .args([
@@ -54,14 +58,8 @@ impl Scene {
                 "--eval-data",
                 "eval.jsonl",
             ])
-            .args([
-                "--learning-rate",
-                "1e-2",
-                "--batch-size",
-                "3",
-                "--seed",
-                "9",
-            ])
+            .args(rate)
+            .args(["--batch-size", "3", "--seed", "9"])
             .args(["--gradient-accumulation-steps", "2", "--eval-steps", "9"])
             .args(["--output", output, "--threads", "1"])
             .arg("--model")
@@ -184,6 +182,27 @@ fn killed_runs_with_start_values_from_the_data_end_in_the_same_bytes() {
             "rows=7",
         ];
         check_kills(&extra, &files);
+    }
+}
+
+#[test]
+fn killed_runs_with_state_of_pairs_lengths_and_two_rates_end_in_the_same_bytes() {
+    let ways: [&[&str]; 4] = [
+        &["--optim", "lora-pro", "--learning-rate", "1e-3"],
+        &["--optim", "altlora+", "--weight-decay", "0.1"],
+        &[
+            "--optim",
+            "lora-rite",
+            "--method",
+            "dora",
+            "--learning-rate",
+            "1e-3",
+        ],
+        &["--method", "dora", "--loraplus-lr-ratio", "4"],
+    ];
+    for way in ways {
+        let always = ["--max-steps", "80", "--save-steps", "4", "--rank", "2"];
+        check_kills(&[&always[..], way].concat(), ADAPTER);
     }
 }
 

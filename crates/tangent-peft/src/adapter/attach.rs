@@ -1,5 +1,6 @@
 //! Attaching methods to a model: sites are chosen, adapters are put there, parameters are collected.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -7,9 +8,10 @@ use tangent_model::family::Model;
 use tangent_model::{Site, SiteKind};
 
 use super::attachments::{Attachment, Attachments, SiteAttachments, check_combination};
-use super::{Adapted, Adapter, Pair, Scope, Start};
+use super::{Adapted, Adapter, Pair, Scope, Start, start_factors_of};
 use crate::config::{AdapterConfig, BiasMode, pattern_regex};
 use crate::error::PeftError;
+use crate::init::{self, Needs};
 use crate::methods::{self, Attach, Method, Selection};
 use crate::targets::{Place, ends_with_name, near};
 use crate::trained::TrainedRows;
@@ -123,6 +125,7 @@ fn together(mut parts: Vec<Adapter>) -> Adapter {
         sites: first.sites.clone(),
         pairs: first.pairs.clone(),
         fixed: first.fixed.clone(),
+        taken: first.taken.clone(),
         config: first.config.clone(),
         method: first.method,
         parts: vec![],
@@ -132,6 +135,7 @@ fn together(mut parts: Vec<Adapter>) -> Adapter {
         all.parameters.extend(part.parameters.iter().cloned());
         all.sites.extend(part.sites.iter().cloned());
         all.fixed.extend(part.fixed.iter().cloned());
+        all.taken.extend(part.taken.clone());
         all.pairs
             .extend(part.pairs.iter().cloned().map(|pair| Pair {
                 a: pair.a + before,
@@ -151,18 +155,22 @@ fn prepare(
 ) -> Result<(Adapter, Attachments), PeftError> {
     config.validate()?;
     let method = methods::find(&config.method)?;
+    let start = completed(model, config, start)?;
     let (mut parameters, mut pairs, mut fixed) = (vec![], vec![], vec![]);
     let mut scope = Scope {
         parameters: &mut parameters,
         pairs: &mut pairs,
         fixed: &mut fixed,
         device: model.device(),
-        start,
+        start: &start,
         adapted: vec![],
         shared: None,
     };
     let (attachments, sites) = plan(model, method, config, &mut scope)?;
+    let taken = start.taken.iter().filter(|(path, _)| sites.contains(path));
+    let taken = taken.map(|(path, taken)| (path.clone(), taken.clone()));
     let adapter = Adapter {
+        taken: taken.collect(),
         method,
         config: config.clone(),
         parameters,
@@ -172,6 +180,31 @@ fn prepare(
         parts: vec![],
     };
     Ok((adapter, attachments))
+}
+
+/// `start` with the factors that are found in what weights were before they were quantized, where
+/// these were not computed before.
+fn completed<'s>(
+    model: &dyn Model,
+    config: &AdapterConfig,
+    start: &'s Start,
+) -> Result<Cow<'s, Start>, PeftError> {
+    let init = init::find(&config.init)?;
+    if init.needs != Needs::Original {
+        return Ok(Cow::Borrowed(start));
+    }
+    let sites = model.sites();
+    init::check(config, &sites)?;
+    let mut completed = Cow::Borrowed(start);
+    for site in chosen(config, &sites)? {
+        if !start.factors.contains_key(&site.path) {
+            let original = init::original(init, site)?;
+            let rank = config.rank_at(&site.path)?;
+            let started = start_factors_of(config, site, rank, start.seed, &original)?;
+            completed.to_mut().add(&site.path, started);
+        }
+    }
+    Ok(completed)
 }
 
 fn plan(
@@ -261,7 +294,9 @@ fn plan_sites(
         if site.tied_to.as_ref().is_some_and(in_place) && !saved(site) {
             attachment.adapter = tied(&attachments);
         } else if let (true, Attach::Weight(attach)) = (is_target(site), method.attach) {
-            attachment.adapter = Some(attach(config, site, scope)?);
+            let rebased = scope.rebased(config, site)?;
+            attachment.base = rebased.as_ref().and_then(Site::rebased);
+            attachment.adapter = Some(attach(config, rebased.as_ref().unwrap_or(site), scope)?);
             adapted.push(site.path.clone());
         } else if is_selected(site) {
             let name = selection.weight_name.unwrap_or("weight");

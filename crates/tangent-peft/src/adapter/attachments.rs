@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use tangent_model::family::Model;
 use tangent_model::{
-    ActivationAdapter, Parameter, PrefixAdapter, RowStates, SideAdapter, Site, SiteKind,
+    ActivationAdapter, Original, Parameter, PrefixAdapter, RowStates, SideAdapter, Site, SiteKind,
     WeightAdapter,
 };
+use tangent_ops::FrozenMatrix;
 
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
@@ -20,6 +21,9 @@ pub(super) struct Attachment {
     pub adapter: Option<Arc<dyn WeightAdapter>>,
     /// In the place of its bias.
     pub bias: Option<Parameter>,
+    /// The frozen weight below the adapter where that is not the model's, with what it was
+    /// quantized from.
+    pub base: Option<(FrozenMatrix, Original)>,
 }
 
 /// What will be attached to sites, by their paths.
@@ -104,6 +108,7 @@ impl Attachments {
             let own = self.sites.entry(path).or_default();
             own.adapter = own.adapter.take().or(theirs.adapter);
             own.bias = own.bias.take().or(theirs.bias);
+            own.base = own.base.take().or(theirs.base);
         }
         self.sublayers.extend(other.sublayers);
         self.prefix = self.prefix.take().or(other.prefix);
@@ -117,6 +122,7 @@ impl Attachments {
             let attachment = Attachment {
                 adapter: site.attached(),
                 bias: site.attached_bias(),
+                base: site.rebased(),
             };
             taken.sites.insert(site.path.clone(), attachment);
             site.detach();
@@ -141,6 +147,9 @@ impl Attachments {
         for site in model.sites_mut() {
             site.detach();
             let attachment = self.sites.remove(&site.path).unwrap_or_default();
+            if let Some((weight, original)) = attachment.base {
+                site.rebase(weight, original);
+            }
             if let Some(adapter) = attachment.adapter {
                 site.attach(adapter);
             }

@@ -4,8 +4,10 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use tangent_linalg::{LinalgError, Mat, MatRef, Svd, mat, product, qr, svd, svd_lowrank};
-use tangent_model::{Pass, Site, pass};
+use tangent_model::{ModelError, Pass, Site, pass};
 use tangent_ops::LowRank;
+
+use crate::init::{Factors, less};
 
 /// Ranks up to which an exact form is looked for unasked.
 const SMALL_RANK: usize = 64;
@@ -205,6 +207,38 @@ impl Change {
             }
         };
         Self::Dense { values, rows, cols }
+    }
+
+    /// The change of a site's original weight where `taken` left that before it was quantized:
+    /// what is attached does to the rest of the original weight, less what was taken.
+    ///
+    /// # Errors
+    /// If the original weight cannot be read.
+    pub(super) fn of_original(
+        site: &Site,
+        (taken, scaling): (&Factors, f32),
+        pass: &Pass,
+    ) -> Result<Self, ModelError> {
+        let (rows, cols) = (site.weight.rows(), site.weight.cols());
+        if let Some(product) = site.attached().and_then(|adapter| adapter.low_rank(pass)) {
+            let rank = taken.b.len() / rows.max(1);
+            let taken = Thin::of(LowRank {
+                b: tangent_ops::tensor(taken.b.clone(), rows, rank, &pass.device),
+                a: tangent_ops::tensor(taken.a.clone(), rank, cols, &pass.device),
+                scaling,
+            });
+            return Ok(Self::Thin(Thin::of(product).minus(&taken)));
+        }
+        let residual = match &site.original {
+            Some(original) => original()?,
+            None => site.weight.clone(),
+        };
+        let mut values = tangent_ops::values(site.effective_weight_on(&residual, pass));
+        for (value, frozen) in values.iter_mut().zip(residual.to_values()) {
+            *value -= frozen;
+        }
+        let values = less(&values, (rows, cols), taken, scaling).to_values();
+        Ok(Self::Dense { values, rows, cols })
     }
 
     /// The squared Frobenius norm; not finite if an element is not.

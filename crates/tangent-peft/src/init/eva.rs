@@ -17,7 +17,8 @@
 //! directions with the shares `l_i / trace S` of its inputs' variance that they explain; the
 //! largest shares of all sites are taken, as many as there were ranks. Alpha moves along, so that
 //! alpha / rank stays; a site that is left without a direction is not adapted. The authors' default
-//! is 2. Here it is 1, which moves nothing, so that a run trains what its plan says.
+//! is 2. Here it is 1, which moves nothing, so that a run trains what its plan says; comparisons
+//! take 2.
 //!
 //! Differences from the authors' code and PEFT's: S is gathered whole over a fixed number of rows
 //! and decomposed once. They update a decomposition batch by batch, keep the directions of largest

@@ -8,8 +8,8 @@ use tangent_linalg::{Mat, mat, product};
 use tangent_model::{Site, SiteKind};
 use tangent_ops::{FourBitType, FrozenMatrix, Quantization};
 
-use super::Factors;
-use crate::adapter::start_factors;
+use super::{Factors, Started, rest};
+use crate::adapter::{start_factors, start_factors_of};
 use crate::config::AdapterConfig;
 use crate::setting::SettingValue;
 use crate::targets::Targets;
@@ -72,6 +72,27 @@ pub(super) fn config(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> A
 /// The factors of a site.
 pub(super) fn factors_of(config: &AdapterConfig, site: &Site, evidence: &[f32]) -> Factors {
     start_factors(config, site, 7, evidence).unwrap()
+}
+
+/// What a site starts with.
+pub(super) fn started_of(config: &AdapterConfig, site: &Site, evidence: &[f32]) -> Started {
+    start_factors_of(config, site, config.rank, 7, evidence).unwrap()
+}
+
+/// `|W - (Q + s B A)|^2` of a quantized site, on the base that the start values give it.
+pub(super) fn what_is_missing(site: &Site, whole: &[f32], start: &Started) -> f64 {
+    let sides = (site.weight.rows(), site.weight.cols());
+    let base = match &start.taken {
+        Some(taken) => rest::base(site, taken, 2.0).unwrap().0,
+        None => site.weight.clone(),
+    };
+    let lost: Vec<f32> = whole
+        .iter()
+        .zip(base.to_values())
+        .map(|(w, q)| w - q)
+        .collect();
+    let left = rest::less(&lost, sides, &start.factors, 2.0).to_values();
+    energy(&mat(&left, sides.0, sides.1))
 }
 
 /// `(A, B)` as matrices.

@@ -19,21 +19,26 @@
 //! is stored as. A site without a gradient starts as plain LoRA. The smaller side of a weight must
 //! be at least twice the rank. Cost: a pass over `rows` rows of training data that holds one
 //! layer's gradients at a time, and `10 q d_out d_in` multiply-adds a site, `q = min(4 rank, d_out,
-//! d_in)`: as the authors we take 4 power iterations. Paper: 2407.05000.
+//! d_in)`: as the authors we take 4 power iterations. Where `rows` is not given, the pass ends with
+//! the rows of the fourth step, which take it about as long as seven steps of training. Paper:
+//! 2407.05000.
+//!
+//! With `norm_clip`, A and B are multiplied by `sqrt(max |W| / max |s B A|)` where that is below 1, so
+//! that no entry of what leaves the base is larger than the largest of the base.
 //!
 //! Differences from the authors' code: G is the gradient of the mean loss over the supervised
 //! tokens of all rows, where theirs is the mean of the micro-batches' means, and it is summed in
-//! `f32`; their optional `norm_clip` is left out. Settings are those of their configuration (gamma
-//! 16); the command of their paper has gamma 64 and rank-stabilized scaling.
+//! `f32`. Settings are those of their configuration (gamma 16); the command of their paper has gamma
+//! 64 and rank-stabilized scaling. They look at 8 to 128 rows.
 //!
 //! PEFT's `init_lora_weights="lora_ga"` is another method: there singular values multiply B, only B
 //! is scaled by `d_out^(1/4) / sqrt(gamma)`, and `random` takes the same vectors for A and B.
 
 use rand::seq::SliceRandom;
-use tangent_linalg::{Mat, MatRef, Svd, svd_lowrank, to_rows};
+use tangent_linalg::{Mat, MatRef, Svd, product, svd_lowrank, to_rows};
 use tangent_model::Site;
 
-use super::{Factors, Init, Needs, ROWS, Setup, kaiming, one_of};
+use super::{Factors, Init, Needs, Setup, kaiming, one_of, spectrum};
 use crate::config::AdapterConfig;
 use crate::error::PeftError;
 use crate::setting::{Setting, SettingValue};
@@ -47,7 +52,12 @@ pub const INIT: Init = Init {
     needs: Needs::Gradient,
     redistributes: false,
     settings: &[
-        ROWS,
+        Setting {
+            name: "rows",
+            default: SettingValue::Number(32.0),
+            summary: "rows of training data to look at, the first ones in the order of training; \
+                      if not given no more than the first four steps take",
+        },
         Setting {
             name: "direction",
             default: SettingValue::text(DIRECTIONS[0]),
@@ -62,6 +72,12 @@ pub const INIT: Init = Init {
             name: "gamma",
             default: SettingValue::Number(16.0),
             summary: "with scale=stable the length is d_out^(1/4) / sqrt(gamma)",
+        },
+        Setting {
+            name: "norm_clip",
+            default: SettingValue::Flag(false),
+            summary: "shorten A and B where an entry of their product would exceed the weight's \
+                      largest",
         },
     ],
     check,
@@ -118,10 +134,27 @@ fn factors(setup: &mut Setup<'_>) -> Result<Factors, PeftError> {
         length * found.v[(j, in_a[i])]
     });
     let b = Mat::from_fn(d_out, setup.rank, |i, j| length * found.u[(i, in_b[j])]);
+    let root = match setup.config.own("norm_clip").is_set() {
+        true => clipping(setup, &a, &b),
+        false => 1.0,
+    };
+    let scaled = |m: &Mat<f64>| Mat::from_fn(m.nrows(), m.ncols(), |i, j| root * m[(i, j)]);
     Ok(Factors {
-        a: to_rows(a.as_ref()),
-        b: to_rows(b.as_ref()),
+        a: to_rows(scaled(&a).as_ref()),
+        b: to_rows(scaled(&b).as_ref()),
     })
+}
+
+/// What A and B are multiplied by so that no entry of their product, times the scaling, is larger
+/// than the weight's largest.
+fn clipping(setup: &Setup<'_>, a: &Mat<f64>, b: &Mat<f64>) -> f64 {
+    let largest = |m: &Mat<f64>| {
+        let entries = (0..m.ncols()).flat_map(|j| (0..m.nrows()).map(move |i| m[(i, j)].abs()));
+        entries.fold(0.0, f64::max)
+    };
+    let taken = f64::from(setup.scaling) * largest(&product(b.as_ref(), a.as_ref()));
+    let ratio = largest(&spectrum::weight(setup.site)) / taken;
+    if ratio < 1.0 { ratio.sqrt() } else { 1.0 }
 }
 
 /// The largest singular triplets of the gradient or of the weight.

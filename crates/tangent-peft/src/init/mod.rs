@@ -23,13 +23,16 @@ pub mod milora;
 pub mod olora;
 pub mod orthogonal;
 pub mod pissa;
+pub mod qpissa;
 pub mod ranks;
+mod rest;
 mod spectrum;
 
 #[cfg(test)]
 mod fixture;
 
 pub use kaiming::INIT as KAIMING;
+pub(crate) use rest::{base, less};
 
 /// An initialization as the rest of the program sees it.
 pub struct Init {
@@ -39,7 +42,8 @@ pub struct Init {
     pub summary: &'static str,
     /// Where it was published.
     pub paper: &'static str,
-    /// Whether the product of the factors is taken out of the base, so that the model is unchanged.
+    /// Whether the product of the factors is taken out of the base by a second product beside it, so
+    /// that the model is unchanged.
     pub moves_base: bool,
     /// What it looks at besides the weight.
     pub needs: Needs,
@@ -118,6 +122,9 @@ pub struct Setup<'a> {
     pub rng: ChaCha8Rng,
     /// What [`Init::needs`] names, row-major; empty for nothing.
     pub evidence: &'a [f32],
+    /// Set where the base is quantized anew (see [`requantizes`]): factors whose product leaves the
+    /// weight before that.
+    pub taken: Option<Factors>,
 }
 
 impl<'a> Setup<'a> {
@@ -149,6 +156,16 @@ pub struct Factors {
     pub b: Vec<f32>,
 }
 
+/// What one linear site starts with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Started {
+    /// Start values.
+    pub factors: Factors,
+    /// Factors whose product, times the scaling of the site, leaves the weight before it is quantized
+    /// anew; none where the base stays.
+    pub taken: Option<Factors>,
+}
+
 /// `count` numbers uniform in +-1/sqrt(inputs), as PyTorch's maps begin.
 pub(crate) fn uniform(rng: &mut impl Rng, count: usize, inputs: usize) -> Vec<f32> {
     let bound = (inputs as f32).sqrt().recip();
@@ -168,9 +185,10 @@ pub const INITS: &[Init] = &[
     eva::INIT,
     corda::INIT,
     loftq::INIT,
+    qpissa::INIT,
 ];
 
-/// The setting of all initializations that look at training data.
+/// The setting of initializations that look at training data; all of them have one of its name.
 const ROWS: Setting = Setting {
     name: "rows",
     default: SettingValue::Number(32.0),
@@ -212,6 +230,18 @@ pub fn check(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
     Ok(())
 }
 
+/// Whether the base is quantized anew, without a product of factors that leaves the weight before.
+///
+/// # Errors
+/// If the initialization does not exist or a setting is out of its range.
+pub fn requantizes(config: &AdapterConfig) -> Result<bool, PeftError> {
+    match find(&config.init)?.id {
+        id if id == qpissa::INIT.id => Ok(true),
+        id if id == loftq::INIT.id => Ok(rest::iterations(config)? > 1),
+        _ => Ok(false),
+    }
+}
+
 /// The number of rows that an initialization looks at.
 ///
 /// # Errors
@@ -221,6 +251,21 @@ pub fn check(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
 /// If the initialization looks at none.
 pub fn rows(config: &AdapterConfig) -> Result<usize, PeftError> {
     config.whole("rows", 1, "must be a whole number of at least 1")
+}
+
+/// Steps to whose rows a pass for gradients keeps where `rows` is not given. Its micro-batches take up
+/// to twice as long as those of training, and a start shall not take longer than ten steps.
+const STEPS_OF_GRADIENTS: usize = 4;
+
+/// Steps of training to whose rows an initialization keeps, of the [`rows`] that it looks at; `None`
+/// if it takes what the setting says.
+///
+/// # Errors
+/// If the initialization does not exist.
+pub fn steps(config: &AdapterConfig) -> Result<Option<usize>, PeftError> {
+    let is_typed = config.own.contains_key(ROWS.name);
+    let is_long = find(&config.init)?.needs == Needs::Gradient;
+    Ok((is_long && !is_typed).then_some(STEPS_OF_GRADIENTS))
 }
 
 /// The values of a site's weight before it was quantized, for [`Needs::Original`].
@@ -322,6 +367,19 @@ mod tests {
             ("lora-ga", 2, vec![("rows", number(0.5))], ["rows", "whole"]),
             ("eva", 2, vec![("rho", number(0.5))], ["rho", "at least 1"]),
             ("corda", 2, vec![("mode", word("pm"))], ["mode", "ipm"]),
+            (
+                "loftq",
+                2,
+                vec![("iterations", number(0.0))],
+                ["iterations", "at least 1"],
+            ),
+            (
+                "qpissa",
+                2,
+                vec![("iterations", number(1.5))],
+                ["iterations", "whole"],
+            ),
+            ("qpissa", 2, vec![], ["qpissa", "--base-dtype"]),
         ] {
             let text = check(&config(init, rank, &own), &[&site])
                 .unwrap_err()

@@ -19,9 +19,9 @@
 //! The authors round `W - s B A` to the base's type; here the base stays and its part is taken out
 //! by a second, constant product, so nothing is lost to rounding and a quantized base serves as
 //! well. That product sees the same dropout as the trained one; the authors train without dropout.
-//! QPiSSA, which quantizes the rest of the weight again and again, is not this: its base is that of
-//! no other start, and an adapter's file could not name it. On a base that `--base-dtype`
-//! quantized, PiSSA is that of the quantized weight; [`loftq`](super::loftq) takes back what was lost.
+//! On a base that `--base-dtype` quantized, PiSSA is that of the quantized weight;
+//! [`qpissa`](super::qpissa) quantizes what PiSSA leaves of the original one, and
+//! [`loftq`](super::loftq) takes back what was lost.
 
 use tangent_linalg::{MatRef, svd, svd_lowrank};
 

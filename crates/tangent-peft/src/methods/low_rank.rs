@@ -144,6 +144,15 @@ pub(super) fn product_rank(config: &AdapterConfig, site: &Site) -> Result<usize,
 pub(super) fn cost(config: &AdapterConfig, site: &Site) -> Result<Cost, PeftError> {
     let rank = product_rank(config, site)?;
     let product = Product::cost(rank, site, config.dropout);
+    if init::requantizes(config)? {
+        let factors = rank * (site.weight.rows() + site.weight.cols());
+        return Ok(Cost {
+            // The codes that come back when the adapter leaves, and what was taken, once for files
+            // and once for the base.
+            resident: site.weight.stored_bytes().div_ceil(4) + 2 * factors,
+            ..product
+        });
+    }
     if !init::find(&config.init)?.moves_base {
         return Ok(product);
     }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_ops::Quantization;
 
-use super::{ALSO, peft_type, trained_on};
+use super::{ALSO, BASE, peft_type, trained_on};
 use crate::adapter::Adapter;
 use crate::config::BiasMode;
 use crate::methods::{Attach, Common};
@@ -44,6 +44,16 @@ impl Held {
             ),
             Quantization::Int8 => "load_in_8bit=True".to_owned(),
         }
+    }
+
+    /// What there is to know of an adapter that has a base of its own.
+    fn own_base(self) -> String {
+        let held = self.quantization;
+        format!(
+            "It was trained on a base of its own: that one without what stands in `{BASE}/`, the \
+             linear maps of layers then held as {held}. Tangent makes it again with \
+             `--base-dtype {held}`, and `tangent convert` makes plain LoRA of the base as it is.\n\n"
+        )
     }
 
     /// What there is to know of it; `is_gguf` says whether the base is a GGUF file.
@@ -139,9 +149,15 @@ pub(super) fn card(parts: &[Adapter], index: usize, (base, held): (&str, Option<
         (true, false) => format!(", alpha {}", config.alpha),
         (false, _) => String::new(),
     };
+    let has_base = !adapter.taken.is_empty();
+    let told = held.map(|held| match has_base {
+        true => held.own_base(),
+        false => held.words(is_gguf),
+    });
     let kind = peft_type(adapter);
     let (library, loading) = match kind.known_to_peft {
         // transformers cannot open the base as it was trained on.
+        true if has_base && !is_gguf => ("peft", on_own_base(base, held)),
         true if is_gguf && held.is_some() => ("peft", String::new()),
         true => ("peft", in_python(base, held)),
         // The first folder is taken with those inside of it.
@@ -158,7 +174,7 @@ pub(super) fn card(parts: &[Adapter], index: usize, (base, held): (&str, Option<
          `{base}`.\n\n{held}{loading}{together}",
         method = adapter.method.id,
         count = adapter.count(),
-        held = held.map(|held| held.words(is_gguf)).unwrap_or_default(),
+        held = told.unwrap_or_default(),
         together = together(parts, index),
     )
 }
@@ -201,6 +217,30 @@ fn in_tangent(parts: &[Adapter], base: &str, held: Option<Held>) -> String {
         text.push_str(&format!("\n`{command}` {does}.\n"));
     }
     text
+}
+
+/// How PEFT and bitsandbytes make the base of an adapter that has one of its own.
+fn on_own_base(base: &str, held: Option<Held>) -> String {
+    let config = held.map(Held::arguments).unwrap_or_default();
+    let differs = match held.map(|held| held.quantization) {
+        Some(Quantization::Int8) => "LLM.int8() rounds activations, too, so results are close",
+        _ => "Values at the threshold between two codes may be rounded to another one there",
+    };
+    format!(
+        "```python\nimport torch\n\
+         from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n\
+         from peft import PeftModel\n\n\
+         folder = \"path/to/this/folder\"\n\
+         model = AutoModelForCausalLM.from_pretrained({}, dtype=torch.float32)\n\
+         model = PeftModel.from_pretrained(model, folder + \"/{BASE}\").merge_and_unload()\n\
+         model.save_pretrained(\"path/to/its/base\")\n\n\
+         config = BitsAndBytesConfig({config})\n\
+         model = AutoModelForCausalLM.from_pretrained(\n    \
+         \"path/to/its/base\", quantization_config=config)\n\
+         model = PeftModel.from_pretrained(model, folder)\n```\n\n\
+         {differs}.\n",
+        json!(base)
+    )
 }
 
 /// What the card says of those that were trained along.
@@ -258,7 +298,8 @@ mod tests {
         let all = "all-linear";
         let convert = "tangent convert --model m --adapter a --to lora --output plain";
         let merge = "tangent merge --model m --adapter a --output merged";
-        let cases: [(&[(&str, &str)], Option<&str>); 11] = [
+        type Parts<'a> = &'a [(&'a str, &'a str)];
+        let cases: [(Parts<'_>, Option<&str>); 11] = [
             (&[("lora", all)], None),
             (&[("full", all)], None),
             (&[("monarch", all)], Some(convert)),

@@ -11,7 +11,7 @@ use tangent_model::SiteKind;
 use tangent_model::family::Model;
 use tangent_ops::Quantization;
 
-use super::{CONFIG, malformed, read};
+use super::{BASE, CONFIG, malformed, read};
 use crate::adapter::Adapter;
 use crate::error::PeftError;
 use crate::init::loftq;
@@ -20,6 +20,8 @@ use crate::init::loftq;
 pub(super) const RECORD: &str = "auto_mapping";
 const BASE_DTYPE: &str = "base_dtype";
 const INIT: &str = "init";
+/// The folder of what left the base before it was quantized.
+const TAKEN: &str = "base";
 
 /// A quantized base, as an adapter's files tell of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub struct TrainedOn {
     pub quantization: Quantization,
     /// Whether the adapter began with what quantization lost, so that no other base will do.
     pub corrects: bool,
+    /// Whether something left the weights before they were quantized, which stands in [`BASE`].
+    pub rebased: bool,
 }
 
 impl TrainedOn {
@@ -65,6 +69,9 @@ pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
         return Value::Null;
     };
     let quantization = quantization.to_string();
+    if !adapter.taken.is_empty() {
+        return json!({BASE_DTYPE: quantization, TAKEN: BASE});
+    }
     match adapter.config.init == loftq::INIT.id {
         true => json!({BASE_DTYPE: quantization, INIT: loftq::INIT.id}),
         false => json!({BASE_DTYPE: quantization}),
@@ -90,6 +97,7 @@ pub fn trained_on(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
     Ok(Some(TrainedOn {
         quantization,
         corrects: record[INIT].as_str() == Some(loftq::INIT.id),
+        rebased: record[TAKEN].as_str() == Some(BASE),
     }))
 }
 
@@ -108,12 +116,12 @@ pub(super) fn recall(adapter: &mut Adapter, folders: &[PathBuf]) -> Result<(), P
     Ok(())
 }
 
-/// Refuses a model that is held in another way than the base that the adapter in the folder `dir`
-/// began by correcting.
+/// Refuses a model that is held in another way than the base that the start values of the adapter in
+/// the folder `dir` belong to.
 pub(super) fn check(model: &dyn Model, dir: &Path) -> Result<(), PeftError> {
     let held = quantization(model);
     match trained_on(dir)? {
-        Some(base) if base.corrects && held != Some(base.quantization) => {
+        Some(base) if (base.corrects || base.rebased) && held != Some(base.quantization) => {
             Err(PeftError::BaseDtype {
                 path: dir.join(CONFIG),
                 expected: base.quantization,

@@ -20,7 +20,7 @@ use tangent_testkit::{Reference, all_logits, close, folder, model, quantized};
 const UNTIED: &str = "llama/everything";
 const BASES: [&str; 3] = ["f32", "bf16", "q8_0"];
 
-fn base(kind: &str) -> Box<dyn Model> {
+pub(crate) fn base(kind: &str) -> Box<dyn Model> {
     let mut model = model(&folder(UNTIED));
     for site in model.sites_mut() {
         site.weight = match (kind, site.kind) {
@@ -33,7 +33,7 @@ fn base(kind: &str) -> Box<dyn Model> {
     model
 }
 
-fn reference() -> Reference {
+pub(crate) fn reference() -> Reference {
     Reference::open(&folder("llama/everything/reference.safetensors"))
 }
 
@@ -91,7 +91,7 @@ fn attached(model: &mut dyn Model, config: &AdapterConfig) -> Adapter {
     attach_from(model, config, &start).unwrap()
 }
 
-fn randomize(adapter: &Adapter) {
+pub(crate) fn randomize(adapter: &Adapter) {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     for parameter in &adapter.parameters {
         parameter.update(|values| {
@@ -134,7 +134,7 @@ fn the_start_leaves_the_model_unchanged_on_every_base() {
 }
 
 /// A base whose linear maps are quantized when it is opened.
-fn quantized_base() -> Box<dyn Model> {
+pub(crate) fn quantized_base() -> Box<dyn Model> {
     let dir = folder(UNTIED);
     let path = dir.join("config.json");
     let weights = Weights::folder(&dir, "nf4".parse().unwrap()).unwrap();
@@ -335,7 +335,7 @@ fn seeds_decide_what_is_random() {
 }
 
 /// Rank, alpha and settings of a reference of scaling 2.
-fn referenced(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> AdapterConfig {
+pub(crate) fn referenced(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> AdapterConfig {
     AdapterConfig {
         rank,
         alpha: 2.0 * rank as f32,
@@ -348,13 +348,13 @@ fn referenced(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> AdapterC
     }
 }
 
-fn site(weight: Vec<f32>, (rows, cols): (usize, usize)) -> Site {
+pub(crate) fn site(weight: Vec<f32>, (rows, cols): (usize, usize)) -> Site {
     let weight = FrozenMatrix::from_values(weight, rows, cols);
     Site::new("w".into(), SiteKind::Linear, Some(0), weight)
 }
 
 /// Rows turned around where that brings them closer to those that are wanted.
-fn turned(got: &[f32], want: &[f32], cols: usize) -> Vec<f32> {
+pub(crate) fn turned(got: &[f32], want: &[f32], cols: usize) -> Vec<f32> {
     let rows = got.chunks(cols).zip(want.chunks(cols));
     let turned = rows.flat_map(|(got, want)| {
         let along: f32 = got.iter().zip(want).map(|(g, w)| g * w).sum();
@@ -363,7 +363,7 @@ fn turned(got: &[f32], want: &[f32], cols: usize) -> Vec<f32> {
     turned.collect()
 }
 
-fn transposed(m: &[f32], cols: usize) -> Vec<f32> {
+pub(crate) fn transposed(m: &[f32], cols: usize) -> Vec<f32> {
     let column = |j| m.iter().skip(j).step_by(cols).copied();
     (0..cols).flat_map(column).collect()
 }
@@ -404,9 +404,9 @@ fn gradients_give_the_factors_of_the_reference() {
     let rank = 2;
     for (n, (rows, cols)) in [(12, 9), (8, 11)].into_iter().enumerate() {
         let g = stored.values(&format!("{n}.G"));
-        let site = site(vec![1.0; rows * cols], (rows, cols));
+        let site = site(stored.values(&format!("{n}.W")), (rows, cols));
         for direction in ["ArB2r", "A2rBr", "ArBr"] {
-            for scale in ["stable", "unit", "gd"] {
+            for scale in ["stable", "unit", "gd", "weightS"] {
                 let word = |text: &str| SettingValue::Text(text.to_owned().into());
                 let own = [("direction", word(direction)), ("scale", word(scale))];
                 let config = referenced("lora-ga", rank, &own);

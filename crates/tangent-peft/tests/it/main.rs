@@ -22,6 +22,8 @@ mod moved_base;
 mod norms;
 mod oft;
 mod pairs;
+mod requantized;
+mod starts;
 mod stored;
 mod variants;
 mod vera;

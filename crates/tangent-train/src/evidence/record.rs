@@ -1,7 +1,8 @@
 //! `start.safetensors`: the start values of a run, so that one that is resumed has the same.
 //!
 //! It holds `<site>#a: (rank, d_in)` and `<site>#b: (d_out, rank)` of every adapted site, and the
-//! settings of the run.
+//! settings of the run. Where bases are quantized anew, `<site>#taken_a` and `<site>#taken_b` are the
+//! factors whose product leaves the weight before that.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,7 +15,7 @@ use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
 use tangent_peft::adapter::chosen;
 use tangent_peft::export::{LazyTensor, WriteDtype};
-use tangent_peft::init::{self, ranks};
+use tangent_peft::init::{self, Started, ranks};
 use tangent_peft::{Adapter, AdapterConfig, Factors, Start};
 
 use crate::error::TrainError;
@@ -24,6 +25,9 @@ use crate::trainer::{io, refuse_changes};
 pub const START: &str = "start.safetensors";
 
 const SETTINGS: &str = "settings";
+/// Names of the two factors at the start, and of those that leave a weight.
+const OF_START: [&str; 2] = ["a", "b"];
+const OF_TAKEN: [&str; 2] = ["taken_a", "taken_b"];
 
 /// Writes the factors of an adapter that has not been trained yet, if they were computed once;
 /// nothing otherwise.
@@ -38,9 +42,18 @@ pub fn save(output: &Path, adapter: &Adapter, settings: &Value) -> Result<(), Tr
         }
         is_kept = true;
         for pair in &part.pairs {
-            for (name, index) in [("a", pair.a), ("b", pair.b)] {
+            let taken = part.taken.get(&pair.site);
+            for (name, index, taken) in [
+                (OF_START[0], pair.a, taken.map(|taken| &taken.a)),
+                (OF_START[1], pair.b, taken.map(|taken| &taken.b)),
+            ] {
                 let parameter = &part.parameters[index];
                 let shape = parameter.shape().to_vec();
+                if let Some(taken) = taken {
+                    let values = move || taken.clone();
+                    let tensor = LazyTensor::new(shape.clone(), WriteDtype::F32, values);
+                    tensors.push((format!("{}#taken_{name}", pair.site), tensor));
+                }
                 let tensor = LazyTensor::new(shape, WriteDtype::F32, move || parameter.values());
                 tensors.push((format!("{}#{name}", pair.site), tensor));
             }
@@ -80,6 +93,7 @@ pub fn load(
     };
     refuse_changes(&path, &begun_with(&path, &bytes)?, settings)?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| fault(&path, e))?;
+    let requantizes = init::requantizes(config)?;
     let moved = init.redistributes && config.own("rho").number() > 1.0;
     let mut start = Start {
         seed,
@@ -98,8 +112,10 @@ pub fn load(
         };
         found_ranks.push((site.path.clone(), rank));
         if rank > 0 {
-            let factors = factors(&file, &path, site, rank)?;
-            start.factors.insert(site.path.clone(), factors);
+            let read = |names| factors(&file, &path, (site, rank), names);
+            let taken = requantizes.then(|| read(OF_TAKEN)).transpose()?;
+            let factors = read(OF_START)?;
+            start.add(&site.path, Started { factors, taken });
         }
     }
     if moved {
@@ -120,8 +136,8 @@ fn begun_with(path: &Path, bytes: &[u8]) -> Result<Value, TrainError> {
 fn factors(
     file: &SafeTensors<'_>,
     path: &Path,
-    site: &Site,
-    rank: usize,
+    (site, rank): (&Site, usize),
+    [a, b]: [&str; 2],
 ) -> Result<Factors, TrainError> {
     let (d_out, d_in) = (site.weight.rows(), site.weight.cols());
     let values = |name: &str, shape: [usize; 2]| -> Result<Vec<f32>, TrainError> {
@@ -139,8 +155,8 @@ fn factors(
         return Err(fault(path, format!("{} has rank {rank}", site.path)));
     }
     Ok(Factors {
-        a: values("a", [rank, d_in])?,
-        b: values("b", [d_out, rank])?,
+        a: values(a, [rank, d_in])?,
+        b: values(b, [d_out, rank])?,
     })
 }
 

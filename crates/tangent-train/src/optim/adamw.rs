@@ -17,6 +17,7 @@ pub const RULE: Rule = Rule {
     summary: "adaptive moments, decoupled weight decay",
     paper: "1711.05101",
     settings: &["adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"],
+    epsilon: None,
     slots: &["exp_avg", "exp_avg_sq"],
     step,
     pair: None,
@@ -30,11 +31,11 @@ fn step(hyper: &Hyper, step: Step<'_>) {
     let size = (f64::from(step.rate) / power(hyper.beta1)) as f32;
     let root = power(hyper.beta2).sqrt() as f32;
     let keep = 1.0 - step.rate * step.weight_decay;
-    let (b1, b2) = (hyper.beta1, hyper.beta2);
+    let (b1, b2, epsilon) = (hyper.beta1, hyper.beta2, hyper.epsilon());
     for (i, &g) in step.gradient.iter().enumerate() {
         m[i] += (g - m[i]) * (1.0 - b1);
         v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-        let denominator = v[i].sqrt() / root + hyper.epsilon;
+        let denominator = v[i].sqrt() / root + epsilon;
         step.values[i] = step.values[i] * keep - size * m[i] / denominator;
     }
 }

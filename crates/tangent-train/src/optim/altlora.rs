@@ -40,6 +40,7 @@ pub const RULE: Rule = Rule {
     summary: "A and B in turn, momentum in the space of weights; thin moments",
     paper: "2505.12455",
     settings: adamw::RULE.settings,
+    epsilon: None,
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {
@@ -138,10 +139,8 @@ impl Turn<'_> {
             *v = beta2 * *v + (1.0 - beta2) * g * g;
         }
         earlier.copy_from_slice(other);
-        let moments = m.iter().zip(&*v);
-        Ok(moments
-            .map(|(m, v)| m / (v.sqrt() + self.hyper.epsilon))
-            .collect())
+        let (moments, epsilon) = (m.iter().zip(&*v), self.hyper.epsilon());
+        Ok(moments.map(|(m, v)| m / (v.sqrt() + epsilon)).collect())
     }
 }
 

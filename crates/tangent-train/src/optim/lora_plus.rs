@@ -8,11 +8,10 @@
 //! ```
 //!
 //! `rate` is that of the schedule at this step: warm-up and decay multiply all three. The groups
-//! are those of the authors' code. The ratio has no default: their example takes 20, their script
-//! for RoBERTa 80; with a higher ratio the rate itself should be lower.
-//!
-//! Weight decay stays as it is without LoRA+: matrices decay, vectors do not. In the authors' code
-//! vectors other than biases and scales of normalizations decay, too. No state.
+//! are those of the authors' code, and so is what decays: matrices and the magnitudes of DoRA, which
+//! do not decay without LoRA+, but neither biases nor scales of normalizations. The ratio has no
+//! default: their example takes 20, their script for RoBERTa 80; with a higher ratio the rate itself
+//! should be lower. No state.
 
 use tangent_model::Parameter;
 
@@ -69,8 +68,13 @@ impl LoraPlus {
         }
     }
 
-    /// Sets the rates of all tensors.
-    pub(super) fn apply(&self, slots: &mut [Slot], learning_rate: f64) -> Result<(), TrainError> {
+    /// Sets the rates of all tensors, and the decay of those that otherwise have none.
+    pub(super) fn apply(
+        &self,
+        slots: &mut [Slot],
+        learning_rate: f64,
+        weight_decay: f32,
+    ) -> Result<(), TrainError> {
         let is_factor = |slot: &Slot| {
             let name = slot.parameter.name();
             name.contains(EMBEDDING) || name.contains(FACTOR_B)
@@ -85,6 +89,9 @@ impl LoraPlus {
         }
         for slot in slots {
             slot.rate_factor = self.factor(&slot.parameter, learning_rate) as f32;
+            if slot.parameter.name().contains(MAGNITUDE) {
+                slot.weight_decay = weight_decay;
+            }
         }
         Ok(())
     }
@@ -92,6 +99,9 @@ impl LoraPlus {
 
 /// In the names of B.
 const FACTOR_B: &str = "lora_B";
+
+/// In the names of DoRA's magnitudes.
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// In the names of the factors of embeddings.
 const EMBEDDING: &str = "lora_embedding_";

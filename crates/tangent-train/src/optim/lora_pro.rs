@@ -52,6 +52,7 @@ pub const RULE: Rule = Rule {
     summary: "AdamW on the weight that A and B can follow; full-size moments",
     paper: "2407.18242",
     settings: adamw::RULE.settings,
+    epsilon: None,
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {
@@ -79,6 +80,7 @@ pub const SGD: Rule = Rule {
     summary: "gradient descent on the weight that A and B can follow; no state",
     paper: "2407.18242",
     settings: &["weight_decay"],
+    epsilon: None,
     slots: &[],
     step: plain_step,
     pair: Some(PairRule {

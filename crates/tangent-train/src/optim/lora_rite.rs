@@ -16,8 +16,11 @@
 //! ```
 //!
 //! Replacing A by `S A` and B by `B S^-1` leaves every `B A` of a run as it is, at any learning
-//! rate. Clipping of gradients by their global norm (`--max-grad-norm`) does not: with 0 the rule is
-//! exactly invariant.
+//! rate. Clipping of gradients by their global norm does not, so the authors leave it out
+//! (`--max-grad-norm 0`): u is clipped. Where nothing but factors trains and no singular value of
+//! theirs is above 1, `|u|` is at least the norm of the gradients, and clipping these to 1, the
+//! default, changes no step; only the limit on the root mean square (below) is met more rarely. With
+//! longer factors it makes steps shorter.
 //!
 //! State of each factor: M, V, and the other one's Q, `2 r (d_in + d_out) + 2 r^2` values a pair, as
 //! much as AdamW's.
@@ -25,9 +28,9 @@
 //! Here `Q_A^T = (A A^T)^(-1/2) A` and `R_A = (A A^T)^(1/2)` in the place of a QR decomposition:
 //! every orthonormal basis gives the same steps, and this one needs products alone. Inverses are
 //! pseudo-inverses, so that A stays where B is still 0. As in the authors' code, a factor whose u
-//! has a root mean square above 1 is not moved by it; the authors' epsilon is 1e-6. Their options
-//! for escaped mass, capped updates and balanced factors are off there and not here. Tensors outside
-//! of pairs take AdamW.
+//! has a root mean square above 1 is not moved by it, and epsilon is theirs, 1e-6, unless another is
+//! given. Their options for escaped mass, capped updates and balanced factors are off there and not
+//! here. Tensors outside of pairs take AdamW.
 
 use tangent_linalg::{Eigh, LinalgError, Mat, eigh, inverse_sqrt_spd, product};
 
@@ -42,6 +45,7 @@ pub const RULE: Rule = Rule {
     summary: "moments that do not depend on the split into A and B; thin moments",
     paper: "2410.20625",
     settings: adamw::RULE.settings,
+    epsilon: Some(1e-6),
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {
@@ -192,7 +196,7 @@ impl Average {
         Self {
             beta1: corrected(hyper.beta1),
             beta2: corrected(hyper.beta2),
-            epsilon: f64::from(hyper.epsilon),
+            epsilon: f64::from(hyper.epsilon()),
         }
     }
 }
@@ -305,44 +309,54 @@ mod tests {
             let of_b = times(naive(&g, &transposed(&self.a, d_in), d_in));
             [product, of_a, of_b]
         }
+
+        fn squares(&self, [gradient_a, gradient_b]: [&[f32]; 2], limits: Limits) -> f64 {
+            let view = PairView {
+                a: &self.a,
+                b: &self.b,
+                gradient_a,
+                gradient_b,
+                shape: self.shape,
+            };
+            squares(&view, limits)
+        }
+
+        /// A step with the rule's own numbers.
+        fn take(
+            &mut self,
+            [gradient_a, gradient_b]: [&[f32]; 2],
+            norm: f64,
+            number: u64,
+            limits: Limits,
+        ) {
+            let step = PairStep {
+                a: &mut self.a,
+                b: &mut self.b,
+                gradient_a,
+                gradient_b,
+                shape: self.shape,
+                scaling: self.scaling,
+                state: &mut self.state,
+                rate_a: 0.05,
+                rate_b: 0.05,
+                weight_decay: 0.0,
+                norm,
+                number,
+            };
+            move_pair(&Hyper::default().of(&RULE), step, limits);
+        }
     }
 
     /// Steps of all pairs together; every step's product.
     fn run(problems: &mut [Problem], steps: u64, limits: Limits) -> Vec<Vec<f32>> {
-        let hyper = Hyper {
-            epsilon: 1e-6,
-            ..Hyper::default()
-        };
         let mut products = vec![];
         for number in 1..=steps {
             let gradients: Vec<[Vec<f32>; 3]> = problems.iter().map(Problem::gradients).collect();
-            let parts = problems.iter().zip(&gradients).map(|(p, [_, of_a, of_b])| {
-                let view = PairView {
-                    a: &p.a,
-                    b: &p.b,
-                    gradient_a: of_a,
-                    gradient_b: of_b,
-                    shape: p.shape,
-                };
-                squares(&view, limits)
-            });
+            let parts = problems.iter().zip(&gradients);
+            let parts = parts.map(|(p, [_, of_a, of_b])| p.squares([of_a, of_b], limits));
             let norm = parts.sum::<f64>().sqrt();
             for (p, [product, of_a, of_b]) in problems.iter_mut().zip(&gradients) {
-                let step = PairStep {
-                    a: &mut p.a,
-                    b: &mut p.b,
-                    gradient_a: of_a,
-                    gradient_b: of_b,
-                    shape: p.shape,
-                    scaling: p.scaling,
-                    state: &mut p.state,
-                    rate_a: 0.05,
-                    rate_b: 0.05,
-                    weight_decay: 0.0,
-                    norm,
-                    number,
-                };
-                move_pair(&hyper, step, limits);
+                p.take([of_a, of_b], norm, number, limits);
                 products.push(product.clone());
             }
         }
@@ -380,6 +394,39 @@ mod tests {
             let far = want[5].iter().zip(&want[0]).map(|(x, y)| (x - y).abs());
             assert!(far.fold(0f32, f32::max) > 0.1, "it moves");
         }
+    }
+
+    #[test]
+    fn clipping_gradients_changes_no_step_of_short_factors_and_shortens_those_of_long_ones() {
+        let shape = PairShape {
+            d_out: 6,
+            d_in: 5,
+            rank: 2,
+        };
+        let limits = Limits { norm: 1.0, ..NONE };
+        let moved = |length: f32, is_clipped: bool| {
+            let factor = |len: usize, seed: u64| -> Vec<f32> {
+                random(len, seed).iter().map(|v| length * v).collect()
+            };
+            let (a, b) = (factor(shape.a(), 1), factor(shape.b(), 2));
+            let off: Vec<f32> = random(30, 3).iter().map(|v| 10.0 * v).collect();
+            let mut problem = Problem::new(shape, 1.5, off, a.clone(), b);
+            let [_, of_a, of_b] = problem.gradients();
+            let sum = |g: &[f32]| g.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+            let norm = (sum(&of_a) + sum(&of_b)).sqrt();
+            assert!(norm > 1.0, "{norm}");
+            let factor = if is_clipped { norm.recip() as f32 } else { 1.0 };
+            let [of_a, of_b] =
+                [of_a, of_b].map(|g| g.iter().map(|v| factor * v).collect::<Vec<f32>>());
+            let norm = problem.squares([&of_a, &of_b], limits).sqrt();
+            problem.take([&of_a, &of_b], norm, 1, limits);
+            (norm, problem)
+        };
+        let ((_, whole), (_, clipped)) = (moved(0.2, false), moved(0.2, true));
+        close("A", &clipped.a, &whole.a, 1e-4);
+        close("B", &clipped.b, &whole.b, 1e-4);
+        let ((whole, _), (clipped, _)) = (moved(5.0, false), moved(5.0, true));
+        assert!(whole > 1.0 && clipped < 1.0, "{whole} {clipped}");
     }
 
     #[test]

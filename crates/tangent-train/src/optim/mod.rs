@@ -29,8 +29,8 @@ pub struct Hyper {
     pub beta1: f32,
     /// AdamW's decay of the second moment.
     pub beta2: f32,
-    /// AdamW's floor of the denominator.
-    pub epsilon: f32,
+    /// AdamW's floor of the denominator; the rule's own if `None`.
+    pub epsilon: Option<f32>,
     /// SGD's momentum.
     pub momentum: f32,
 }
@@ -41,9 +41,27 @@ impl Default for Hyper {
         Self {
             beta1: 0.9,
             beta2: 0.999,
-            epsilon: 1e-8,
+            epsilon: None,
             momentum: 0.9,
         }
+    }
+}
+
+impl Hyper {
+    /// That of Hugging Face's Trainer.
+    const EPSILON: f32 = 1e-8;
+
+    /// These numbers, with the rule's own where none are given.
+    pub fn of(self, rule: &Rule) -> Self {
+        Self {
+            epsilon: self.epsilon.or(rule.epsilon),
+            ..self
+        }
+    }
+
+    /// AdamW's floor of the denominator.
+    pub fn epsilon(&self) -> f32 {
+        self.epsilon.unwrap_or(Self::EPSILON)
     }
 }
 
@@ -75,6 +93,8 @@ pub struct Rule {
     pub paper: &'static str,
     /// Settings of the run that it reads beside the learning rate, by their names in files.
     pub settings: &'static [&'static str],
+    /// Its authors' floor of the denominator, where that is not AdamW's.
+    pub epsilon: Option<f32>,
     /// Names of the state vectors.
     pub slots: &'static [&'static str],
     /// Moves one tensor.
@@ -221,7 +241,8 @@ impl Optimizer {
         let (parameters, pairs) = (&adapter.parameters, &adapter.pairs);
         let mut optimizer = Self::new(rule, config.hyper, config.weight_decay, parameters, pairs)?;
         if let Some(plus) = &config.lora_plus {
-            plus.apply(&mut optimizer.slots, config.learning_rate)?;
+            let (rate, decay) = (config.learning_rate, config.weight_decay);
+            plus.apply(&mut optimizer.slots, rate, decay)?;
         }
         Ok(optimizer)
     }
@@ -270,7 +291,7 @@ impl Optimizer {
         }
         Ok(Self {
             rule,
-            hyper,
+            hyper: hyper.of(rule),
             slots,
             pairs,
             steps: 0,

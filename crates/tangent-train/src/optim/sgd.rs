@@ -13,6 +13,7 @@ pub const RULE: Rule = Rule {
     summary: "gradient descent with momentum",
     paper: "-",
     settings: &["momentum", "weight_decay"],
+    epsilon: None,
     slots: &["momentum_buffer"],
     step,
     pair: None,

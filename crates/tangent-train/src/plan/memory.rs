@@ -106,7 +106,7 @@ impl Importances {
         let mut rows = 0;
         for adapter in draft.adapters() {
             if matches!(methods::find(&adapter.method)?.attach, Attach::Side(_)) {
-                rows += evidence::rows(adapter)?;
+                rows += evidence::rows(adapter)?.most;
             }
         }
         let sites = draft.model.sites().into_iter();

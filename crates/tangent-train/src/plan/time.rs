@@ -204,7 +204,7 @@ impl Work {
         config: &TrainConfig,
     ) -> Result<f64, TrainError> {
         let rows = evidence::rows(adapter)?;
-        if rows == 0 {
+        if rows.most == 0 {
             return Ok(0.0);
         }
         let evidence = Evidence::first(draft.train, config, rows);

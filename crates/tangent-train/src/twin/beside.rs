@@ -114,7 +114,9 @@ fn rank(adapter: &Adapter, site: &Site) -> Option<usize> {
     let rank = adapter.parameters.get(pair.a)?.shape().first()?;
     // What is taken out of the base is a product, too.
     let products = if pair.offset.is_some() { 2 } else { 1 };
-    site.attached()?.is_additive().then_some(products * rank)
+    // A base of its own differs from the model's by a matrix of any rank.
+    let is_product = site.attached()?.is_additive() && site.rebased().is_none();
+    is_product.then_some(products * rank)
 }
 
 /// The twin's change of a site.

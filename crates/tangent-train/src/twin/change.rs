@@ -45,9 +45,14 @@ pub struct Comparison {
     pub twin_singular_values: Vec<f64>,
 }
 
-/// What a site's effective weight differs by from its frozen one, row-major.
+/// What a site's effective weight differs by from its frozen one without an adapter, row-major.
 pub fn of(site: &Site, pass: &Pass) -> Vec<f32> {
     let base = dense(&site.weight, pass);
+    if site.rebased().is_some() {
+        // The adapter brought a base of its own.
+        let before = dense(site.detached_weight(), pass);
+        return tangent_ops::values(site.effective_weight(pass) - before);
+    }
     match site.attached() {
         None => vec![0.0; site.weight.rows() * site.weight.cols()],
         // Without the weight, beside which a small change would be rounded.

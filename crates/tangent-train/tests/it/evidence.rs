@@ -5,14 +5,19 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Device;
 use serde_json::{Value, json};
+use tangent_linalg::{Mat, mat, product, svd, to_rows};
 use tangent_model::family::Model;
-use tangent_model::{Batch, Pass, Site, SiteKind};
-use tangent_peft::{AdapterConfig, INITS, SettingValue, Start, Targets, attach, attach_from};
+use tangent_model::{Batch, Pass, Site, SiteKind, Weights, family, read_json};
+use tangent_peft::init::Needs;
+use tangent_peft::{
+    Adapter, AdapterConfig, INITS, Pair, SettingValue, Start, Targets, attach, attach_from,
+};
 use tangent_testkit::{all_logits, close, folder, model, quantized};
 use tangent_train::data::Example;
 use tangent_train::evidence::gradient::gradients;
 use tangent_train::evidence::{self, Evidence, MicroBatch};
 use tangent_train::gradients::{Accumulated, accumulate};
+use tangent_train::optim::{Hyper, Optimizer, find};
 
 use crate::rows::examples;
 
@@ -26,6 +31,22 @@ fn batch(rows: &[Example]) -> Batch {
     )
 }
 
+/// Gradients of what an adapter trains, on all rows at once.
+fn of_trained(model: &dyn Model, adapter: &Adapter, rows: &[Example]) -> Accumulated {
+    let batch = batch(rows);
+    let mut found: Accumulated = vec![None; adapter.parameters.len()];
+    accumulate(
+        model,
+        &batch,
+        1.0 / batch.targets.len() as f32,
+        &Pass::training(&Device::flex(), 0),
+        false,
+        &adapter.parameters,
+        &mut found,
+    );
+    found
+}
+
 /// Gradients of all weights, by path, from full fine-tuning on all rows at once.
 fn of_full_fine_tuning(base: &str, rows: &[Example]) -> BTreeMap<String, Vec<f32>> {
     let mut model = model(&folder(base));
@@ -34,17 +55,7 @@ fn of_full_fine_tuning(base: &str, rows: &[Example]) -> BTreeMap<String, Vec<f32
         ..AdapterConfig::default()
     };
     let adapter = attach(&mut *model, &config, 0).unwrap();
-    let batch = batch(rows);
-    let mut found: Accumulated = vec![None; adapter.parameters.len()];
-    accumulate(
-        &*model,
-        &batch,
-        1.0 / batch.targets.len() as f32,
-        &Pass::training(&Device::flex(), 0),
-        false,
-        &adapter.parameters,
-        &mut found,
-    );
+    let found = of_trained(&*model, &adapter, rows);
     let named = adapter.parameters.iter().zip(found);
     let weights = named.filter_map(|(parameter, gradient)| {
         let path = parameter.name().strip_suffix(".weight")?;
@@ -154,8 +165,8 @@ fn started(model: &mut dyn Model, config: &mut AdapterConfig) -> Start {
 #[test]
 fn start_values_leave_the_model_unchanged_and_the_base_as_it_is_stored() {
     let rows = examples();
-    // LoftQ changes the model, and refuses a base that is not quantized.
-    let inits = INITS.iter().filter(|init| init.id != "loftq");
+    // LoftQ and QPiSSA change the model, and refuse a base that is not quantized.
+    let inits = INITS.iter().filter(|init| init.needs != Needs::Original);
     for (init, in_blocks) in inits.flat_map(|i| [(i, false), (i, true)]) {
         let mut model = model(&folder(UNTIED));
         let matrices = model.sites_mut().into_iter();
@@ -230,6 +241,50 @@ fn the_first_step_follows_the_gradient_better_than_plain_lora() {
     assert!(aligned > 0.8 && aligned > plain + 0.2, "{plain} {aligned}");
 }
 
+/// `s B A` of every pair, in the order of the adapter, in `f64`.
+fn products(adapter: &Adapter) -> Vec<Mat<f64>> {
+    let of_pair = |pair: &Pair| {
+        let (a, b) = (&adapter.parameters[pair.a], &adapter.parameters[pair.b]);
+        let (rank, d_in, d_out) = (a.shape()[0], a.shape()[1], b.shape()[0]);
+        let (a, b) = (mat(&a.values(), rank, d_in), mat(&b.values(), d_out, rank));
+        let moved = product(b.as_ref(), a.as_ref());
+        Mat::from_fn(d_out, d_in, |i, j| f64::from(pair.scaling) * moved[(i, j)])
+    };
+    adapter.pairs.iter().map(of_pair).collect()
+}
+
+#[test]
+fn the_first_step_of_gradient_descent_is_the_best_of_twice_the_rank() {
+    const RATE: f32 = 1e-3;
+    let rows = examples();
+    let full = of_full_fine_tuning(UNTIED, &rows);
+    let mut model = model(&folder(UNTIED));
+    let mut config = config("lora-ga", &[("scale", SettingValue::text("unit"))]);
+    let start = started(&mut *model, &mut config);
+    let adapter = attach_from(&mut *model, &config, &start).unwrap();
+    let hyper = Hyper {
+        momentum: 0.0,
+        ..Hyper::default()
+    };
+    let (sgd, pairs) = (find("sgd").unwrap(), &adapter.pairs);
+    let mut optimizer = Optimizer::new(sgd, hyper, 0.0, &adapter.parameters, pairs).unwrap();
+    let before = products(&adapter);
+    optimizer.step(RATE, &of_trained(&*model, &adapter, &rows));
+    // Two layers of seven linear maps, and the head.
+    assert_eq!(pairs.len(), 15);
+    for ((pair, before), after) in pairs.iter().zip(before).zip(products(&adapter)) {
+        let (d_out, d_in) = after.shape();
+        let moved = Mat::from_fn(d_out, d_in, |i, j| after[(i, j)] - before[(i, j)]);
+        let g = svd(mat(&full[&pair.site], d_out, d_in).as_ref()).unwrap();
+        // -rate s^2 U S V^T of the 2 * 4 largest singular values.
+        let factor = -f64::from(RATE) * f64::from(pair.scaling).powi(2);
+        let u = Mat::from_fn(d_out, 8, |i, k| factor * g.u[(i, k)] * g.s[k]);
+        let v = Mat::from_fn(d_in, 8, |j, k| g.v[(j, k)]);
+        let best = to_rows(product(u.as_ref(), v.transpose()).as_ref());
+        close(&pair.site, &to_rows(moved.as_ref()), &best, 1e-2);
+    }
+}
+
 #[test]
 fn ranks_move_and_their_sum_stays() {
     let rho = [("rho", SettingValue::Number(2.0))];
@@ -291,6 +346,61 @@ fn a_resumed_run_has_the_same_start_values() {
         assert!(error.contains(evidence::START), "{error}");
         std::fs::remove_file(&path).unwrap();
         assert!(load(&mut config(init, own), &settings).unwrap().is_none());
+    }
+}
+
+/// A base whose linear maps are quantized when it is opened.
+fn quantized_base() -> Box<dyn Model> {
+    let dir = folder(UNTIED);
+    let path = dir.join("config.json");
+    let weights = Weights::folder(&dir, "nf4".parse().unwrap()).unwrap();
+    let config = read_json(&path).unwrap();
+    family::open(&config, &path, &weights, &Device::flex()).unwrap()
+}
+
+#[test]
+fn a_resumed_run_has_the_same_base() {
+    let settings = json!({});
+    let two = [("iterations", SettingValue::Number(2.0))];
+    for (init, method) in [("qpissa", "lora"), ("qpissa", "dora"), ("loftq", "lora")] {
+        let of_run = || AdapterConfig {
+            method: method.into(),
+            targets: Targets::parse(&["q_proj".into(), "down_proj".into()]),
+            ..config(init, &two)
+        };
+        let weights = |model: &dyn Model| -> Vec<Vec<f32>> {
+            let sites = model.sites().into_iter();
+            sites.map(|site| site.weight.to_values()).collect()
+        };
+        let out = tempfile::tempdir().unwrap();
+        let mut first = quantized_base();
+        let before = weights(&*first);
+        let start = started(&mut *first, &mut of_run());
+        assert_eq!(start.taken.len(), 4, "{init}");
+        assert_eq!(start.taken == start.factors, init == "qpissa");
+        let adapter = attach_from(&mut *first, &of_run(), &start).unwrap();
+        assert!(adapter.taken == start.taken);
+        let trained_on = weights(&*first);
+        let changed = trained_on.iter().zip(&before).filter(|(a, b)| a != b);
+        assert_eq!(changed.count(), 4, "{init}");
+        evidence::save(out.path(), &adapter, &settings).unwrap();
+
+        let mut again = quantized_base();
+        let load = evidence::load(out.path(), &*again, &mut of_run(), &settings, 5);
+        let kept = load.unwrap().unwrap();
+        assert!(kept.factors == start.factors && kept.taken == start.taken);
+        let resumed = attach_from(&mut *again, &of_run(), &kept).unwrap();
+        assert!(weights(&*again) == trained_on, "{method} {init}");
+        let logits = |model: &dyn Model| all_logits(model, &batch(&examples()));
+        assert!(logits(&*again) == logits(&*first), "{method} {init}");
+        assert_eq!(resumed.count(), adapter.count());
+
+        // A refused adapter leaves the base as it was, another one gets the model's own.
+        let refused = attach(&mut *again, &config("qpissa", &[]), 5);
+        assert!(refused.is_err(), "the head is not quantized");
+        assert!(weights(&*again) == trained_on, "{method} {init}");
+        attach(&mut *again, &config("gaussian", &[]), 5).unwrap();
+        assert!(weights(&*again) == before, "{method} {init}");
     }
 }
 

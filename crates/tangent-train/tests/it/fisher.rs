@@ -87,7 +87,7 @@ fn a_side_network_starts_with_parts_of_the_layers() {
         .into(),
         ..AdapterConfig::default()
     };
-    assert_eq!(evidence::rows(&config).unwrap(), 2);
+    assert_eq!(evidence::rows(&config).unwrap().most, 2);
     let looked_at = Evidence {
         batches: vec![vec![0, 1]],
         sparse: false,

@@ -6,6 +6,7 @@ mod activations;
 mod evidence;
 mod fisher;
 mod gradients;
+mod lora_plus;
 mod meter;
 mod optimizers;
 mod pairs;

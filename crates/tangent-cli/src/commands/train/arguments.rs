@@ -190,9 +190,9 @@ pub struct OptimizationArgs {
     /// AdamW's decay of the second moment.
     #[arg(long, default_value_t = 0.999)]
     adam_beta2: f32,
-    /// AdamW's floor of the denominator.
-    #[arg(long, default_value_t = 1e-8)]
-    pub adam_epsilon: f32,
+    /// AdamW's floor of the denominator; if not given 1e-8, with lora-rite its authors' 1e-6.
+    #[arg(long, value_name = "EPSILON")]
+    pub adam_epsilon: Option<f32>,
     /// SGD's momentum.
     #[arg(long, default_value_t = 0.9)]
     pub momentum: f32,

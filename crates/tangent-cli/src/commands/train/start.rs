@@ -85,6 +85,7 @@ pub fn attach(
         };
         // A site has one method, and a tensor one name.
         start.factors.extend(own.factors);
+        start.taken.extend(own.taken);
         start.values.extend(own.values);
     }
     Ok(attach_all(model, &adapters, &start)?)

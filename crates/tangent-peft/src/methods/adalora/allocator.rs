@@ -240,6 +240,7 @@ mod tests {
             sites: (0..shapes.len()).map(|m| format!("m{m}")).collect(),
             pairs: vec![],
             fixed: vec![],
+            taken: BTreeMap::new(),
             parts: vec![],
         }
     }

@@ -252,6 +252,7 @@ mod tests {
             sites: vec!["q".into(), "v".into()],
             pairs: vec![],
             fixed: vec![],
+            taken: BTreeMap::new(),
             parts: vec![],
         }
     }

@@ -33,7 +33,7 @@ impl Moments {
             beta2: hyper.beta2,
             mean: part(hyper.beta1).recip() as f32,
             root: part(hyper.beta2).sqrt().recip() as f32,
-            epsilon: hyper.epsilon,
+            epsilon: hyper.epsilon(),
         }
     }
 

@@ -70,6 +70,8 @@ fn methods_hold_what_they_say_beside_what_trains() {
         ("lora", "kaiming", 0),
         // Constant factors twice, and their part of the gradients of both.
         ("lora", "pissa", 2 * 3 * 4 * sides),
+        // The codes that come back, here numbers, and what was taken twice.
+        ("lora", "qpissa", 2 * (7680 + 2 * 4 * sides)),
         ("dora", "kaiming", 2 * outputs),
         ("adalora", "kaiming", 2 * 2 * 4 * (sides + 7)),
         // Two projections for all.
