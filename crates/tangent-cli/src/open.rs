@@ -92,7 +92,11 @@ impl ModelArgs {
 pub fn load(opened: &mut LanguageModel, dir: &Path) -> Result<Adapter, Failure> {
     let adapter = peft_format::load(&mut *opened.model, dir)?;
     let base = peft_format::trained_on(dir)?;
-    if let Some(note) = base.and_then(|base| base.note(&*opened.model)) {
+    let notes = [
+        base.and_then(|base| base.note(&*opened.model)),
+        peft_format::note_of_stored_type(dir, &*opened.model)?,
+    ];
+    for note in notes.into_iter().flatten() {
         say(format_args!("warning: {}: {note}", dir.display()));
     }
     Ok(adapter)
@@ -129,6 +133,32 @@ pub fn room(opened: &LanguageModel, virtual_tokens: usize) -> Result<usize, Fail
         .into()),
         room => Ok(room),
     }
+}
+
+/// Refuses rows that are longer than the model takes after the adapter's virtual tokens, and tells of
+/// rows that are longer than those that the model was trained for; `remedy` is what to do about it.
+pub fn check_lengths(
+    opened: &LanguageModel,
+    rows: &[Example],
+    remedy: &str,
+) -> Result<(), Failure> {
+    let virtual_tokens = opened.model.whole().virtual_tokens();
+    let room = room(opened, virtual_tokens)?;
+    let Some(row) = rows.iter().find(|row| row.tokens.len() > room) else {
+        return Ok(());
+    };
+    let (origin, tokens) = (&row.origin, row.tokens.len());
+    if virtual_tokens == 0 {
+        say(format_args!(
+            "warning: {origin}: {tokens} tokens, and the model was made for rows of {room} at \
+             most; {remedy}"
+        ));
+        return Ok(());
+    }
+    Err(Failure::Request(format!(
+        "{origin}: {tokens} tokens, and the model takes {room} after the adapter's \
+         {virtual_tokens} virtual ones; {remedy}"
+    )))
 }
 
 /// Tokens of the text that an adapter's virtual tokens begin with; none without one.

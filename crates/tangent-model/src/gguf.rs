@@ -58,7 +58,7 @@ pub enum GgufError {
     },
     /// A ggml type that cannot be widened here.
     #[error(
-        "{path}: tensor {tensor} is stored as {kind}, which is not supported; take a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K"
+        "{path}: tensor {tensor} is stored as {kind}, which is not supported; take a file in another type, such as Q4_K or Q8_0"
     )]
     UnsupportedTensorType {
         path: PathBuf,
@@ -179,10 +179,25 @@ pub(crate) fn stored_type(id: u32) -> Option<StoredType> {
         6 => StoredType::Q5_0,
         7 => StoredType::Q5_1,
         8 => StoredType::Q8_0,
+        10 => StoredType::Q2_K,
+        11 => StoredType::Q3_K,
         12 => StoredType::Q4_K,
         13 => StoredType::Q5_K,
         14 => StoredType::Q6_K,
+        16 => StoredType::IQ2_XXS,
+        17 => StoredType::IQ2_XS,
+        18 => StoredType::IQ3_XXS,
+        19 => StoredType::IQ1_S,
+        20 => StoredType::IQ4_NL,
+        21 => StoredType::IQ3_S,
+        22 => StoredType::IQ2_S,
+        23 => StoredType::IQ4_XS,
+        29 => StoredType::IQ1_M,
         30 => StoredType::BF16,
+        34 => StoredType::TQ1_0,
+        35 => StoredType::TQ2_0,
+        39 => StoredType::MXFP4,
+        40 => StoredType::NVFP4,
         _ => return None,
     })
 }
@@ -430,15 +445,30 @@ mod tests {
             (6, 176),
             (7, 192),
             (8, 272),
+            (10, 84),
+            (11, 110),
             (12, 144),
             (13, 176),
             (14, 210),
+            (16, 66),
+            (17, 74),
+            (18, 98),
+            (19, 50),
+            (20, 144),
+            (21, 110),
+            (22, 82),
+            (23, 136),
+            (29, 56),
             (30, 512),
+            (34, 54),
+            (35, 66),
+            (39, 136),
+            (40, 144),
         ];
         for (id, bytes) in sizes {
             let kind = stored_type(id).unwrap();
             assert_eq!(kind.row_bytes(256).unwrap(), bytes, "{kind:?}");
         }
-        assert_eq!(stored_type(10), None);
+        assert_eq!(stored_type(9), None);
     }
 }

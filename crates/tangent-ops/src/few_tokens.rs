@@ -1,5 +1,5 @@
 //! Products of a frozen weight and a few tokens, which is what decoding needs: one pass over the
-//! stored bytes, widened in registers.
+//! stored bytes, widened in registers, or in the cache where `blocks` does not know them.
 
 mod blocks;
 
@@ -34,8 +34,6 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix, y: &mut [f32])
         return y.fill(0.0);
     }
     match weight.stored() {
-        // Codes with scales beside them are widened before: their blocks are not those of rows.
-        None | Some(StoredType::F32) => product::<blocks::F32>(x, weight, y),
         Some(StoredType::F16) => product::<blocks::F16>(x, weight, y),
         Some(StoredType::BF16) => product::<blocks::BF16>(x, weight, y),
         Some(StoredType::Q8_0) => product::<blocks::Q8_0>(x, weight, y),
@@ -46,17 +44,21 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix, y: &mut [f32])
         Some(StoredType::Q4_K) => product::<blocks::Q4K>(x, weight, y),
         Some(StoredType::Q5_K) => product::<blocks::Q5K>(x, weight, y),
         Some(StoredType::Q6_K) => product::<blocks::Q6K>(x, weight, y),
+        // Plain numbers, and what is widened to them before: codes whose blocks are not those of
+        // rows, and the rarer types of blocks.
+        _ => product::<blocks::F32>(x, weight, y),
     }
 }
 
-/// Some rows as plain `f32`, of a weight that is not stored row after row.
+/// Some rows as plain `f32`.
 fn widened(weight: &FrozenMatrix, rows: Range<usize>) -> Vec<f32> {
     let mut values = kernel::buffer(rows.len() * weight.cols());
     weight.widen_here(rows.start, &mut values);
     values
 }
 
-/// The product for a weight of blocks `B`, neither empty nor without tokens.
+/// The product for a weight of blocks `B`, or of anything else where these are plain `f32`; neither
+/// empty nor without tokens.
 fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
     let (d_out, d_in) = (weight.rows(), weight.cols());
     let n = x.len() / d_in;
@@ -72,12 +74,12 @@ fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
     let task = |rows: Range<usize>| {
         let values;
         let bytes = match weight.stored_rows() {
-            Some((_, bytes)) => {
+            Some((stored, bytes)) if stored == B::STORED => {
                 let row_bytes = bytes.len() / d_out;
                 &bytes[rows.start * row_bytes..rows.end * row_bytes]
             }
             // As many rows as stay in the second-level cache.
-            None => {
+            _ => {
                 values = widened(weight, rows.clone());
                 bytemuck::cast_slice(&values)
             }
@@ -209,8 +211,9 @@ mod tests {
     use super::*;
     use crate::{Quantization, WeightBytes, check};
 
-    /// Every stored type, with column counts that fit its blocks.
-    const TYPES: [(StoredType, &[usize]); 11] = [
+    /// Every stored type that is widened in registers and some others, with column counts that fit
+    /// their blocks. Products with all types are held to references in `tangent-model`.
+    const TYPES: [(StoredType, &[usize]); 15] = [
         (StoredType::F32, &[7, 32, 45, 576]),
         (StoredType::F16, &[7, 32, 45, 576]),
         (StoredType::BF16, &[7, 32, 45, 576]),
@@ -222,6 +225,10 @@ mod tests {
         (StoredType::Q4_K, &[256, 768]),
         (StoredType::Q5_K, &[256, 768]),
         (StoredType::Q6_K, &[256, 768]),
+        (StoredType::Q2_K, &[256, 768]),
+        (StoredType::Q3_K, &[256, 768]),
+        (StoredType::IQ4_NL, &[32, 96, 576]),
+        (StoredType::IQ3_S, &[256, 768]),
     ];
 
     /// Where a block holds its `f16` numbers.
@@ -229,8 +236,12 @@ mod tests {
         match stored {
             StoredType::F32 | StoredType::F16 | StoredType::BF16 => &[],
             StoredType::Q8_0 | StoredType::Q4_0 | StoredType::Q5_0 => &[0],
+            StoredType::IQ4_NL | StoredType::IQ3_S => &[0],
             StoredType::Q4_1 | StoredType::Q5_1 | StoredType::Q4_K | StoredType::Q5_K => &[0, 2],
             StoredType::Q6_K => &[208],
+            StoredType::Q2_K => &[80, 82],
+            StoredType::Q3_K => &[108],
+            other => unreachable!("{other:?} is not one of TYPES"),
         }
     }
 

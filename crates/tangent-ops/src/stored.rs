@@ -1,5 +1,8 @@
 //! How rows of weights are stored, and where their bytes are.
 
+mod blocks;
+mod grids;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,9 +26,24 @@ pub enum StoredType {
     Q4_1,
     Q5_0,
     Q5_1,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ1_S,
+    IQ1_M,
+    IQ2_XXS,
+    IQ2_XS,
+    IQ2_S,
+    IQ3_XXS,
+    IQ3_S,
+    IQ4_NL,
+    IQ4_XS,
+    TQ1_0,
+    TQ2_0,
+    MXFP4,
+    NVFP4,
 }
 
 impl StoredType {
@@ -39,9 +57,24 @@ impl StoredType {
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
             Self::Q5_1 => (32, 24),
+            Self::Q2_K => (256, 84),
+            Self::Q3_K => (256, 110),
             Self::Q4_K => (256, 144),
             Self::Q5_K => (256, 176),
             Self::Q6_K => (256, 210),
+            Self::IQ1_S => (256, 50),
+            Self::IQ1_M => (256, 56),
+            Self::IQ2_XXS => (256, 66),
+            Self::IQ2_XS => (256, 74),
+            Self::IQ2_S => (256, 82),
+            Self::IQ3_XXS => (256, 98),
+            Self::IQ3_S => (256, 110),
+            Self::IQ4_NL => (32, 18),
+            Self::IQ4_XS => (256, 136),
+            Self::TQ1_0 => (256, 54),
+            Self::TQ2_0 => (256, 66),
+            Self::MXFP4 => (32, 17),
+            Self::NVFP4 => (64, 36),
         }
     }
 
@@ -97,9 +130,24 @@ pub(crate) fn widen_rows(stored: StoredType, bytes: &[u8], out: &mut [f32]) {
         StoredType::Q4_1 => widen_blocks::<k_quants::BlockQ4_1>(bytes, out),
         StoredType::Q5_0 => widen_blocks::<k_quants::BlockQ5_0>(bytes, out),
         StoredType::Q5_1 => widen_blocks::<k_quants::BlockQ5_1>(bytes, out),
+        StoredType::Q2_K => widen_blocks::<k_quants::BlockQ2K>(bytes, out),
+        StoredType::Q3_K => widen_blocks::<k_quants::BlockQ3K>(bytes, out),
         StoredType::Q4_K => widen_blocks::<k_quants::BlockQ4K>(bytes, out),
         StoredType::Q5_K => widen_blocks::<k_quants::BlockQ5K>(bytes, out),
         StoredType::Q6_K => widen_blocks::<k_quants::BlockQ6K>(bytes, out),
+        StoredType::IQ1_S => blocks::widen(bytes, out, blocks::iq1_s),
+        StoredType::IQ1_M => blocks::widen(bytes, out, blocks::iq1_m),
+        StoredType::IQ2_XXS => blocks::widen(bytes, out, blocks::iq2_xxs),
+        StoredType::IQ2_XS => blocks::widen(bytes, out, blocks::iq2_xs),
+        StoredType::IQ2_S => blocks::widen(bytes, out, blocks::iq2_s),
+        StoredType::IQ3_XXS => blocks::widen(bytes, out, blocks::iq3_xxs),
+        StoredType::IQ3_S => blocks::widen(bytes, out, blocks::iq3_s),
+        StoredType::IQ4_NL => blocks::widen(bytes, out, blocks::iq4_nl),
+        StoredType::IQ4_XS => blocks::widen(bytes, out, blocks::iq4_xs),
+        StoredType::TQ1_0 => blocks::widen(bytes, out, blocks::tq1_0),
+        StoredType::TQ2_0 => blocks::widen(bytes, out, blocks::tq2_0),
+        StoredType::MXFP4 => blocks::widen(bytes, out, blocks::mxfp4),
+        StoredType::NVFP4 => blocks::widen(bytes, out, blocks::nvfp4),
     }
 }
 

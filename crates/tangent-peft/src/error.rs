@@ -288,6 +288,20 @@ pub enum PeftError {
         /// How this one is held, in words.
         got: String,
     },
+    /// A model that the quantized one was not made of.
+    #[error(
+        "{path} is not what the quantized model was made of: {site}: {why}; give the model that \
+         was converted into it",
+        path = path.display()
+    )]
+    NotTheOriginal {
+        /// The model that was given.
+        path: PathBuf,
+        /// Where they differ.
+        site: String,
+        /// How.
+        why: &'static str,
+    },
     /// A folder without an adapter.
     #[error("{path} is not an adapter; {why}", path = path.display())]
     NotAnAdapter {

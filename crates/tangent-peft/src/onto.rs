@@ -1,18 +1,21 @@
-//! Which weights an adapter is merged onto where the base was quantized when it was opened: what it
-//! was trained on, or what that was made of.
+//! Which weights an adapter is merged onto where the base is quantized: what it was trained on, or
+//! what that was made of.
 
 use std::fmt::{self, Display};
 use std::str::FromStr;
+use std::sync::Arc;
 
-use tangent_model::Pass;
 use tangent_model::family::Model;
+use tangent_model::{LanguageModel, Pass, SiteKind};
+use tangent_ops::FrozenMatrix;
 
 use crate::error::PeftError;
 
 /// The weights that an adapter of a quantized base is merged onto.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Onto {
-    /// Those of the files, which the adapter was not trained on; rounding does not stay in them.
+    /// Those before quantization, which the adapter was not trained on; rounding does not stay in
+    /// them.
     Original,
     /// The widened values of the quantized base: what the adapter was trained on.
     Dequantized,
@@ -39,9 +42,50 @@ impl FromStr for Onto {
     }
 }
 
+/// Lets the weights of `original` be those that the quantized weights of `model`, whose file holds
+/// them as blocks or codes, were made of.
+///
+/// # Errors
+/// If it lacks a weight, has one in another shape or quantized as well, or has other scales in its
+/// normalizations, which no file quantizes.
+pub fn take_originals(model: &mut dyn Model, original: &LanguageModel) -> Result<(), PeftError> {
+    let others = original.model.sites();
+    for site in model.sites_mut() {
+        let fault = |why| PeftError::NotTheOriginal {
+            path: original.path.clone(),
+            site: site.path.clone(),
+            why,
+        };
+        let other = others.iter().find(|other| other.path == site.path);
+        let other = &other.ok_or_else(|| fault("it has no such weight"))?.weight;
+        if (other.rows(), other.cols()) != (site.weight.rows(), site.weight.cols()) {
+            return Err(fault("the weight has another shape there"));
+        }
+        if other.is_quantized() {
+            return Err(fault("the weight is quantized there, too"));
+        }
+        if site.kind == SiteKind::Norm && !alike(&site.weight, other) {
+            return Err(fault("the scales are others there"));
+        }
+        if site.weight.is_quantized() {
+            let other = other.clone();
+            site.original = Some(Arc::new(move || Ok(other.clone())));
+        }
+    }
+    Ok(())
+}
+
+/// Whether values are the same but for rounding to 16 bits.
+fn alike(a: &FrozenMatrix, b: &FrozenMatrix) -> bool {
+    let (a, b) = (a.to_values(), b.to_values());
+    let largest = a.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    let mut pairs = a.iter().zip(&b);
+    pairs.all(|(a, b)| (a - b).abs() <= 0.01 * largest)
+}
+
 /// How far the two merged models are apart: the Frobenius norm of the difference of their weights,
-/// over that of the weights merged onto the original ones. Of the weights that were quantized when
-/// the model was opened; `None` if there are none.
+/// over that of the weights merged onto the original ones. Of the quantized weights whose originals
+/// are known; `None` if there are none.
 ///
 /// # Errors
 /// If the original weights cannot be read.
@@ -68,8 +112,8 @@ pub fn relative_difference(model: &dyn Model) -> Result<Option<f64>, PeftError> 
     Ok(any.then(|| (apart / whole.max(f64::MIN_POSITIVE)).sqrt()))
 }
 
-/// Puts the original weights in the place of those that were quantized when the model was opened.
-/// What is attached stays.
+/// Puts the original weights, where they are known, in the place of the quantized ones. What is
+/// attached stays.
 ///
 /// # Errors
 /// If they cannot be read.

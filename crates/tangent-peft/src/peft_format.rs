@@ -5,6 +5,7 @@ mod card;
 mod ranks;
 mod rebased;
 mod settings;
+mod stored_type;
 mod trained_on;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use crate::targets::{Targets, ends_with_name, peft_names};
 
 pub use card::{ForOthers, for_others};
 pub use settings::{Fields, read_config};
+pub use stored_type::note as note_of_stored_type;
 pub use trained_on::{TrainedOn, trained_on};
 
 /// Version of PEFT whose format is written.

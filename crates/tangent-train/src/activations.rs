@@ -2,7 +2,8 @@
 //! running them: `tangent train --cache-activations FOLDER`.
 //!
 //! ```text
-//! activations.json       what the states are of: model, rows, which states, their type
+//! activations.json       what the states are of: model, rows, which states, their type; once all are
+//!                        there, lengths and times of the files
 //! states-00000.bin …     of at most 1 GiB (one row at least): a header, then a record for each row
 //!
 //! header   "TANGENTH", version u32, index of the file u32, mark of activations.json u64
@@ -21,6 +22,7 @@
 //! row is computed and compared before anything trusts it. Rows of an evaluation are computed as
 //! always.
 
+mod complete;
 mod layout;
 mod manifest;
 mod record;
@@ -41,6 +43,8 @@ use crate::error::TrainError;
 use crate::trainer;
 use layout::{Layout, Place};
 use record::Format;
+
+pub(crate) use manifest::weights;
 
 /// Largest size of a file, unless one row takes more.
 const FILE_BYTES: u64 = 1 << 30;
@@ -112,11 +116,15 @@ pub fn attach(
         format,
     };
     let origins: Vec<&Example> = distinct.into_values().collect();
-    let missing = stored.survey(&origins, on_survey);
+    let unchanged = complete::unchanged(folder, &stored.files);
+    let missing = stored.survey(&origins, &unchanged, on_survey);
     if known {
         stored.compare(&*model, &*side, folder, &missing)?;
     }
-    stored.compute(&*model, &*side, folder, &missing, stop)?;
+    let is_complete = stored.compute(&*model, &*side, folder, &missing, stop)?;
+    if is_complete && unchanged.contains(&false) {
+        complete::note(folder, &manifest, &stored.files)?;
+    }
     drop(lock);
     model.whole_mut().known_states = Some(Arc::new(stored));
     Ok(())
@@ -196,11 +204,21 @@ impl Stored {
         self.format.record(row, tokens.len(), &states)
     }
 
-    /// Tells what is there, and gives the rows that are missing or damaged.
-    fn survey(&self, origins: &[&Example], on_survey: &mut dyn FnMut(&Survey)) -> Vec<usize> {
+    /// Tells what is there, and gives the rows that are missing or damaged. Files that are
+    /// `unchanged` since all was there are not read.
+    fn survey(
+        &self,
+        origins: &[&Example],
+        unchanged: &[bool],
+        on_survey: &mut dyn FnMut(&Survey),
+    ) -> Vec<usize> {
         let mut missing = vec![];
         let mut damaged = vec![];
         for (row, (tokens, origin)) in self.rows.iter().zip(origins).enumerate() {
+            let place = self.layout.place(row);
+            if place.is_some_and(|place| unchanged.get(place.file) == Some(&true)) {
+                continue;
+            }
             let Some(bytes) = self.read(row) else {
                 missing.push(row);
                 continue;
@@ -244,7 +262,7 @@ impl Stored {
         })
     }
 
-    /// Computes and stores the states of rows.
+    /// Computes and stores the states of rows; whether of all.
     fn compute(
         &self,
         model: &dyn Model,
@@ -252,9 +270,11 @@ impl Stored {
         folder: &Path,
         rows: &[usize],
         stop: &AtomicBool,
-    ) -> Result<(), TrainError> {
+    ) -> Result<bool, TrainError> {
+        let mut is_complete = true;
         for &row in rows {
             if stop.load(Ordering::Relaxed) {
+                is_complete = false;
                 break;
             }
             let Some((place, opened)) = self.place(row) else {
@@ -275,7 +295,7 @@ impl Stored {
             // Not every system syncs folders; the files are safe.
             let _ = File::open(folder).and_then(|folder| folder.sync_all());
         }
-        Ok(())
+        Ok(is_complete)
     }
 }
 

@@ -30,7 +30,7 @@ use std::sync::atomic::AtomicBool;
 
 use serde_json::Value;
 use tangent_model::family::Model;
-use tangent_model::folder;
+use tangent_model::folder::{self, FolderError};
 use tangent_peft::methods::intrinsic::PROJECTIONS;
 
 use crate::compare::{CompareError, Data, LEAST_STEPS, Ledger, Rates, Record, Shared};
@@ -131,6 +131,9 @@ pub struct Setup<'a> {
     pub seeds: usize,
     /// What else decides the runs: the model and how it is held.
     pub base: Value,
+    /// Whether a search that is in the output folder is given up, once everything is checked that is
+    /// known before the first run.
+    pub overwrite: bool,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
 }
@@ -205,11 +208,11 @@ pub enum Event<'a> {
 
 /// Finds the smallest dimension that reaches the target, with the runs that are in the ledger of
 /// `output` taken from there, and writes the ledger, `intrinsic.json` and `intrinsic.html` into
-/// `output`.
+/// `output`. To overwrite, these are left as they are until the search begins.
 ///
 /// # Errors
-/// If a setting is out of its range or does not fit the model, or files cannot be read or written.
-/// Finished runs are kept.
+/// If a setting is out of its range or does not fit the model, a run cannot be made, or files cannot
+/// be read or written. Finished runs are kept, and the other files show them.
 pub fn find(
     model: &mut dyn Model,
     setup: &Setup<'_>,
@@ -223,19 +226,26 @@ pub fn find(
         source,
     })?;
     let _lock = trainer::lock(output)?;
-    let ledger = Ledger::open_file(output.join(LEDGER))?;
+    let ledger = Ledger::of_model(output.join(LEDGER), &*model, setup.overwrite)?;
     let mut session = Session::new(model, setup, ledger, on_event)?;
-    let complete = match session.run() {
-        Err(CompareError::Stopped) => false,
-        ended => {
-            ended?;
-            true
-        }
+    let ended = session.run();
+    let is_scored = session.found.untrained.is_some();
+    let report = Report::new(setup, session.found, ended.is_ok());
+    let files = || -> Result<(), FolderError> {
+        let json = format!("{:#}\n", report.to_json());
+        folder::write_file(&output.join(JSON), json.as_bytes())?;
+        folder::write_file(&output.join(REPORT), report.html().as_bytes())
     };
-    let report = Report::new(setup, session.found, complete);
-    let json = format!("{:#}\n", report.to_json());
-    folder::write_file(&output.join(JSON), json.as_bytes())?;
-    folder::write_file(&output.join(REPORT), report.html().as_bytes())?;
+    match ended {
+        Ok(()) | Err(CompareError::Stopped) => files()?,
+        Err(error) => {
+            if is_scored {
+                // That they cannot be written, either, says less than the error.
+                let _ = files();
+            }
+            return Err(error);
+        }
+    }
     Ok(report)
 }
 

@@ -1,4 +1,5 @@
-"""Writes gguf/blocks.* (one tensor a block type, and its values) and gguf/tiny.* (a whole model with its tokenizer)."""
+"""Writes gguf/blocks.* (one tensor a block type, and its values), gguf/tiny.* (a whole model with its tokenizer) and
+gguf/tiny_q4_1.gguf (the same model quantized)."""
 
 import json
 import sys
@@ -39,8 +40,11 @@ TEXTS = [
     "<|im_start and im_end|>",
     "don't DON'T we'LL x='s' ''' --- ... #{[(<>)]}",
 ]
-# Offsets of the f16 scales in a block of the types that gguf cannot make itself.
-HALF_OFFSETS = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+# Types that gguf makes of weights, and offsets of the f16 scales in a block of the others.
+QUANTIZED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+HALF_OFFSETS = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}
+HALF_OFFSETS |= {f"IQ{name}": [0] for name in ["1_S", "2_XXS", "2_XS", "2_S", "3_XXS", "3_S", "4_NL", "4_XS"]}
+HALF_OFFSETS |= {"IQ1_M": [], "TQ1_0": [52], "TQ2_0": [64], "MXFP4": [], "NVFP4": []}
 
 
 def random_blocks(name, shape, rng):
@@ -50,6 +54,16 @@ def random_blocks(name, shape, rng):
     for offset in HALF_OFFSETS[name]:
         scales = (0.02 * rng.standard_normal((len(blocks), 1))).astype(np.float16)
         blocks[:, offset : offset + 2] = scales.view(np.uint8)
+    if name == "IQ1_M":
+        # Four bits of the scale stand in each of the last four words.
+        bits = (0.02 * rng.standard_normal((len(blocks), 1))).astype(np.float16).view(np.uint16)
+        words = blocks[:, 48:].copy().view(np.uint16)
+        words = (words & 0x0FFF) | (((bits >> np.array([0, 4, 8, 12], dtype=np.uint16)) & 15) << 12)
+        blocks[:, 48:] = words.astype(np.uint16).view(np.uint8)
+    if name == "MXFP4":
+        blocks[:, 0] = rng.integers(115, 128, len(blocks))
+    if name == "NVFP4":
+        blocks[:, :4] = rng.integers(0, 64, (len(blocks), 4))
     return blocks.reshape(shape[0], -1)
 
 
@@ -58,7 +72,7 @@ def write_blocks():
     shape = (4, 512)
     writer = GGUFWriter(HERE / "blocks.gguf", "llama")
     values = {}
-    for name in ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]:
+    for name in [*QUANTIZED, *HALF_OFFSETS]:
         kind = GGMLQuantizationType[name]
         weights = rng.standard_normal(shape, dtype=np.float32)
         data = random_blocks(name, shape, rng) if name in HALF_OFFSETS else quants.quantize(weights, kind)
@@ -129,15 +143,12 @@ def gguf_tensors(model):
     yield "output_norm.weight", weights["model.norm.weight"]
 
 
-def write_tiny():
-    model = random_model(llama_config(vocab_size=VOCAB), seed=32)
+def write_model(name, model, tokenizer, file_type, kind_of):
+    """Writes a model with its tokenizer; `kind_of` says how a tensor is stored."""
     config = model.config
-    tokenizer = make_tokenizer()
-    tokenizer.save(str(HERE / "tiny_tokenizer.json"))
     merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
     # The keys, and their order, of llama.cpp's convert_hf_to_gguf.py.
-    writer = GGUFWriter(HERE / "tiny.gguf", "llama")
+    writer = GGUFWriter(HERE / name, "llama")
     writer.add_type("model")
     writer.add_name("Tiny")
     writer.add_size_label("30K")
@@ -151,7 +162,7 @@ def write_tiny():
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_file_type(LlamaFileType.ALL_F32)
+    writer.add_file_type(file_type)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -167,8 +178,24 @@ def write_tiny():
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
     for name, weight in gguf_tensors(model):
-        writer.add_tensor(name, weight.detach().numpy())
+        kind = kind_of(name, weight)
+        writer.add_tensor(name, quants.quantize(weight.detach().numpy(), kind), raw_dtype=kind)
     finish(writer)
+
+
+def q4_1(name, weight):
+    """As llama.cpp quantizes: vectors stay as they are, and so do rows that are not whole blocks."""
+    if weight.ndim == 1 or weight.shape[1] % 32:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.Q8_0 if name == "token_embd.weight" else GGMLQuantizationType.Q4_1
+
+
+def write_tiny():
+    model = random_model(llama_config(vocab_size=VOCAB), seed=32)
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(HERE / "tiny_tokenizer.json"))
+    write_model("tiny.gguf", model, tokenizer, LlamaFileType.ALL_F32, lambda *_: GGMLQuantizationType.F32)
+    write_model("tiny_q4_1.gguf", model, tokenizer, LlamaFileType.MOSTLY_Q4_1, q4_1)
 
     rows = [(encode(tokenizer, text), []) for text in (TEXTS[7], TEXTS[2], "fox")]
     rows = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in rows]

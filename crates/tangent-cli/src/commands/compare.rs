@@ -29,9 +29,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         output: &args.output,
         what: "comparison",
         ledger: LEDGER,
-        others: &[REPORT],
     }
-    .begin(args.resume, args.overwrite)?;
+    .check(args.resume, args.overwrite)?;
     let mut opened = args.model.open()?;
     let mut virtual_tokens = 0;
     for recipe in &recipes {
@@ -71,6 +70,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         readings: if on_cpu { args.meter_readings } else { 0 },
         predicts_memory: on_cpu,
         base: args.model.describe(),
+        overwrite: args.overwrite,
         stop: &stop,
     };
     say(format_args!(
@@ -118,42 +118,27 @@ pub(super) struct Place<'a> {
     pub what: &'static str,
     /// Name of the ledger.
     pub ledger: &'static str,
-    /// Names of the other files.
-    pub others: &'a [&'static str],
 }
 
 impl Place<'_> {
-    /// Sees to it that the output folder is as the flags say.
-    pub fn begin(&self, resume: bool, overwrite: bool) -> Result<(), Failure> {
+    /// Checks that the output folder is as the flags say. What is to be overwritten stays until the
+    /// first run is about to begin.
+    pub fn check(&self, resume: bool, overwrite: bool) -> Result<(), Failure> {
         let (output, ledger) = (self.output, self.output.join(self.ledger));
-        if resume {
-            return match ledger.is_file() {
-                true => Ok(()),
-                false => Err(Failure::Request(format!(
-                    "{} holds no {} to resume; start without --resume",
-                    output.display(),
-                    self.what
-                ))),
-            };
+        if resume && !ledger.is_file() {
+            return Err(Failure::Request(format!(
+                "{} holds no {} to resume; start without --resume",
+                output.display(),
+                self.what
+            )));
         }
-        if !overwrite {
-            // What failed before its first run leaves an empty ledger.
-            let unused = std::fs::metadata(&ledger).is_ok_and(|file| file.len() == 0);
-            return match folder::is_taken(output) && !unused {
-                true => Err(FolderError::NotEmpty {
-                    path: output.to_owned(),
-                }
-                .into()),
-                false => Ok(()),
-            };
-        }
-        // Nothing else in the folder is ours.
-        let others = self.others.iter().map(|name| output.join(name));
-        for path in std::iter::once(ledger).chain(others) {
-            if path.is_file() {
-                std::fs::remove_file(&path)
-                    .map_err(|e| Failure::Run(format!("cannot remove {}: {e}", path.display())))?;
+        // What failed before its first run leaves an empty ledger.
+        let unused = std::fs::metadata(&ledger).is_ok_and(|file| file.len() == 0);
+        if !resume && !overwrite && !unused && folder::is_taken(output) {
+            return Err(FolderError::NotEmpty {
+                path: output.to_owned(),
             }
+            .into());
         }
         Ok(())
     }
@@ -163,9 +148,11 @@ impl Place<'_> {
 fn tell(screen: &mut Screen, event: &Event<'_>) {
     match event {
         Event::Ready(contender) => {
-            let size = match contender.variant.size {
-                0 => String::new(),
-                size => format!("{} {size}, ", contender.recipe.size_name()),
+            let name = contender.recipe.size_name();
+            let size = match (contender.variant.size, contender.first_rank()) {
+                (0, _) => String::new(),
+                (size, None) => format!("{name} {size}, "),
+                (size, Some(first)) => format!("{name} {size}, from {first}, "),
             };
             screen.line(&format!(
                 "{}: {size}{} trained parameters, {} steps",
@@ -177,6 +164,15 @@ fn tell(screen: &mut Screen, event: &Event<'_>) {
         Event::Skipped(skipped) => {
             screen.line(&format!("{}: left out: {}", skipped.recipe, skipped.why))
         }
+        Event::Unused { unused, finished } => screen.line(&format!(
+            "{unused} of {finished} finished runs in the folder are of other settings, rows or \
+             weights, and are not used"
+        )),
+        Event::SizeLeftOut { recipe, size, why } => screen.line(&format!(
+            "{}, {} {size}: left out: {why}",
+            recipe.id,
+            recipe.size_name()
+        )),
         Event::Begin {
             recipe,
             rate,

@@ -11,7 +11,7 @@ use tangent_train::data::{Example, TrainOn};
 use tangent_train::{EvalReport, evaluate, memory};
 
 use crate::failure::Failure;
-use crate::open::{ModelArgs, examples};
+use crate::open::{ModelArgs, check_lengths, examples};
 
 /// What to evaluate, on what.
 #[derive(clap::Args)]
@@ -49,6 +49,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         false,
     )?;
     rows.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
+    check_lengths(&opened, &rows, "cut rows with --max-length")?;
     let begun = Instant::now();
     let report = evaluate(&*opened.model, &rows)?;
     let speed = Speed::of(&rows, begun.elapsed().as_secs_f64());

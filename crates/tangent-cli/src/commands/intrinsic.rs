@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use tangent_peft::{AdapterConfig, Targets};
 use tangent_train::compare::{self, Data, Rates, Shared};
-use tangent_train::intrinsic::{self, Dimensions, Event, JSON, LEDGER, REPORT, Reference, Setup};
+use tangent_train::intrinsic::{self, Dimensions, Event, LEDGER, REPORT, Reference, Setup};
 
 use super::compare::{OptimizationArgs, Place, Screen, finish, rates};
 use super::train::{DataArgs, stop_flag};
@@ -92,7 +92,7 @@ pub struct Args {
     /// Where intrinsic.html, intrinsic.json and the ledger of finished runs go.
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     output: PathBuf,
-    /// Begin again in a folder that holds a search.
+    /// Begin again in a folder that holds a search, which stays until the first run begins.
     #[arg(long, alias = "overwrite-output-dir", conflicts_with = "resume")]
     overwrite: bool,
     /// Go on with the search in the output folder, also with other bounds or more seeds.
@@ -132,9 +132,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         output: &args.output,
         what: "search",
         ledger: LEDGER,
-        others: &[REPORT, JSON],
     }
-    .begin(args.resume, args.overwrite)?;
+    .check(args.resume, args.overwrite)?;
     let mut opened = args.model.open()?;
     let typed = args.data_args.max_length.get();
     let length = Some(typed.min(opened.model.max_positions()));
@@ -163,6 +162,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         reference_rates: reference,
         seeds: args.seeds,
         base: args.model.describe(),
+        overwrite: args.overwrite,
         stop: &stop,
     };
     say(format_args!(

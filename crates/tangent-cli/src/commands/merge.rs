@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
@@ -12,7 +12,7 @@ use tangent_train::agreement::agreement;
 use tangent_train::data::{Example, TrainOn};
 
 use crate::failure::Failure;
-use crate::open::{ModelArgs, OutputArgs, examples};
+use crate::open::{ModelArgs, OutputArgs, check_lengths, examples};
 
 /// What to merge.
 #[derive(clap::Args)]
@@ -22,10 +22,13 @@ pub struct Args {
     /// Adapter folder.
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// With a base that --base-dtype quantizes: original, the weights of the files, or dequantized,
-    /// those that the adapter was trained on.
+    /// With a quantized base: original, the weights that it was made of, or dequantized, those that
+    /// the adapter was trained on.
     #[arg(long, value_name = "WEIGHTS")]
     onto: Option<Onto>,
+    /// With a base that is quantized in its file, as in GGUF: the model that it was made of.
+    #[arg(long, value_name = "PATH")]
+    original: Option<PathBuf>,
     #[command(flatten)]
     output: OutputArgs,
     /// Rows (jsonl) on which the merged model is compared; a line of text if not given.
@@ -45,6 +48,7 @@ const TEXT: &str = "The capital of France is Paris. Water boils at one hundred d
 /// Merges, compares, and only then puts the folder in its place.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (mut opened, _) = args.model.open_with(Some(&args.adapter))?;
+    export::check_mergeable(&*opened.model)?;
     let base = peft_format::trained_on(&args.adapter)?;
     if args.onto == Some(Onto::Original) && base.is_some_and(|base| base.corrects) {
         return Err(Failure::Request(format!(
@@ -53,13 +57,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             args.adapter.display()
         )));
     }
+    if let Some(original) = &args.original {
+        find_originals(&mut opened, original)?;
+    }
     let told = choose_base(&mut opened, args.model.base_dtype, args.onto)?;
     let rows: Vec<Vec<u32>> = if args.data.is_empty() {
         vec![opened.tokenizer.encode(TEXT)?]
     } else {
-        let rows = examples(&opened, &args.data, TrainOn::All, None, true)?;
-        let rows = rows.into_iter().take(args.rows.get());
-        rows.map(|row: Example| row.tokens).collect()
+        let mut rows = examples(&opened, &args.data, TrainOn::All, None, true)?;
+        rows.truncate(args.rows.get());
+        check_lengths(&opened, &rows, "shorten it")?;
+        rows.into_iter().map(|row: Example| row.tokens).collect()
     };
     let folder = args.output.begin()?;
     export::write_model(&folder, &opened, args.output.dtype)?;
@@ -90,38 +98,63 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Puts the chosen weights below the adapter; what there is to tell where the base was quantized
-/// when it was opened.
+/// Opens the model that the quantized weights were made of.
+fn find_originals(opened: &mut LanguageModel, original: &Path) -> Result<(), Failure> {
+    if !is_quantized(opened) {
+        return Err(Failure::Request(format!(
+            "--original: no weight of {} is quantized; leave it out",
+            opened.path.display()
+        )));
+    }
+    let original = tangent_model::open(original, BaseDtype::AsStored, &Device::flex())?;
+    Ok(onto::take_originals(&mut *opened.model, &original)?)
+}
+
+fn is_quantized(opened: &LanguageModel) -> bool {
+    let sites = opened.model.sites();
+    sites.iter().any(|site| site.weight.is_quantized())
+}
+
+/// Puts the chosen weights below the adapter; what there is to tell where the base is quantized.
 fn choose_base(
     opened: &mut LanguageModel,
     base_dtype: BaseDtype,
     onto: Option<Onto>,
 ) -> Result<Option<String>, Failure> {
+    let is_quantized = is_quantized(opened);
+    let path = opened.path.display();
     let sites = opened.model.sites();
-    let quantized_here = sites.iter().any(|site| site.original.is_some());
-    let in_the_file = sites.iter().any(|site| site.weight.is_quantized());
-    let onto = match (onto, quantized_here) {
+    let is_original_known = sites.iter().any(|site| site.original.is_some());
+    let onto = match (onto, is_original_known) {
         (Some(onto), true) => onto,
         (None, true) => {
+            let quantized = match base_dtype {
+                BaseDtype::Quantized(to) => format!("--base-dtype {to} quantizes the base"),
+                _ => format!("{path} is quantized"),
+            };
             return Err(Failure::Request(format!(
-                "--base-dtype {base_dtype} quantizes the base: add --onto original to merge onto \
-                 the weights of the files, or --onto dequantized to merge onto those that were \
-                 trained on"
+                "{quantized}: add --onto original to merge onto the weights that it was made of, \
+                 or --onto dequantized to merge onto those that were trained on"
             )));
         }
-        (Some(Onto::Original), false) if in_the_file => {
+        (Some(Onto::Original), false) if is_quantized => {
             return Err(Failure::Request(format!(
-                "--onto original: {} holds quantized weights only; give the model that it was made \
-                 of as --model",
-                opened.path.display()
+                "--onto original: {path} holds quantized weights only; add --original with the \
+                 model that it was made of"
             )));
         }
-        (Some(Onto::Dequantized), false) if !in_the_file => {
+        (Some(Onto::Dequantized), false) if !is_quantized => {
             return Err(Failure::Request(
                 "--onto dequantized: no weight is quantized here; add the --base-dtype that the \
                  adapter was trained with, or leave --onto out"
                     .into(),
             ));
+        }
+        (_, false) if is_quantized => {
+            return Ok(Some(format!(
+                "merged onto the dequantized weights of {path}; --original with the model that it \
+                 was made of tells how far that is from merging onto the original ones"
+            )));
         }
         (_, false) => return Ok(None),
     };

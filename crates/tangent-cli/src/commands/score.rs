@@ -9,7 +9,7 @@ use tangent_model::{Batch, forward};
 use tangent_train::data::TrainOn;
 
 use crate::failure::Failure;
-use crate::open::{ModelArgs, examples};
+use crate::open::{ModelArgs, check_lengths, examples};
 
 /// What to score.
 #[derive(clap::Args)]
@@ -34,6 +34,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
     let rows = examples(&opened, &args.data, args.train_on, None, true)?;
+    check_lengths(&opened, &rows, "shorten it")?;
     let mut out = std::io::stdout().lock();
     for (index, row) in rows.iter().enumerate() {
         let every = vec![true; row.tokens.len()];

@@ -1,5 +1,10 @@
 //! Comparisons of methods as a user runs them.
 
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::Place;
@@ -48,6 +53,95 @@ fn a_comparison_prints_a_table_writes_a_page_and_goes_on() {
     assert_eq!(json["no_gap"], Value::from("it needs both lora and full"));
     let longer = place.read("out/compare.jsonl");
     assert!(longer.len() > ledger.len() && longer.starts_with(&ledger));
+
+    // With another length all runs are other ones.
+    let other = place.run(&format!("{LINE} --budget steps=12 --resume"));
+    let told = "6 of 9 finished runs in the folder are of other settings";
+    assert!(other.err.contains(told), "{}", other.err);
+    other.succeeded();
+}
+
+#[test]
+fn nothing_is_overwritten_before_everything_is_checked() {
+    let place = Place::new();
+    let line = LINE
+        .replace("lora,dora", "lora")
+        .replace("1e-3,1e-2", "1e-3");
+    place.run(&format!("{line} --budget steps=8")).succeeded();
+    let files = place.files();
+    for (right, wrong, budget, words) in [
+        ("--data rows", "--data none", "steps=8", "none.jsonl"),
+        ("--model tiny", "--model none", "steps=8", "none.gguf"),
+        (
+            "--rank 2",
+            "--rank 2 --target-modules q_prj",
+            "steps=8",
+            "q_prj",
+        ),
+        ("--rank 2", "--rank 2", "params=1", "beyond the budget"),
+    ] {
+        let wrong = line.replacen(right, wrong, 1);
+        let wrong = format!("{wrong} --budget {budget} --overwrite");
+        place.run(&wrong).refused(&[words]);
+        assert_eq!(place.files(), files, "{wrong}");
+    }
+    let other = format!("{line} --budget steps=9 --overwrite");
+    place.run(&other).succeeded();
+    let ledger = String::from_utf8(place.read("out/compare.jsonl")).unwrap();
+    assert_eq!(ledger.lines().count(), 1);
+}
+
+/// Starts a comparison and waits until so many of its runs are finished.
+fn start(place: &Place, line: &str, runs: usize) -> Child {
+    let mut child = place
+        .command(env!("CARGO_BIN_EXE_tangent"))
+        .args(line.split_whitespace())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let ledger = place.path("out/compare.jsonl");
+    while fs::read_to_string(&ledger).map_or(0, |text| text.lines().count()) < runs {
+        assert!(child.try_wait().unwrap().is_none(), "it ended too early");
+        sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+#[test]
+fn killed_and_interrupted_comparisons_end_in_the_same_results() {
+    let place = Place::new();
+    let line = format!("{LINE} --budget steps=200 --meter-readings 0 --threads 1");
+    let found = |line: &str| -> Vec<Value> {
+        let json = place.run(&format!("{line} --json")).json();
+        assert_eq!(json["complete"], true);
+        let methods = json["methods"].as_array().unwrap().iter();
+        methods
+            .map(|m| ["method", "learning_rate", "eval_loss"].map(|key| m[key].clone()))
+            .map(|values| Value::from(values.to_vec()))
+            .collect()
+    };
+    let whole = found(&line.replace("--output out", "--output whole"));
+    assert_eq!(whole.len(), 2);
+    let mut killed = start(&place, &line, 1);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let resumed = format!("{line} --resume");
+    let child = start(&place, &resumed, 3);
+    let signal = format!("kill -INT {}", child.id());
+    Command::new("sh").args(["-c", &signal]).status().unwrap();
+    let out = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("go on with --resume"), "{stderr}");
+    let page = String::from_utf8(place.read("out/compare.html")).unwrap();
+    assert!(page.contains("Not finished; go on with --resume."));
+    assert_eq!(found(&resumed), whole);
+    let runs = |folder: &str| {
+        let ledger = place.read(&format!("{folder}/compare.jsonl"));
+        ledger.iter().filter(|byte| **byte == b'\n').count()
+    };
+    assert_eq!((runs("out"), runs("whole")), (6, 6));
 }
 
 #[test]

@@ -48,6 +48,32 @@ fn a_search_prints_a_sentence_writes_its_files_and_goes_on() {
 }
 
 #[test]
+fn nothing_is_overwritten_before_everything_is_checked() {
+    let place = place();
+    let line = format!("{LINE} --budget steps=8 --dimensions 5 --target 0.01");
+    place.run(&line).succeeded();
+    let files = place.files();
+    for (right, wrong, words) in [
+        ("--data texts", "--data none", "none.jsonl"),
+        ("--model tiny", "--model none", "none.gguf"),
+        ("--target 0.01", "--target 2", "--target 2"),
+        (
+            "--dimensions 5",
+            "--dimensions 100000000",
+            "number of values",
+        ),
+    ] {
+        let wrong = line.replacen(right, wrong, 1);
+        place.run(&format!("{wrong} --overwrite")).refused(&[words]);
+        assert_eq!(place.files(), files, "{wrong}");
+    }
+    let other = line.replace("steps=8", "steps=9");
+    place.run(&format!("{other} --overwrite")).succeeded();
+    let ledger = String::from_utf8(place.read("out/intrinsic.jsonl")).unwrap();
+    assert_eq!(ledger.lines().count(), 2);
+}
+
+#[test]
 fn labels_that_nothing_trains_on_are_told() {
     let place = place();
     let row = |answer: &str| {

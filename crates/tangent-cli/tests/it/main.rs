@@ -8,6 +8,7 @@ mod compare;
 mod convert;
 mod device;
 mod intrinsic;
+mod merge;
 mod meter;
 mod outputs;
 mod plan;

@@ -1,6 +1,8 @@
-//! Bases that are quantized when they are opened: trained on, merged, resumed.
+//! Bases that are quantized, when they are opened or in their files: trained on, merged, resumed.
 
-use crate::Place;
+use std::fs;
+
+use crate::{Place, golden};
 
 /// The loss of a model on `rows.jsonl`.
 #[track_caller]
@@ -40,6 +42,97 @@ fn an_adapter_of_a_quantized_base_is_merged_onto_either() {
         assert!((original - plain).abs() < 1e-4, "{kind}");
         assert!(original != dequantized, "{kind}");
     }
+}
+
+#[test]
+fn an_adapter_of_a_quantized_file_is_merged_onto_what_that_was_made_of() {
+    let place = Place::new();
+    fs::copy(golden("gguf/tiny_q4_1.gguf"), place.path("q.gguf")).unwrap();
+    let train =
+        "train --model q.gguf --data rows.jsonl --max-steps 3 --learning-rate 0.02 --rank 4";
+    place.run(&format!("{train} --output a")).succeeded();
+    let config = place.read_json("a/adapter_config.json");
+    assert_eq!(config["auto_mapping"]["stored_type"], "Q4_1");
+    let adapted = loss(&place, "q.gguf --adapter a");
+    let plain = loss(&place, "tiny.gguf --adapter a");
+    let told = |base: &str| {
+        let line = format!("eval --data rows.jsonl --adapter a --model {base}");
+        place.run(&line).err
+    };
+    let warning = "warning: a: the adapter was trained on a base stored as Q4_1";
+    assert!(told("tiny.gguf").contains(warning));
+    assert!(!told("q.gguf").contains("warning"));
+
+    let merge = "merge --model q.gguf --adapter a --output";
+    let out = place.run(&format!("{merge} alone")).succeeded();
+    assert!(out.contains("merged onto the dequantized weights of q.gguf"));
+    assert!(out.contains("--original"));
+    place
+        .run(&format!("{merge} out --onto original"))
+        .refused(&["q.gguf", "--original"]);
+    let merge_with = |output: &str, original: &str, more: &str| {
+        place.run(&format!("{merge} {output} --original {original} {more}"))
+    };
+    merge_with("out", "tiny.gguf", "").refused(&[
+        "q.gguf",
+        "--onto original",
+        "--onto dequantized",
+    ]);
+    let merged = |onto: &str| {
+        let out = merge_with(onto, "tiny.gguf", &format!("--onto {onto}")).succeeded();
+        assert!(out.contains(&format!("merged onto the {onto} weights")));
+        let percent = out.split("differ by ").nth(1).unwrap();
+        let percent: f64 = percent.split(' ').next().unwrap().parse().unwrap();
+        assert!((0.1..20.0).contains(&percent), "{out}");
+        loss(&place, onto)
+    };
+    let (dequantized, original) = (merged("dequantized"), merged("original"));
+    assert!((dequantized - adapted).abs() < 1e-4);
+    assert!((dequantized - loss(&place, "alone")).abs() < 1e-6);
+    assert!((original - plain).abs() < 1e-4);
+    assert!(original != dequantized);
+
+    // What it was not made of.
+    place.train("norms", "--method norms");
+    place
+        .run("merge --model tiny.gguf --adapter norms --output other")
+        .succeeded();
+    for (original, words) in [
+        ("other", ["other", "norm", "scales are others"]),
+        ("q.gguf", ["q.gguf", "embed_tokens", "quantized there, too"]),
+    ] {
+        merge_with("out", original, "--onto original").refused(&words);
+    }
+    place
+        .run("merge --model tiny.gguf --adapter a --original q.gguf --output out")
+        .refused(&["--original", "no weight of tiny.gguf", "leave it out"]);
+    assert!(!place.path("out").exists());
+}
+
+#[test]
+fn what_cannot_be_merged_is_told_before_weights_are_asked_for() {
+    let place = Place::new();
+    place.train(
+        "a",
+        "--base-dtype nf4 --method houlsby --set bottleneck_size=4",
+    );
+    let merge = "merge --model tiny.gguf --base-dtype nf4 --output out --adapter";
+    place
+        .run(&format!("{merge} a"))
+        .refused(&["cannot be merged"]);
+    // An adapter that began with what quantization lost and was trained along.
+    place.train(
+        "b",
+        "--base-dtype nf4 --method norms --also lora:init=loftq",
+    );
+    place.run(&format!("{merge} b --onto original")).refused(&[
+        "--onto original",
+        "what quantization lost",
+        "--onto dequantized",
+    ]);
+    place
+        .run(&format!("{merge} b --onto dequantized"))
+        .succeeded();
 }
 
 #[test]
@@ -126,7 +219,7 @@ fn an_adapter_with_a_base_of_its_own_is_resumed_merged_and_converted() {
         let whole = place.read("a/adapter_model.safetensors");
         place.train("b", &format!("{train} --save-total-limit 9"));
         let last = place.path("b/checkpoint-3");
-        std::fs::remove_dir_all(last).unwrap();
+        fs::remove_dir_all(last).unwrap();
         place.train("b", &format!("{train} --save-total-limit 9 --resume"));
         assert!(place.read("b/adapter_model.safetensors") == whole, "{init}");
 

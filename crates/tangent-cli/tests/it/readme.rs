@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
 use tangent_peft::{Attach, INITS, METHODS, Method};
 use tangent_train::optim::RULES;
 
@@ -89,6 +90,57 @@ fn merges(method: &Method) -> &'static str {
     }
 }
 
+/// A cell without its link, and where that leads.
+fn without_link(cell: &str) -> (String, Option<PathBuf>) {
+    let parts = || {
+        let (before, rest) = cell.split_once('[')?;
+        let (text, rest) = rest.split_once("](")?;
+        let (path, after) = rest.split_once(')')?;
+        Some((format!("{before}{text}{after}"), root().join(path)))
+    };
+    match parts() {
+        Some((text, path)) => (text, Some(path)),
+        None => (cell.to_owned(), None),
+    }
+}
+
+/// What outputs and gradients of a method are held to: PEFT where it has the method, gradients of the
+/// model's own tensors where these train, else PyTorch.
+fn held_to(method: &Method) -> &'static str {
+    match (&method.peft, method.attach) {
+        (Some(kind), _) if kind.known_to_peft => "PEFT",
+        (_, Attach::Select(_)) => "transformers",
+        _ if method.whole_model => "transformers",
+        _ => "PyTorch",
+    }
+}
+
+/// Whether a case in the folder holds adapters of the method, or gradients of the whole model where
+/// the method trains its own tensors.
+fn is_reference(method: &Method, folder: &Path) -> bool {
+    let cases = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut cases = cases.filter(|case| case.join("reference.safetensors").is_file());
+    if held_to(method) == "transformers" {
+        return cases.any(|case| {
+            let bytes = fs::read(case.join("reference.safetensors")).unwrap();
+            let name = b"\"grad.model.norm.weight\"";
+            bytes.windows(name.len()).any(|window| window == name)
+        });
+    }
+    let Some(kind) = &method.peft else {
+        return false;
+    };
+    cases.any(|case| {
+        let Ok(config) = fs::read(case.join("adapter_config.json")) else {
+            return false;
+        };
+        let config: Map<String, Value> = serde_json::from_slice(&config).unwrap();
+        config["peft_type"] == kind.name && (kind.claims)(&config)
+    })
+}
+
 #[test]
 fn the_table_of_methods_is_that_of_the_list() {
     let rows = methods();
@@ -99,6 +151,18 @@ fn the_table_of_methods_is_that_of_the_list() {
         let number = row
             .parameters
             .map_or("-".to_owned(), tangent_train::plan::grouped);
+        let (kind, described) = without_link(&row.cells[5]);
+        let (reference, folder) = without_link(&row.cells[6]);
+        let found = [
+            row.cells[0].clone(),
+            row.cells[1].clone(),
+            row.cells[2].clone(),
+            row.cells[3].clone(),
+            row.cells[4].clone(),
+            kind,
+            reference,
+            row.cells[7].clone(),
+        ];
         let want = [
             format!("`{}`", method.id),
             method.summary.to_owned(),
@@ -106,13 +170,29 @@ fn the_table_of_methods_is_that_of_the_list() {
             number,
             merges(method).to_owned(),
             peft_type(method),
-            row.cells[6].clone(),
+            held_to(method).to_owned(),
             method.paper.to_owned(),
         ];
-        assert_eq!(row.cells, want, "README.md, section \"Methods\"");
-        let reference = row.cells[6].rsplit_once("](").unwrap().1;
-        let path = root().join(reference.trim_end_matches(')'));
-        assert!(path.exists(), "{}: {}", row.id, path.display());
+        assert_eq!(found, want, "README.md, section \"Methods\"");
+        let folder = folder.unwrap_or_else(|| panic!("{}: no link to its reference", row.id));
+        assert!(
+            is_reference(method, &folder),
+            "{}: no stored reference of it is in {}",
+            row.id,
+            folder.display()
+        );
+        let is_described = match (&method.peft, described) {
+            (Some(own), Some(file)) if !own.known_to_peft => {
+                let text = fs::read_to_string(&file).unwrap();
+                let head = text.lines().take_while(|line| line.starts_with("//!"));
+                let head: String = head.collect();
+                head.contains("Files") && head.contains("peft_type")
+            }
+            (Some(own), None) => own.known_to_peft,
+            (None, None) => true,
+            (_, Some(_)) => false,
+        };
+        assert!(is_described, "{}: where its files are described", row.id);
     }
 }
 

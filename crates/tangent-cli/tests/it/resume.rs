@@ -101,13 +101,18 @@ fn same_results(scene: &Scene, a: &str, b: &str, files: &[&str]) {
     assert!(leftovers.is_empty(), "{leftovers:?}");
 }
 
-/// Kills a run again and again at pseudo-random moments until it is done.
+/// Kills a run again and again at pseudo-random moments until it is done. What the run that is not
+/// killed stores in the folder `states` is not there for the other.
 #[track_caller]
 fn check_kills(extra: &[&'static str], files: &[&str]) {
     let scene = Scene::new(extra);
     let begun = std::time::Instant::now();
     scene.finish("whole", &[]);
     let whole = begun.elapsed();
+    let states = scene.output("states");
+    if states.exists() {
+        fs::remove_dir_all(states).unwrap();
+    }
     let mut kills = 0;
     let mut state = 0x2545_F491_4F6C_DD1Du64;
     let mut child = scene.start("killed", &[]);
@@ -219,6 +224,25 @@ fn killed_runs_of_an_encoder_end_in_the_same_bytes() {
         "num_virtual_tokens=4",
     ];
     check_kills(&extra, ADAPTER);
+}
+
+#[test]
+fn killed_runs_of_a_side_network_end_in_the_same_bytes() {
+    let extra = [
+        "--max-steps",
+        "120",
+        "--save-steps",
+        "4",
+        "--method",
+        "lst",
+        "--set",
+        "reduction_factor=2,start=fisher,fisher_rows=4",
+        "--dropout",
+        "0.1",
+    ];
+    check_kills(&extra, ADAPTER);
+    let stored = [&extra[..], &["--cache-activations", "states"][..]].concat();
+    check_kills(&stored, ADAPTER);
 }
 
 #[test]

@@ -55,6 +55,36 @@ fn trained_virtual_tokens_are_evaluated_scored_and_generated_with() {
 }
 
 #[test]
+fn rows_beyond_the_models_longest_are_named() {
+    let place = Place::new();
+    place.train("adapter", METHODS[0]);
+    // Every digit is a token.
+    let row = |digits: usize| format!("{{\"text\":\"{}\"}}\n", "1".repeat(digits));
+    place.write("long.jsonl", row(9) + &row(62));
+    place.write("longer.jsonl", row(70));
+    for command in ["eval", "score"] {
+        let line = format!("{command} --model tiny.gguf --train-on all --data");
+        let long = format!("{line} long.jsonl");
+        let ran = place.run(&long);
+        assert!(!ran.err.contains("warning"), "{}", ran.err);
+        ran.succeeded();
+        place.run(&format!("{long} --adapter adapter")).refused(&[
+            "long.jsonl:2",
+            "62 tokens",
+            "takes 60",
+            "4 virtual",
+        ]);
+        let ran = place.run(&format!("{line} longer.jsonl"));
+        for word in ["warning: longer.jsonl:1", "70 tokens", "rows of 64"] {
+            assert!(ran.err.contains(word), "{word}: {}", ran.err);
+        }
+        ran.succeeded();
+    }
+    let line = "eval --model tiny.gguf --train-on all --data long.jsonl --adapter adapter";
+    place.run(&format!("{line} --max-length 60")).succeeded();
+}
+
+#[test]
 fn a_text_is_still_there_after_the_twin() {
     let place = Place::new();
     let flags = METHODS[0];

@@ -266,6 +266,10 @@ impl Model for Llama {
         ]
     }
 
+    fn norm_epsilon(&self) -> f32 {
+        self.config.rms_norm_eps
+    }
+
     fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
         self.norm.rms_norm(x, self.config.rms_norm_eps, pass)
     }

@@ -112,6 +112,8 @@ pub trait Model: Send + Sync {
     fn layer(&self, index: usize, x: Tensor<2>, attend: &mut Attend<'_>, pass: &Pass) -> Tensor<2>;
     /// What a layer holds of every token, in the order of its computation, its input first.
     fn activations(&self) -> Vec<Activation>;
+    /// What normalizations add to the mean of squares.
+    fn norm_epsilon(&self) -> f32;
     /// The normalization before the head.
     fn final_norm(&self, x: Tensor<2>, pass: &Pass) -> Tensor<2>;
     /// The output head.

@@ -3,6 +3,8 @@
 use bytemuck::{Pod, Zeroable};
 use pulp::Simd;
 
+use crate::stored::StoredType;
+
 /// Sixteen numbers: whole vectors on every CPU.
 pub(super) type Lanes = [f32; 16];
 
@@ -14,6 +16,9 @@ pub(super) const GROUP: usize = 32;
 
 /// A piece of a row of weights in its stored form.
 pub(super) trait Block: Pod {
+    /// The stored type that it is of.
+    const STORED: StoredType;
+
     /// Groups of 32 columns in a block.
     const GROUPS: usize = 1;
 
@@ -176,6 +181,7 @@ fn scale_and_min(scales: &[u8; 12], group: usize) -> (f32, f32) {
 }
 
 impl Block for F32 {
+    const STORED: StoredType = StoredType::F32;
     const PLAIN: bool = true;
 
     #[inline(always)]
@@ -191,6 +197,7 @@ impl Block for F32 {
 }
 
 impl Block for F16 {
+    const STORED: StoredType = StoredType::F16;
     const PLAIN: bool = true;
 
     #[inline(always)]
@@ -206,6 +213,7 @@ impl Block for F16 {
 }
 
 impl Block for BF16 {
+    const STORED: StoredType = StoredType::BF16;
     const PLAIN: bool = true;
 
     #[inline(always)]
@@ -221,6 +229,8 @@ impl Block for BF16 {
 }
 
 impl Block for Q8_0 {
+    const STORED: StoredType = StoredType::Q8_0;
+
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, _: usize) -> Columns {
         let mut out = [[0f32; 16]; 2];
@@ -238,6 +248,8 @@ impl Block for Q8_0 {
 }
 
 impl Block for Q4_0 {
+    const STORED: StoredType = StoredType::Q4_0;
+
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, _: usize) -> Columns {
         let scale = f16(self.scale);
@@ -246,6 +258,8 @@ impl Block for Q4_0 {
 }
 
 impl Block for Q4_1 {
+    const STORED: StoredType = StoredType::Q4_1;
+
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, _: usize) -> Columns {
         affine_columns(simd, nibbles(&self.q), f16(self.scale), f16(self.min))
@@ -253,6 +267,8 @@ impl Block for Q4_1 {
 }
 
 impl Block for Q5_0 {
+    const STORED: StoredType = StoredType::Q5_0;
+
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, _: usize) -> Columns {
         let mut q = nibbles(&self.q);
@@ -263,6 +279,8 @@ impl Block for Q5_0 {
 }
 
 impl Block for Q5_1 {
+    const STORED: StoredType = StoredType::Q5_1;
+
     #[inline(always)]
     fn widen<S: Simd>(&self, simd: S, _: usize) -> Columns {
         let mut q = nibbles(&self.q);
@@ -272,6 +290,7 @@ impl Block for Q5_1 {
 }
 
 impl Block for Q4K {
+    const STORED: StoredType = StoredType::Q4_K;
     const GROUPS: usize = 8;
 
     #[inline(always)]
@@ -289,6 +308,7 @@ impl Block for Q4K {
 }
 
 impl Block for Q5K {
+    const STORED: StoredType = StoredType::Q5_K;
     const GROUPS: usize = 8;
 
     #[inline(always)]
@@ -306,6 +326,7 @@ impl Block for Q5K {
 }
 
 impl Block for Q6K {
+    const STORED: StoredType = StoredType::Q6_K;
     const GROUPS: usize = 8;
 
     #[inline(always)]
@@ -331,7 +352,6 @@ impl Block for Q6K {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::StoredType;
 
     #[test]
     fn every_f16_widens_exactly() {
@@ -344,23 +364,24 @@ mod tests {
 
     #[test]
     fn blocks_have_the_sizes_of_their_formats() {
-        fn same<B: Block>(stored: StoredType) {
+        fn same<B: Block>() {
+            let stored = B::STORED;
             let (values, bytes) = stored.block();
             let blocks = B::GROUPS * GROUP / values;
             assert_eq!(size_of::<B>(), bytes * blocks, "{stored:?}");
             assert_eq!(align_of::<B>(), 1, "{stored:?}");
             assert_eq!(B::PLAIN, values == 1, "{stored:?}");
         }
-        same::<F32>(StoredType::F32);
-        same::<F16>(StoredType::F16);
-        same::<BF16>(StoredType::BF16);
-        same::<Q8_0>(StoredType::Q8_0);
-        same::<Q4_0>(StoredType::Q4_0);
-        same::<Q4_1>(StoredType::Q4_1);
-        same::<Q5_0>(StoredType::Q5_0);
-        same::<Q5_1>(StoredType::Q5_1);
-        same::<Q4K>(StoredType::Q4_K);
-        same::<Q5K>(StoredType::Q5_K);
-        same::<Q6K>(StoredType::Q6_K);
+        same::<F32>();
+        same::<F16>();
+        same::<BF16>();
+        same::<Q8_0>();
+        same::<Q4_0>();
+        same::<Q4_1>();
+        same::<Q5_0>();
+        same::<Q5_1>();
+        same::<Q4K>();
+        same::<Q5K>();
+        same::<Q6K>();
     }
 }

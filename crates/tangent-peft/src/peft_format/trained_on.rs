@@ -11,7 +11,7 @@ use tangent_model::SiteKind;
 use tangent_model::family::Model;
 use tangent_ops::Quantization;
 
-use super::{BASE, CONFIG, malformed, read};
+use super::{BASE, CONFIG, further, malformed, read, stored_type};
 use crate::adapter::Adapter;
 use crate::error::PeftError;
 use crate::init::loftq;
@@ -66,7 +66,7 @@ fn words(held: Option<Quantization>) -> String {
 /// The record of an adapter that trained on `model`; `null` if that is not quantized.
 pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
     let Some(quantization) = quantization(model) else {
-        return Value::Null;
+        return stored_type::to_json(model);
     };
     let quantization = quantization.to_string();
     if !adapter.taken.is_empty() {
@@ -78,12 +78,24 @@ pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
     }
 }
 
-/// The quantized base that the adapter in the folder `dir` was trained on; none if its files tell of
-/// none, as those of PEFT.
+/// The quantized base that the adapter in the folder `dir` was trained on, with those inside of it
+/// that were trained along; none if its files tell of none, as those of PEFT.
 ///
 /// # Errors
-/// If `adapter_config.json` cannot be read or names a quantization that is not known.
+/// If an `adapter_config.json` cannot be read or names a quantization that is not known.
 pub fn trained_on(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
+    let mut found = recorded(dir)?;
+    for folder in further(dir)? {
+        let along = recorded(&folder)?;
+        if along.is_some_and(|along| along.corrects) || found.is_none() {
+            found = along;
+        }
+    }
+    Ok(found)
+}
+
+/// What the files of one adapter tell of its base.
+fn recorded(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
     let path = dir.join(CONFIG);
     let json: Value = serde_json::from_slice(&read(&path)?).map_err(|e| malformed(&path, e))?;
     let record = &json[RECORD];
@@ -109,7 +121,7 @@ pub(super) fn recall(adapter: &mut Adapter, folders: &[PathBuf]) -> Result<(), P
         false => &mut adapter.parts[..],
     };
     for (part, folder) in parts.iter_mut().zip(folders) {
-        if trained_on(folder)?.is_some_and(|base| base.corrects) {
+        if recorded(folder)?.is_some_and(|base| base.corrects) {
             part.config.init = loftq::INIT.id.to_owned();
         }
     }
@@ -120,7 +132,7 @@ pub(super) fn recall(adapter: &mut Adapter, folders: &[PathBuf]) -> Result<(), P
 /// the folder `dir` belong to.
 pub(super) fn check(model: &dyn Model, dir: &Path) -> Result<(), PeftError> {
     let held = quantization(model);
-    match trained_on(dir)? {
+    match recorded(dir)? {
         Some(base) if (base.corrects || base.rebased) && held != Some(base.quantization) => {
             Err(PeftError::BaseDtype {
                 path: dir.join(CONFIG),

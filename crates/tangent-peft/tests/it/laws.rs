@@ -24,10 +24,13 @@ use crate::variants::{Own, usual_targets, variants};
 enum Base {
     F32,
     Bf16,
-    Quantized,
+    /// Blocks along rows.
+    Blocks,
+    /// Codes of linear maps, in blocks that run over the ends of rows.
+    Codes,
 }
 
-const BASES: &[Base] = &[Base::F32, Base::Bf16, Base::Quantized];
+const BASES: &[Base] = &[Base::F32, Base::Bf16, Base::Blocks, Base::Codes];
 
 /// Models with every part that sites can have, and with a tied head.
 pub(crate) const UNTIED: &str = "llama/everything";
@@ -39,12 +42,13 @@ fn base(name: &str, kind: Base) -> Box<dyn Model> {
     let config = read_json(&path).unwrap();
     let dtype = match kind {
         Base::Bf16 => BaseDtype::Bf16,
-        Base::F32 | Base::Quantized => BaseDtype::F32,
+        Base::F32 | Base::Blocks => BaseDtype::F32,
+        Base::Codes => BaseDtype::Quantized("nf4".parse().unwrap()),
     };
     let weights = Weights::folder(&dir, dtype).unwrap();
     let device = burn::tensor::Device::flex();
     let mut model = family::open(&config, &path, &weights, &device).unwrap();
-    if matches!(kind, Base::Quantized) {
+    if matches!(kind, Base::Blocks) {
         for site in model.sites_mut() {
             if site.kind != SiteKind::Norm {
                 site.weight = quantized(&site.weight);

@@ -12,14 +12,19 @@ use super::record::VERSION;
 use crate::error::TrainError;
 use crate::trainer;
 
-const NAME: &str = "activations.json";
+/// Name of the file.
+pub(super) const NAME: &str = "activations.json";
 const FORMAT: &str = "tangent-activations";
 
 /// The keys, and what it means when one differs.
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 7] = [
     ("format", "something else than hidden states"),
     ("version", "another version of the format"),
     ("model", "another model"),
+    (
+        "configuration",
+        "a model of another configuration (attention, rotary positions or epsilon)",
+    ),
     ("rows", "other training rows"),
     ("states", "other layers (skip_layers)"),
     ("state_type", "another state_type"),
@@ -46,6 +51,7 @@ pub(super) fn describe<'r>(
             "width": model.head().weight.cols(),
             "weights": hexadecimal(weights(model)),
         },
+        "configuration": configuration(model),
         "rows": {"count": count, "tokens": tokens, "hash": hexadecimal(hash)},
         "states": states.collect::<Vec<usize>>(),
         "state_type": match side.state_type() {
@@ -55,12 +61,29 @@ pub(super) fn describe<'r>(
     })
 }
 
+/// What else than weights the hidden states depend on.
+fn configuration(model: &dyn Model) -> Value {
+    let attention = model.attention_shape();
+    let rotary = model.rotary(1);
+    let frequencies = rotary.inverse_frequencies().iter();
+    // To seven digits: powers differ in the last ones between systems.
+    let frequencies: Vec<String> = frequencies.map(|f| format!("{f:.6e}")).collect();
+    json!({
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "window": attention.window,
+        "rotary": hexadecimal(pass::mix(0, &frequencies.join(" "))),
+        "epsilon": model.norm_epsilon().to_string(),
+    })
+}
+
 fn hexadecimal(hash: u64) -> String {
     format!("{hash:016x}")
 }
 
 /// A hash of the names, shapes and values of all frozen weights.
-fn weights(model: &dyn Model) -> u64 {
+pub(crate) fn weights(model: &dyn Model) -> u64 {
     let sites = model.sites().into_iter();
     let own = sites.filter(|site| site.tied_to.is_none());
     own.fold(0, |hash, site| {
@@ -127,12 +150,29 @@ pub(super) fn write(folder: &Path, manifest: &Value) -> Result<(), TrainError> {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+    use tangent_model::{BaseDtype, Weights, family, read_json};
     use tangent_peft::{AdapterConfig, SettingValue, attach};
 
     use super::*;
 
     fn description(base: &str, own: &[(&str, SettingValue)], rows: &[&[u32]]) -> Value {
-        let mut model = tangent_testkit::model(&tangent_testkit::folder(base));
+        describe_with(base, &|_| {}, own, rows)
+    }
+
+    /// The description of a model whose configuration is changed, and whose weights are not.
+    fn describe_with(
+        base: &str,
+        change: &dyn Fn(&mut Value),
+        own: &[(&str, SettingValue)],
+        rows: &[&[u32]],
+    ) -> Value {
+        let dir = tangent_testkit::folder(base);
+        let path = dir.join("config.json");
+        let mut config = read_json(&path).unwrap();
+        change(&mut config);
+        let weights = Weights::folder(&dir, BaseDtype::AsStored).unwrap();
+        let mut model = family::open(&config, &path, &weights, &Device::flex()).unwrap();
         let own = own.iter().cloned();
         let config = AdapterConfig {
             method: "lst".into(),
@@ -168,6 +208,16 @@ mod tests {
             let text = check(&folder, &other).unwrap_err().to_string();
             assert!(text.contains(words), "{words}: {text}");
             assert!(text.contains("states"), "{text}");
+        }
+        // The same weights compute other states with another configuration.
+        let theta = |config: &mut Value| config["rope_parameters"]["rope_theta"] = json!(5000.0);
+        let epsilon = |config: &mut Value| config["rms_norm_eps"] = json!(1e-6);
+        let changes: [&dyn Fn(&mut Value); 2] = [&theta, &epsilon];
+        for change in changes {
+            let other = describe_with(tied, change, &[], &rows);
+            let text = check(&folder, &other).unwrap_err().to_string();
+            assert!(text.contains("another configuration"), "{text}");
+            assert!(!text.contains("another model"), "{text}");
         }
         // How the side network looks otherwise makes no difference to what it reads.
         let narrower = [("reduction_factor", SettingValue::Number(2.0))];

@@ -31,8 +31,18 @@ pub struct Bootstrap {
     resampled: Vec<Vec<f64>>,
 }
 
-/// Resamples: enough for a smallest p-value below 0.05 after a correction for 18 recipes in pairs.
-pub const RESAMPLES: usize = 10_000;
+/// Corrected p-values below are differences.
+pub const LEVEL: f64 = 0.05;
+
+/// Least number of resamples.
+const RESAMPLES: usize = 10_000;
+
+/// Resamples for p-values that are corrected for so many pairs: the smallest one, `2 / (resamples +
+/// 1)`, is a quarter of [`LEVEL`] after the correction, so that some resamples on the other side hide
+/// no difference.
+pub fn resamples(pairs: usize) -> usize {
+    RESAMPLES.max((8.0 * pairs as f64 / LEVEL).ceil() as usize)
+}
 
 impl Bootstrap {
     /// Draws resamples. `values` are by recipe, seed and row; `weights` by row.
@@ -74,9 +84,10 @@ impl Bootstrap {
         self.estimate(|scores| scores.get(recipe).copied().unwrap_or(f64::NAN))
     }
 
-    /// Two-sided p-value of the difference of two recipes' scores being 0.
+    /// Two-sided p-value of the difference of two recipes' scores being 0. Resamples of rows that
+    /// weigh nothing have no scores and do not count.
     pub fn p_value(&self, a: usize, b: usize) -> f64 {
-        let difference = |s: &Vec<f64>| Some(s.get(a)? - s.get(b)?);
+        let difference = |s: &Vec<f64>| Some(s.get(a)? - s.get(b)?).filter(|d| d.is_finite());
         let differences: Vec<f64> = self.resampled.iter().filter_map(difference).collect();
         let count = |side: fn(&f64) -> bool| differences.iter().filter(|d| side(d)).count() + 1;
         let (below, above) = (count(|d| *d <= 0.0), count(|d| *d >= 0.0));
@@ -219,6 +230,27 @@ mod tests {
         assert_eq!(bootstrap.p_value(1, 1), 1.0);
         let gap = bootstrap.estimate(|s| s[1] - s[0]);
         assert!(gap.low > 0.0 && gap.high < 0.1, "{gap:?}");
+    }
+
+    #[test]
+    fn resamples_of_rows_that_weigh_nothing_do_not_count() {
+        let values = [vec![vec![1.0, 0.0]], vec![vec![2.0, 0.0]]];
+        let weightless = Bootstrap::new(&values, &[0.0, 0.0], 1000, 0);
+        assert_eq!(weightless.p_value(0, 1), 1.0);
+        // A quarter of the resamples draw the second row twice.
+        let half = Bootstrap::new(&values, &[1.0, 0.0], 1000, 0);
+        let counted = 2.0 / half.p_value(0, 1) - 1.0;
+        assert!((700.0..800.0).contains(&counted), "{counted}");
+        assert_eq!(half.score(0).mean, 1.0);
+    }
+
+    #[test]
+    fn the_smallest_p_value_is_far_below_the_level_for_any_number_of_pairs() {
+        for pairs in [0, 1, 66, 253, 496, 780] {
+            let smallest = 2.0 / (resamples(pairs) + 1) as f64;
+            assert!(smallest * pairs as f64 <= LEVEL / 4.0, "{pairs}");
+        }
+        assert_eq!(resamples(21), RESAMPLES);
     }
 
     #[test]

@@ -225,6 +225,7 @@ mod tests {
             },
             search: None,
             finals: curves.iter().map(run).collect(),
+            left_out: vec![],
         }
     }
 

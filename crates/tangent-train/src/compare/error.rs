@@ -51,6 +51,14 @@ pub enum CompareError {
         /// What does not fit.
         source: Box<PeftError>,
     },
+    /// A run that cannot be made.
+    #[error("{recipe}: {source}; or leave {recipe} out of --methods")]
+    Run {
+        /// Id of the recipe.
+        recipe: &'static str,
+        /// What stopped it.
+        source: Box<CompareError>,
+    },
     /// No recipe that keeps to the budget and that the model can have.
     #[error(
         "no recipe can be compared: {why}; give other --methods, or a larger --budget where one is too small"

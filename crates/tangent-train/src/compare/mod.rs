@@ -13,6 +13,7 @@
 
 mod bootstrap;
 mod charts;
+mod contest;
 mod error;
 mod ledger;
 mod ranks;
@@ -21,6 +22,7 @@ mod report;
 mod runs;
 mod search;
 mod session;
+mod sizing;
 mod standing;
 mod table;
 #[cfg(test)]
@@ -100,6 +102,9 @@ pub struct Setup<'a> {
     pub predicts_memory: bool,
     /// What else decides the runs: the model and how it is held.
     pub base: Value,
+    /// Whether a comparison that is in the output folder is given up, once everything is checked
+    /// that is known before the first long run.
+    pub overwrite: bool,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
 }
@@ -111,6 +116,22 @@ pub enum Event<'a> {
     Ready(&'a Contender),
     /// A recipe that cannot be compared.
     Skipped(&'a Skipped),
+    /// Finished runs of these recipes in the ledger are of other settings, and not used.
+    Unused {
+        /// How many.
+        unused: usize,
+        /// Of all finished runs.
+        finished: usize,
+    },
+    /// A further rank or other size that the model cannot have.
+    SizeLeftOut {
+        /// The recipe.
+        recipe: &'static Recipe,
+        /// The size.
+        size: usize,
+        /// Why not.
+        why: &'a str,
+    },
     /// A run begins.
     Begin {
         /// Id of the recipe.
@@ -153,6 +174,13 @@ pub struct Contender {
     pub steps: usize,
 }
 
+impl Contender {
+    /// The rank that it begins with, where that falls to the size.
+    pub fn first_rank(&self) -> Option<usize> {
+        self.recipe.first_rank(&self.variant)
+    }
+}
+
 /// A recipe that cannot keep to the budget, or that the model cannot have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Skipped {
@@ -173,6 +201,8 @@ pub struct Finding {
     pub finals: Vec<Record>,
     /// Rank, and the first rung of a search at that rank, ascending.
     pub sensitivity: Vec<(usize, Vec<Trial>)>,
+    /// Further ranks that the model cannot have, and why.
+    pub left_out: Vec<(usize, String)>,
 }
 
 /// Takes `count` rows out of `rows`, always the same ones: the rows that are left, and those that
@@ -191,11 +221,13 @@ pub fn hold_out(rows: Vec<Example>, count: usize) -> (Vec<Example>, Vec<Example>
 }
 
 /// Compares recipes, with the runs that are in the ledger of `output` taken from there, and writes
-/// the ledger and `compare.html` into `output`.
+/// the ledger and `compare.html` into `output`. To overwrite, both are left as they are until all
+/// recipes are decided.
 ///
 /// # Errors
-/// If a setting is out of its range or does not fit the model, no recipe can be compared, or
-/// files cannot be read or written. Finished runs are kept.
+/// If a setting is out of its range or does not fit the model, no recipe can be compared, a run
+/// cannot be made, or files cannot be read or written. Finished runs are kept, and `compare.html`
+/// shows them.
 pub fn compare(
     model: &mut dyn Model,
     setup: &Setup<'_>,
@@ -209,16 +241,22 @@ pub fn compare(
         source,
     })?;
     let _lock = trainer::lock(output)?;
-    let mut session = Session::new(model, setup, Ledger::open(output)?, on_event);
-    let complete = match session.run() {
-        Err(CompareError::Stopped) => false,
-        ended => {
-            ended?;
-            true
+    let ledger = Ledger::of_model(output.join(LEDGER), &*model, setup.overwrite)?;
+    let mut session = Session::new(model, setup, ledger, on_event);
+    let ended = session.run();
+    let begun = session.begun;
+    let report = Report::new(setup, session.findings, session.skipped, &ended);
+    let page = || folder::write_file(&output.join(REPORT), report.html().as_bytes());
+    match ended {
+        Ok(()) | Err(CompareError::Stopped) => page()?,
+        Err(error) => {
+            if begun {
+                // That it cannot be written, either, says less than the error.
+                let _ = page();
+            }
+            return Err(error);
         }
-    };
-    let report = Report::new(setup, session.findings, session.skipped, complete);
-    folder::write_file(&output.join(REPORT), report.html().as_bytes())?;
+    }
     Ok(report)
 }
 

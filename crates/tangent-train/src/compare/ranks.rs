@@ -45,7 +45,7 @@ pub fn largest(
     }
     init::check(&variant.adapter, &model.sites())?;
     let mut count = |size: usize| -> Result<Option<usize>, PeftError> {
-        let variant = recipe.variant(shared, Some(size))?;
+        let variant = recipe.variant(shared, Some(recipe.possible_size(size)))?;
         if variant.adapter.virtual_tokens() > room {
             return Ok(None);
         }
@@ -203,6 +203,11 @@ mod tests {
         assert_eq!(fit("lora", 5 * each), Fit::Size(5));
         assert_eq!(fit("lora", 6 * each - 1), Fit::Size(5));
         assert_eq!(fit("pissa", 5 * each), Fit::Size(5));
+        // Ranks that are even, and one that falls to two thirds.
+        assert_eq!(fit("orthogonal", 5 * each), Fit::Size(4));
+        assert_eq!(fit("orthogonal", 2 * each), Fit::Size(2));
+        assert_eq!(fit("orthogonal", 2 * each - 1), Fit::Least(2 * each));
+        assert_eq!(fit("adalora", 7 * (each + 14)), Fit::Size(4));
         assert_eq!(fit("lora", each - 1), Fit::Least(each));
         // No matrix has a larger rank than its smaller side.
         assert_eq!(fit("lora", usize::MAX), Fit::Size(16));

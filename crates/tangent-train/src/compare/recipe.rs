@@ -2,7 +2,9 @@
 //! recipe is one line in [`RECIPES`].
 
 use tangent_peft::methods::{self, Common, intrinsic};
-use tangent_peft::{AdapterConfig, Attach, PeftError, SettingValue, Targets, name};
+use tangent_peft::{
+    AdapterConfig, Attach, PeftError, SettingValue, Targets, init as start_values, name,
+};
 
 use super::error::CompareError;
 use crate::config::TrainConfig;
@@ -30,6 +32,10 @@ pub struct Recipe {
 enum Size {
     /// Its rank.
     Rank,
+    /// Its rank, which is even.
+    EvenRank,
+    /// The rank that is left at the end, a setting of this name. It begins with half more.
+    LastRank(&'static str),
     /// A setting of the method that counts something from 2 on; 0 where another one decides.
     Setting {
         /// Name of the setting.
@@ -46,6 +52,8 @@ pub const RANK: &str = "rank";
 
 /// What the size of OFT's blocks is called in tables.
 pub const BLOCK_SIZE: &str = "block size";
+
+const LEFT: Size = Size::LastRank("target_r");
 
 const BLOCKS: Size = Size::Setting {
     name: "oft_block_size",
@@ -67,6 +75,9 @@ const UNITS: Size = Size::Setting {
     words: "bottleneck",
 };
 
+/// The setting of start values by which ranks move between sites.
+const RHO: &str = "rho";
+
 /// Settings that all recipes begin with.
 #[derive(Clone, Debug, Default)]
 pub struct Shared {
@@ -74,9 +85,9 @@ pub struct Shared {
     pub adapter: AdapterConfig,
     /// Targets; each method's own if `None`.
     pub targets: Option<Targets>,
-    /// Rank of the recipes that have one; each method's default if `None`.
+    /// Rank of the recipes that have one, at the end where it falls; each method's default if `None`.
     pub rank: Option<usize>,
-    /// Numerator of the scaling; twice the rank if `None`.
+    /// Numerator of the scaling; twice the rank, at the start where it falls, if `None`.
     pub alpha: Option<f32>,
     /// The loop; the rate, the optimizer and the length of a run are chosen for each.
     pub train: TrainConfig,
@@ -89,7 +100,7 @@ pub struct Variant {
     pub adapter: AdapterConfig,
     /// The loop.
     pub train: TrainConfig,
-    /// Rank, or the setting in its place; 0 where there is none.
+    /// Rank, at the end where it falls, or the setting in its place; 0 where there is none.
     pub size: usize,
 }
 
@@ -100,12 +111,19 @@ pub const RECIPES: &[Recipe] = &[
     recipe("rslora", "scaled by alpha / sqrt(rank)", "lora", 1e-4, |a, _| a.use_rslora = true),
     recipe("lora+", "B at 16 times the rate of A", "lora", 1e-4, |_, t| lora_plus(t, 16.0)),
     recipe("dora", "LoRA on directions, trained lengths", "dora", 2e-4, |_, _| {}),
+    recipe("gaussian", "A normal", "lora", 2e-4, |a, _| init(a, "gaussian")),
+    recipe("orthogonal", "A and B random, their product 0", "lora", 2e-4, |a, _| init(a, "orthogonal")).sized_by(Size::EvenRank),
     recipe("pissa", "from the largest singular triplets", "lora", 1e-4, |a, _| init(a, "pissa")),
     recipe("olora", "from a QR decomposition", "lora", 1e-4, |a, _| init(a, "olora")),
     recipe("milora", "from the least singular triplets", "lora", 2e-4, |a, _| init(a, "milora")),
     recipe("lora-ga", "from the full gradient", "lora", 1e-4, |a, _| init(a, "lora-ga")),
-    recipe("adalora", "ranks move between weights", "adalora", 1e-3, |a, _| keep_two_thirds(a)),
+    recipe("eva", "from the inputs, ranks moved", "lora", 2e-4, |a, _| redistributed(a)),
+    recipe("corda", "from weights and inputs", "lora", 1e-4, |a, _| init(a, "corda")),
+    recipe("loftq", "from what quantization lost", "lora", 2e-4, |a, _| init(a, "loftq")),
+    recipe("qpissa", "pissa, the base quantized anew", "lora", 1e-4, |a, _| init(a, "qpissa")),
+    recipe("adalora", "ranks move between weights", "adalora", 1e-3, |_, _| {}).sized_by(LEFT),
     recipe("lora-pro", "steps as full fine-tuning's", "lora", 2e-5, |_, t| optim(t, "lora-pro")),
+    recipe("lora-pro-sgd", "lora-pro without moments", "lora", 1e-1, |_, t| optim(t, "lora-pro-sgd")),
     recipe("lora-ga+lora-pro", "both of them", "lora", 2e-5, aligned),
     recipe("altlora+", "A and B in turn", "lora", 2e-4, |_, t| optim(t, "altlora+")),
     recipe("lora-rite", "whatever the factors", "lora", 2e-4, |_, t| optim(t, "lora-rite")),
@@ -127,6 +145,7 @@ pub const RECIPES: &[Recipe] = &[
     recipe("bitfit", "biases", "bitfit", 1e-3, |_, _| {}).fixed(),
     recipe("norms", "scales of normalizations", "norms", 1e-3, |_, _| {}).fixed(),
     recipe("last-layers", "the last two layers", "last-layers", 5e-5, |_, _| {}).fixed(),
+    recipe("select", "attention's weights", "select", 5e-5, |_, _| {}).fixed(),
     recipe("full", "full fine-tuning", "full", 2e-5, |_, _| {}),
 ];
 
@@ -168,10 +187,10 @@ fn set(adapter: &mut AdapterConfig, name: &str, value: SettingValue) {
     adapter.own.insert(name.into(), value);
 }
 
-/// Two thirds of the rank are left at the end, as of the method's own 12 and 8.
-fn keep_two_thirds(adapter: &mut AdapterConfig) {
-    let left = (2 * adapter.rank).div_ceil(3);
-    set(adapter, "target_r", SettingValue::Number(left as f64));
+/// Ranks move from site to site, up to twice as many as elsewhere, as the authors of EVA let them.
+fn redistributed(adapter: &mut AdapterConfig) {
+    init(adapter, "eva");
+    set(adapter, RHO, SettingValue::Number(2.0));
 }
 
 /// Blocks of the nearest size that divides a weight's inputs.
@@ -193,7 +212,7 @@ impl Recipe {
     /// What its size is: a rank, or what its method has in the place of one.
     pub fn size_name(&self) -> &'static str {
         match self.size {
-            Size::Rank | Size::Fixed => RANK,
+            Size::Rank | Size::EvenRank | Size::LastRank(_) | Size::Fixed => RANK,
             Size::Setting { words, .. } => words,
         }
     }
@@ -222,12 +241,33 @@ impl Recipe {
         adapter
     }
 
+    /// Its rank at the start, where the size is the one that is left at the end.
+    pub(super) fn first_rank(&self, variant: &Variant) -> Option<usize> {
+        matches!(self.size, Size::LastRank(_)).then_some(variant.adapter.rank)
+    }
+
+    /// Lets ranks stay where start values would move them, which changes how much trains.
+    pub(super) fn keep_ranks(adapter: &mut AdapterConfig) -> Result<(), PeftError> {
+        if start_values::find(&adapter.init)?.redistributes {
+            set(adapter, RHO, SettingValue::Number(1.0));
+        }
+        Ok(())
+    }
+
     /// The smallest size that it can have.
     pub(super) fn least_size(&self) -> usize {
         match self.size {
-            Size::Rank => 1,
-            Size::Setting { .. } => 2,
+            Size::Rank | Size::LastRank(_) => 1,
+            Size::EvenRank | Size::Setting { .. } => 2,
             Size::Fixed => 0,
+        }
+    }
+
+    /// The largest size of up to `size` that it can have.
+    pub(super) fn possible_size(&self, size: usize) -> usize {
+        match self.size {
+            Size::EvenRank => size - size % 2,
+            _ => size,
         }
     }
 
@@ -249,8 +289,14 @@ impl Recipe {
             adapter.targets = targets.unwrap_or_else(|| method.usual_targets());
         }
         adapter.method = method.id.into();
+        let rank = size.or(shared.rank);
         adapter.rank = match self.size {
-            Size::Rank => size.or(shared.rank).unwrap_or(method.rank),
+            Size::Rank | Size::EvenRank => rank.unwrap_or(method.rank),
+            Size::LastRank(name) => {
+                let left = rank.unwrap_or_else(|| adapter.own(name).number() as usize);
+                set(&mut adapter, name, SettingValue::Number(left as f64));
+                (3 * left).div_ceil(2)
+            }
             Size::Setting { .. } | Size::Fixed => method.rank,
         };
         adapter.alpha = shared.alpha.unwrap_or(2.0 * adapter.rank as f32);
@@ -261,7 +307,8 @@ impl Recipe {
         let size = match self.size {
             _ if method.whole_model => 0,
             Size::Fixed => 0,
-            Size::Rank => adapter.rank,
+            Size::Rank | Size::EvenRank => adapter.rank,
+            Size::LastRank(name) => adapter.own(name).number() as usize,
             Size::Setting { name, .. } => {
                 let size = size.unwrap_or_else(|| adapter.own(name).number() as usize);
                 set(&mut adapter, name, SettingValue::Number(size as f64));
@@ -295,8 +342,11 @@ pub fn find(names: &[String]) -> Result<Vec<&'static Recipe>, CompareError> {
 
 #[cfg(test)]
 mod tests {
+    use tangent_peft::init::INITS;
+    use tangent_peft::methods::METHODS;
+
     use super::*;
-    use crate::optim;
+    use crate::optim::{self, RULES};
 
     #[test]
     fn recipes_name_what_exists() {
@@ -318,6 +368,25 @@ mod tests {
             let may_be_0 = recipe.id == "full" || recipe.size != Size::Rank;
             assert!(variant.size > 0 || may_be_0, "{}", recipe.id);
             optim::find(&variant.train.optimizer).unwrap();
+        }
+    }
+
+    #[test]
+    fn everything_that_is_published_has_a_recipe() {
+        let variants: Vec<Variant> = RECIPES
+            .iter()
+            .map(|r| r.variant(&Shared::default(), None).unwrap())
+            .collect();
+        let has = |what: &dyn Fn(&Variant) -> bool| variants.iter().any(what);
+        for method in METHODS {
+            assert!(has(&|v| v.adapter.method == method.id), "{}", method.id);
+        }
+        for init in INITS {
+            assert!(has(&|v| v.adapter.init == init.id), "{}", init.id);
+        }
+        // Plain SGD belongs to no published way of training adapters.
+        for rule in RULES.iter().filter(|rule| rule.id != "sgd") {
+            assert!(has(&|v| v.train.optimizer == rule.id), "{}", rule.id);
         }
     }
 
@@ -353,10 +422,16 @@ mod tests {
             (lora.size, lora.adapter.rank, lora.adapter.alpha),
             (6, 6, 12.0)
         );
-        assert_eq!(
-            of("adalora", Some(12)).adapter.own["target_r"].number(),
-            8.0
-        );
+        // As many are left as other recipes have from the beginning.
+        for (size, left, first, alpha) in [(None, 4, 6, 12.0), (Some(8), 8, 12, 24.0)] {
+            let adalora = of("adalora", size);
+            assert_eq!(adalora.adapter.own["target_r"].number(), left as f64);
+            assert_eq!((adalora.size, adalora.adapter.rank), (left, first));
+            assert_eq!(adalora.adapter.alpha, alpha);
+        }
+        let adalora = find(&["adalora".to_owned()]).unwrap()[0];
+        let usual = adalora.variant(&Shared::default(), None).unwrap();
+        assert_eq!((usual.size, adalora.first_rank(&usual)), (8, Some(12)));
         let oft = of("oft", Some(16));
         assert_eq!(oft.adapter.own["oft_block_size"].number(), 16.0);
         assert_eq!(of("oft", None).size, 32);
@@ -375,6 +450,20 @@ mod tests {
         assert_eq!((lst.size, &lst), (0, &of("lst", None)));
         let name = |name: &str| find(&[name.to_owned()]).unwrap()[0].size_name();
         assert_eq!((name("lora"), name("oft")), ("rank", "block size"));
+    }
+
+    #[test]
+    fn ranks_that_move_can_be_kept() {
+        let of = |name: &str| {
+            let recipe = find(&[name.to_owned()]).unwrap()[0];
+            recipe.variant(&Shared::default(), None).unwrap().adapter
+        };
+        let (mut eva, mut lora) = (of("eva"), of("lora"));
+        assert_eq!(eva.own(RHO).number(), 2.0);
+        Recipe::keep_ranks(&mut eva).unwrap();
+        assert_eq!(eva.own(RHO).number(), 1.0);
+        Recipe::keep_ranks(&mut lora).unwrap();
+        assert_eq!(lora, of("lora"));
     }
 
     #[test]

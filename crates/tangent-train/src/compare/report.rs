@@ -1,12 +1,13 @@
 //! A comparison as text, as JSON, and as a page with charts.
 
+mod sentences;
+
 use serde_json::Value;
 
-use super::bootstrap::RESAMPLES;
-use super::charts::{self, NATS};
-use super::standing::{LEVEL, Standing, Standings};
+use super::charts;
+use super::standing::Standings;
 use super::table::{self, counted};
-use super::{Budget, Finding, Rates, Recipe, Setup, Skipped};
+use super::{Budget, CompareError, Finding, Rates, Recipe, Setup, Skipped};
 use crate::plan::grouped;
 use crate::report::{HeatMap, Page, number};
 
@@ -20,22 +21,28 @@ pub struct Report {
     pub standings: Standings,
     /// Whether all runs are finished.
     pub complete: bool,
+    /// The error that it ended with, if it was one.
+    fault: Option<String>,
     findings: Vec<Finding>,
     /// What was compared, a sentence each.
     what: Vec<String>,
 }
 
 impl Report {
-    /// The report of what was found.
+    /// The report of what was found until all runs were made, or it was stopped, or failed.
     pub(super) fn new(
         setup: &Setup<'_>,
         findings: Vec<Finding>,
         skipped: Vec<Skipped>,
-        complete: bool,
+        ended: &Result<(), CompareError>,
     ) -> Self {
         Self {
             standings: Standings::of(&findings, &skipped),
-            complete,
+            complete: ended.is_ok(),
+            fault: match ended {
+                Ok(()) | Err(CompareError::Stopped) => None,
+                Err(error) => Some(error.to_string()),
+            },
             what: what(setup, &findings),
             findings,
         }
@@ -60,7 +67,8 @@ impl Report {
         let (told, explained) = (self.conclusions(), self.explanations());
         let headline = self.headline().into_iter().map(|line| format!("{line}\n"));
         let headline: Vec<String> = headline.collect();
-        let told = headline.iter().chain(&told);
+        let left_out = self.left_out();
+        let told = headline.iter().chain(&told).chain(&left_out);
         for sentence in told.chain(&self.what).chain(&explained) {
             text.push_str(&format!("\n{sentence}"));
         }
@@ -131,118 +139,14 @@ impl Report {
             for (recipe, chart) in charts::ranks(&self.findings) {
                 page.figure(&size_caption(recipe, &chart), &chart.svg());
             }
+            for sentence in self.left_out() {
+                page.paragraph(&sentence);
+            }
             page.heading("Searches");
             let headers = ["method", "rate", "steps", "validation loss"];
             page.table(&headers, &self.trials());
         }
         page.finish()
-    }
-
-    /// Who is best, in short: `a ~ b < c`, a and b cannot be told apart, c is worse. `None` where
-    /// nothing is compared.
-    fn headline(&self) -> Option<String> {
-        let best = &self.standings.best;
-        let compared = self.standings.rows.iter().filter(|row| row.loss.is_some());
-        let worse = compared.map(|row| row.recipe);
-        let worse: Vec<&str> = worse.filter(|name| !best.contains(name)).collect();
-        if best.len() + worse.len() < 2 {
-            return None;
-        }
-        let more = best.len().saturating_sub(NAMED);
-        let mut names: Vec<String> = best.iter().map(|name| (*name).to_owned()).collect();
-        if more > 1 {
-            names.truncate(NAMED);
-            names.push(format!("{more} more"));
-        }
-        let group = names.join(" ~ ");
-        Some(match worse.len() {
-            0 => group,
-            1..=NAMED => format!("{group} < {}", worse.join(", ")),
-            others => format!("{group} < {others} others"),
-        })
-    }
-
-    /// What was found, in sentences.
-    fn conclusions(&self) -> Vec<String> {
-        let standings = &self.standings;
-        let mut told = vec![];
-        match &standings.best[..] {
-            [] => told.push("No method has a result yet.".to_owned()),
-            [best] if standings.rows.iter().filter(|r| r.loss.is_some()).count() > 1 => {
-                told.push(format!(
-                    "{best} has the lowest loss, lower than that of any other."
-                ));
-            }
-            [only] => told.push(format!("{only} is the only method with a result.")),
-            [best, others @ ..] => told.push(format!(
-                "{best} has the lowest loss, and cannot be told apart from: {}.",
-                others.join(", ")
-            )),
-        }
-        if let Some(why) = standings.no_gap {
-            told.push(format!(
-                "No share of the gap between lora and full is told: {why}."
-            ));
-        }
-        let edge = |s: &&Standing| s.at_edge;
-        for s in standings.rows.iter().filter(edge) {
-            told.push(format!(
-                "{}: the best learning rate is the least or the largest that was tried; a better \
-                 one may lie beyond.",
-                s.recipe
-            ));
-        }
-        if !self.complete {
-            told.push("Not finished; go on with --resume.".to_owned());
-        }
-        told
-    }
-
-    /// What the columns are, in sentences.
-    fn explanations(&self) -> Vec<String> {
-        let (standings, percent) = (&self.standings, 100.0 * (1.0 - LEVEL));
-        if standings.seeds.is_empty() {
-            return vec![];
-        }
-        let seeds: Vec<String> = standings.seeds.iter().map(u64::to_string).collect();
-        let drawn = match seeds.len() {
-            1 => "evaluation rows (one seed: its chance is not in them)",
-            _ => "evaluation rows and seeds, the same ones for all methods",
-        };
-        let rows = &standings.rows;
-        let mut told = vec![
-            format!(
-                "loss: {NATS} on the evaluation rows, mean over seeds {}. Intervals: {percent:.0} \
-                 %, bootstrap with {RESAMPLES} resamples of {drawn}.",
-                seeds.join(", ")
-            ),
-            format!(
-                "group: methods that share a letter cannot be told apart; in short, a ~ b < c: b \
-                 cannot be told apart from a, which has the lowest loss, and c is worse. p best, p \
-                 lora: of the difference to the lowest loss and to lora; all p are corrected for \
-                 all pairs (Holm), below {LEVEL} is a difference."
-            ),
-            "rate: the learning rate that the search found. tuning: runs and steps of the search, \
-             on validation rows taken out of the training rows, with the first seed."
-                .to_owned(),
-        ];
-        if rows.iter().any(|s| s.gap_closed.is_some()) {
-            let gap = "gap closed: (loss of lora - loss) / (loss of lora - loss of full).";
-            told.push(gap.to_owned());
-        }
-        if rows.iter().any(|s| s.predicted_peak_bytes.is_some()) {
-            told.push(
-                "memory: peak of a run by itself, predicted as `tangent plan` does and not \
-                 measured, since a process knows only the peak of all its runs."
-                    .to_owned(),
-            );
-        }
-        if rows.iter().any(|s| s.kappa.is_some()) {
-            let kappa = "kappa: mean share of the full gradient that the adapter could follow, at \
-                         some steps with the first seed.";
-            told.push(kappa.to_owned());
-        }
-        told
     }
 
     /// Every run of every search.
@@ -265,9 +169,6 @@ impl Report {
         rows
     }
 }
-
-/// Most methods that are named on one side of a headline.
-const NAMED: usize = 4;
 
 /// What a heat map of a recipe's sizes and learning rates shows.
 fn size_caption(recipe: &Recipe, map: &HeatMap) -> String {
@@ -326,6 +227,7 @@ fn what(setup: &Setup<'_>, findings: &[Finding]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::super::bootstrap::Estimate;
+    use super::super::standing::Standing;
     use super::*;
 
     fn standing(recipe: &'static str, loss: f64) -> Standing {
@@ -347,10 +249,12 @@ mod tests {
             standings: Standings {
                 rows,
                 seeds: vec![42],
-                no_gap: Some("it needs both lora and full"),
+                resamples: 10_000,
+                no_gap: Some("it needs both lora and full".into()),
                 best,
             },
             complete: false,
+            fault: None,
             findings: vec![],
             what: vec![],
         }
@@ -431,20 +335,78 @@ mod tests {
             p_best: Some(0.0),
             size: 32,
             size_name: "block size",
+            against_lora: Some(Estimate {
+                mean: -0.025,
+                low: -0.03,
+                high: 0.01,
+            }),
+            start_seconds: Some(17.5),
             tuning_runs: 3,
             tuning_steps: 1200,
             ..standing("oft", 2.0)
         };
         let report = report(vec![one, several], vec!["lora"]);
         let text = report.text();
-        for words in ["1 run, 1 step\n", "3 runs, 1,200 steps\n", "block size"] {
+        for words in ["1 run, 1 step\n", "3 runs, 1,200 steps\n", "block size 32"] {
             assert!(text.contains(words), "{words:?}: {text}");
         }
-        assert!(!text.contains("rank"), "{text}");
         let html = report.html();
-        for cell in ["&lt;0.001", "0.9000 to 1.1000", "32"] {
+        for cell in [
+            "&lt;0.001",
+            "0.9000 to 1.1000",
+            "-0.0250",
+            "-0.0300 to +0.0100",
+            "17.5",
+        ] {
             let cell = format!("<td class=\"number\">{cell}</td>");
             assert!(html.contains(&cell), "{cell}");
+        }
+    }
+
+    #[test]
+    fn sizes_of_all_kinds_are_told() {
+        let sized = |recipe, size, size_name, first_rank| Standing {
+            size,
+            size_name,
+            first_rank,
+            ..standing(recipe, 1.0)
+        };
+        let rows = vec![
+            sized("lora", 8, "rank", None),
+            sized("adalora", 8, "rank", Some(12)),
+            sized("prompt-tuning", 20, "virtual tokens", None),
+            sized("intrinsic", 1000, "dimension", None),
+            standing("full", 1.0),
+        ];
+        let text = report(rows, vec!["lora"]).text();
+        let lines: Vec<&str> = text.lines().collect();
+        for (line, words) in lines.iter().zip([
+            "method         size",
+            "lora           rank 8 ",
+            "adalora        rank 8, from 12 ",
+            "prompt-tuning  virtual tokens 20 ",
+            "intrinsic      dimension 1,000 ",
+            "full           - ",
+        ]) {
+            assert!(line.starts_with(words), "{words}: {text}");
+        }
+        assert!(text.contains("\nsize: "), "{text}");
+    }
+
+    #[test]
+    fn few_seeds_and_errors_are_told() {
+        let mut report = report(vec![standing("lora", 1.0)], vec!["lora"]);
+        assert!(!report.text().contains("too narrow") && !report.text().contains("error"));
+        report.standings.seeds = vec![1, 2, 3];
+        report.fault = Some("pissa: the disk is full".into());
+        let text = report.text();
+        for words in [
+            "With 3 seeds, the part of intervals that seeds add is too narrow by about 18 %.",
+            "10,000 resamples",
+            "It ended with an error: pissa: the disk is full.",
+            "--resume",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
         }
     }
 }

@@ -51,30 +51,48 @@ pub struct RunPlan<'a> {
 /// decompositions of every weight take long.
 #[derive(Default)]
 pub struct Starts {
-    last: Option<(AdapterConfig, u64, Start, AdapterConfig)>,
+    last: Option<Started>,
+}
+
+/// Start values, and what they were made of.
+struct Started {
+    asked: AdapterConfig,
+    seed: u64,
+    start: Start,
+    /// The settings as the start leaves them.
+    config: AdapterConfig,
+    /// What it took to compute them.
+    seconds: f64,
 }
 
 impl Starts {
-    /// The start of a run, and its adapter's settings as the start leaves them.
+    /// The start of a run.
     fn of(
         &mut self,
         model: &mut dyn Model,
         plan: &RunPlan<'_>,
         rows: &[Example],
-    ) -> Result<(Start, AdapterConfig), CompareError> {
+    ) -> Result<&Started, CompareError> {
         let seed = plan.train.seed;
-        if let Some((asked, of_seed, start, config)) = &self.last
-            && asked == plan.adapter
-            && *of_seed == seed
-        {
-            return Ok((start.clone(), config.clone()));
-        }
-        self.last = None;
-        let mut config = plan.adapter.clone();
-        let evidence = Evidence::first(rows, plan.train, evidence::rows(&config)?);
-        let start = evidence::start(model, &mut config, rows, &evidence, seed)?;
-        self.last = Some((plan.adapter.clone(), seed, start.clone(), config.clone()));
-        Ok((start, config))
+        let last = self.last.take();
+        let known = last.filter(|last| last.asked == *plan.adapter && last.seed == seed);
+        let started = match known {
+            Some(started) => started,
+            None => {
+                let clock = Instant::now();
+                let mut config = plan.adapter.clone();
+                let evidence = Evidence::first(rows, plan.train, evidence::rows(&config)?);
+                let start = evidence::start(model, &mut config, rows, &evidence, seed)?;
+                Started {
+                    asked: plan.adapter.clone(),
+                    seed,
+                    start,
+                    config,
+                    seconds: clock.elapsed().as_secs_f64(),
+                }
+            }
+        };
+        Ok(self.last.insert(started))
     }
 }
 
@@ -92,10 +110,11 @@ pub fn make(
     on_step: &mut dyn FnMut(usize, f64),
 ) -> Result<Record, CompareError> {
     meter::check(plan.train.meter_every, model)?;
+    let started = starts.of(model, plan, data.train)?;
     let clock = Instant::now();
-    let (start, config) = starts.of(model, plan, data.train)?;
-    let adapter = attach_from(model, &config, &start)?;
-    let start_seconds = clock.elapsed().as_secs_f64();
+    let adapter = attach_from(model, &started.config, &started.start)?;
+    // Start values that a run before has computed count as if this one had.
+    let start_seconds = started.seconds + clock.elapsed().as_secs_f64();
     let made = train(model, &adapter, plan.train, data.train, stop, on_step)
         .and_then(|training| scored(model, &adapter, plan, data, training));
     detach(model);
@@ -239,4 +258,51 @@ fn predicted_peak(
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::data::Origin;
+
+    #[test]
+    fn start_values_are_computed_once_and_their_time_is_kept() {
+        let mut model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let row = Example {
+            tokens: vec![5, 10, 20, 60],
+            supervised: vec![false, false, false, true],
+            origin: Origin {
+                file: Arc::new("rows.jsonl".into()),
+                line: 1,
+            },
+            full_length: 4,
+        };
+        let adapter = AdapterConfig {
+            rank: 2,
+            init: "pissa".into(),
+            ..AdapterConfig::default()
+        };
+        let mut starts = Starts::default();
+        let mut seconds = |rate: f64| {
+            let train = TrainConfig {
+                learning_rate: rate,
+                ..TrainConfig::default()
+            };
+            let plan = RunPlan {
+                adapter: &adapter,
+                train: &train,
+                is_full: false,
+                predicts_memory: false,
+            };
+            let rows = std::slice::from_ref(&row);
+            let started = starts.of(&mut *model, &plan, rows).unwrap();
+            assert!(!started.start.factors.is_empty());
+            started.seconds
+        };
+        let first = seconds(1e-3);
+        assert!(first > 0.0);
+        assert_eq!(seconds(1e-2), first);
+    }
 }

@@ -7,6 +7,9 @@
 //! 3      all           the better half of those, rounded up; the best of them wins
 //! ```
 //!
+//! Where all runs of rung 3 diverge, the rates that fell out before take their place one after
+//! another, those of later rungs and lower losses first, until one ends.
+//!
 //! Every rung is a run of its own, whose schedule ends with it, since a loss in the middle of a
 //! decaying learning rate tells little. A rung of a single rate is left out, but for the last one.
 
@@ -47,6 +50,14 @@ impl Grid {
             above: vec![],
         }
     }
+
+    /// Steps of the runs that a search for runs of `steps` steps begins with.
+    pub fn first_steps(&self, steps: usize) -> usize {
+        match self.rates.len() {
+            0 | 1 => steps,
+            _ => (steps / 4).max(1),
+        }
+    }
 }
 
 /// A rate to two digits, as one would type it.
@@ -70,7 +81,7 @@ pub struct Trial {
 pub struct Search {
     /// Every run in the order in which it was made.
     pub trials: Vec<Trial>,
-    /// The best rate; `None` if all runs of the last rung diverged.
+    /// The best rate; `None` if no rate ends a run of all steps.
     pub best: Option<f64>,
     /// Whether the best rate is the least or the largest of several, so that a better one may lie
     /// beyond.
@@ -112,8 +123,11 @@ pub fn halving<E>(
         Ok(made)
     };
     let mut left = grid.rates.clone();
+    // Those that fell out, in the order in which they would take part again.
+    let mut out = vec![];
     if left.len() > 1 {
-        let mut first = rung(&left, (steps / 4).max(1))?;
+        let few = grid.first_steps(steps);
+        let mut first = rung(&left, few)?;
         let found = best(&first);
         let more: &[f64] = match found {
             None => &[],
@@ -121,15 +135,23 @@ pub fn halving<E>(
             _ if found == left.last().copied() => &grid.above,
             _ => &[],
         };
-        first.extend(rung(more, (steps / 4).max(1))?);
-        left = better(first, grid.rates.len().div_ceil(2));
+        first.extend(rung(more, few)?);
+        (left, out) = better(first, grid.rates.len().div_ceil(2));
     }
     if left.len() > 1 {
         let second = rung(&left, (steps / 2).max(1))?;
         let half = left.len().div_ceil(2);
-        left = better(second, half);
+        let earlier = std::mem::take(&mut out);
+        (left, out) = better(second, half);
+        out.extend(earlier);
     }
-    let last = rung(&left, steps)?;
+    let mut last = rung(&left, steps)?;
+    for rate in out {
+        if best(&last).is_some() {
+            break;
+        }
+        last.extend(rung(&[rate], steps)?);
+    }
     let search = Search {
         best: best(&last),
         trials,
@@ -143,12 +165,14 @@ pub fn halving<E>(
     })
 }
 
-/// The `count` rates with the lowest scores, ascending.
-fn better(mut trials: Vec<Trial>, count: usize) -> Vec<f64> {
+/// The `count` rates with the lowest scores, ascending, and the others that did not diverge, the
+/// lowest score first.
+fn better(mut trials: Vec<Trial>, count: usize) -> (Vec<f64>, Vec<f64>) {
     trials.sort_by(|a, b| a.score.total_cmp(&b.score));
     let mut rates: Vec<f64> = trials.iter().take(count).map(|t| t.rate).collect();
     rates.sort_by(f64::total_cmp);
-    rates
+    let others = trials.iter().skip(count).filter(|t| t.score.is_finite());
+    (rates, others.map(|t| t.rate).collect())
 }
 
 /// The rate of the lowest finite score.
@@ -210,6 +234,32 @@ mod tests {
         let found = search(&Grid::of(vec![1e-3, 1e-4, 1e-3]), 100, 1.0, 1.0);
         assert_eq!(counts(&found), [(25, 2), (100, 1)]);
         assert_eq!((found.best, found.at_edge), (Some(1e-3), true));
+    }
+
+    #[test]
+    fn rates_that_fell_out_take_the_place_of_those_that_diverge_late() {
+        let score = |limit: f64| {
+            move |rate: f64, steps: usize| -> Result<f64, Infallible> {
+                Ok(match steps == 100 && rate > limit {
+                    true => f64::INFINITY,
+                    false => -rate,
+                })
+            }
+        };
+        // 2e-2 to 2e-3 go on to the second rung, 2e-2 and 6e-3 to the last one.
+        let grid = Grid::around(2e-4);
+        let Ok(found) = halving(&grid, 100, score(1e-3));
+        assert_eq!(counts(&found), [(25, 7), (50, 3), (100, 4)]);
+        let tried: Vec<f64> = found.trials[10..].iter().map(|t| t.rate).collect();
+        assert_eq!(tried, [6e-3, 2e-2, 2e-3, 6e-4]);
+        assert_eq!((found.best, found.at_edge), (Some(6e-4), false));
+        // One that ends is enough.
+        let Ok(found) = halving(&grid, 100, score(1e-2));
+        assert_eq!(counts(&found), [(25, 7), (50, 3), (100, 2)]);
+        // Where none does, all of them have run all steps.
+        let Ok(found) = halving(&grid, 100, score(0.0));
+        assert_eq!(counts(&found), [(25, 7), (50, 3), (100, 7)]);
+        assert_eq!((found.best, found.at_edge), (None, false));
     }
 
     #[test]

@@ -3,14 +3,15 @@
 use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::pass;
-use tangent_peft::{AdapterConfig, PeftError, init};
+use tangent_peft::AdapterConfig;
 
 use super::error::CompareError;
 use super::ledger::{Ledger, Record};
-use super::ranks::{self, Fit};
-use super::recipe::{Recipe, Shared, Variant};
+use super::recipe::Recipe;
+use super::report::REPORT;
 use super::runs::{self, RunPlan, Starts};
 use super::search::{self, Grid, Search, Trial};
+use super::sizing::{self, Sizing};
 use super::{Budget, Contender, Event, Finding, LEAST_STEPS, Rates, Setup, Skipped};
 use crate::config::{Length, TrainConfig};
 use crate::sampler::total_steps;
@@ -36,6 +37,14 @@ fn fingerprints(setup: &Setup<'_>) -> Fingerprints {
     }
 }
 
+/// A run that the ledger may have.
+struct Planned {
+    adapter: AdapterConfig,
+    train: TrainConfig,
+    is_full: bool,
+    key: String,
+}
+
 /// A comparison under way.
 pub struct Session<'a, 'b> {
     model: &'a mut dyn Model,
@@ -47,6 +56,9 @@ pub struct Session<'a, 'b> {
     pub findings: Vec<Finding>,
     /// What is left out.
     pub skipped: Vec<Skipped>,
+    /// Whether everything is decided but rates, and an earlier comparison given up that was to be
+    /// overwritten.
+    pub begun: bool,
     on_event: &'a mut dyn FnMut(&Event<'_>),
 }
 
@@ -66,6 +78,7 @@ impl<'a, 'b> Session<'a, 'b> {
             starts: Starts::default(),
             findings: vec![],
             skipped: vec![],
+            begun: false,
             on_event,
         }
     }
@@ -75,7 +88,13 @@ impl<'a, 'b> Session<'a, 'b> {
     /// # Errors
     /// If it was asked to stop, or a run cannot be made.
     pub fn run(&mut self) -> Result<(), CompareError> {
-        self.prepare()?;
+        let prepared = self.prepare();
+        if matches!(prepared, Ok(()) | Err(CompareError::Stopped)) {
+            self.ledger.replace(&[REPORT])?;
+            self.begun = true;
+        }
+        prepared?;
+        self.tell_unused()?;
         for index in 0..self.findings.len() {
             self.search(index)?;
         }
@@ -105,6 +124,7 @@ impl<'a, 'b> Session<'a, 'b> {
                         search: None,
                         finals: vec![],
                         sensitivity: vec![],
+                        left_out: vec![],
                     });
                 }
                 Err(why) => {
@@ -126,14 +146,36 @@ impl<'a, 'b> Session<'a, 'b> {
         Ok(())
     }
 
+    /// Tells of finished runs of the recipes that are compared which are of no use: those of
+    /// recipes whose search would begin with other runs than any in the ledger.
+    fn tell_unused(&mut self) -> Result<(), CompareError> {
+        let mut unused = 0;
+        for index in 0..self.findings.len() {
+            let contender = self.finding(index).contender.clone();
+            let grid = self.grid(contender.recipe);
+            let (seed, steps) = (self.first_seed(), grid.first_steps(contender.steps));
+            let mut known = false;
+            for rate in grid.rates {
+                let planned = self.planned(&contender, rate, seed, steps)?;
+                known |= self.known(&planned).is_some();
+            }
+            if !known {
+                unused += self.ledger.unused(contender.recipe.id);
+            }
+        }
+        if unused > 0 {
+            let finished = self.ledger.finished();
+            (self.on_event)(&Event::Unused { unused, finished });
+        }
+        Ok(())
+    }
+
     /// A recipe within the budget, or why it is not.
     fn contender(
         &mut self,
         recipe: &'static Recipe,
     ) -> Result<Result<Contender, String>, CompareError> {
-        let shared = &self.setup.shared;
-        let room = self.room();
-        let sized = sized(self.model, recipe, shared, self.setup.budget, room);
+        let sized = self.sizing().sized(self.model, recipe);
         let (variant, parameters) = match sized {
             Ok(Ok(sized)) => sized,
             Ok(Err(why)) => return Ok(Err(why)),
@@ -142,15 +184,21 @@ impl<'a, 'b> Session<'a, 'b> {
                 return Err(CompareError::Recipe { recipe, source });
             }
         };
+        if let Some(why) = sizing::unseen(&*self.model, &variant.adapter)? {
+            return Ok(Err(why));
+        }
         variant.train.validate()?;
         let mut contender = Contender {
             recipe,
             variant,
             parameters,
-            steps: total_steps(self.setup.data.train, &shared.train),
+            steps: total_steps(self.setup.data.train, &self.setup.shared.train),
         };
         if let Budget::Minutes(minutes) = self.setup.budget {
-            let pace = self.pace(&contender)?;
+            let pace = match self.pace(&contender)? {
+                Ok(pace) => pace,
+                Err(why) => return Ok(Err(why)),
+            };
             contender.steps = (60.0 * minutes / pace) as usize;
             if contender.steps < LEAST_STEPS {
                 let why =
@@ -161,16 +209,32 @@ impl<'a, 'b> Session<'a, 'b> {
         Ok(Ok(contender))
     }
 
-    /// Seconds of a step.
-    fn pace(&mut self, contender: &Contender) -> Result<f64, CompareError> {
+    /// Seconds of a step, or why they are not known.
+    fn pace(&mut self, contender: &Contender) -> Result<Result<f64, String>, CompareError> {
         let (rate, seed) = (contender.recipe.usual_rate, self.first_seed());
         let paced = Contender {
             // Not a run of full length, whatever the budget comes to.
             steps: 0,
             ..contender.clone()
         };
-        let record = self.record(&paced, rate, seed, PACE_STEPS)?;
-        Ok(record.seconds_per_step.max(f64::MIN_POSITIVE))
+        let seconds = self
+            .record(&paced, rate, seed, PACE_STEPS)?
+            .seconds_per_step;
+        Ok(match seconds > 0.0 {
+            true => Ok(seconds),
+            false => Err(format!(
+                "how long a step takes is not known: at learning rate {rate:e} the first one \
+                 diverged"
+            )),
+        })
+    }
+
+    fn sizing(&self) -> Sizing<'a> {
+        Sizing {
+            shared: &self.setup.shared,
+            budget: self.setup.budget,
+            room: self.room(),
+        }
     }
 
     /// Virtual tokens that leave room for the longest row.
@@ -185,12 +249,17 @@ impl<'a, 'b> Session<'a, 'b> {
         &self.findings[index]
     }
 
+    /// The learning rates that a search begins with.
+    fn grid(&self, recipe: &Recipe) -> Grid {
+        match &self.setup.rates {
+            Rates::Auto => Grid::around(recipe.usual_rate),
+            Rates::List(rates) => Grid::of(rates.clone()),
+        }
+    }
+
     fn search(&mut self, index: usize) -> Result<(), CompareError> {
         let contender = self.finding(index).contender.clone();
-        let grid = match &self.setup.rates {
-            Rates::Auto => Grid::around(contender.recipe.usual_rate),
-            Rates::List(rates) => Grid::of(rates.clone()),
-        };
+        let grid = self.grid(contender.recipe);
         let seed = self.first_seed();
         let search = search::halving(&grid, contender.steps, |rate, steps| {
             let record = self.record(&contender, rate, seed, steps)?;
@@ -237,10 +306,24 @@ impl<'a, 'b> Session<'a, 'b> {
         sizes.sort_unstable();
         sizes.dedup();
         let (first, steps) = (first_rung(&search), (contender.steps / 4).max(1));
-        let mut found = vec![];
+        let (mut found, mut left_out) = (vec![], vec![]);
         for size in sizes {
-            let Some(other) = self.resized(&contender, size)? else {
-                continue;
+            let recipe = contender.recipe;
+            let other = match self.sizing().resized(self.model, recipe, size)? {
+                Ok((variant, parameters)) => Contender {
+                    variant,
+                    parameters,
+                    ..contender.clone()
+                },
+                Err(why) => {
+                    (self.on_event)(&Event::SizeLeftOut {
+                        recipe,
+                        size,
+                        why: &why,
+                    });
+                    left_out.push((size, why));
+                    continue;
+                }
             };
             let mut trials = vec![];
             for trial in &first {
@@ -253,37 +336,51 @@ impl<'a, 'b> Session<'a, 'b> {
             }
             found.push((size, trials));
         }
-        self.findings[index].sensitivity = found;
+        let finding = &mut self.findings[index];
+        (finding.sensitivity, finding.left_out) = (found, left_out);
         Ok(())
     }
 
-    /// A contender of another size; `None` if the model cannot have it.
-    fn resized(
-        &mut self,
+    /// A run as the ledger knows it.
+    fn planned(
+        &self,
         contender: &Contender,
-        size: usize,
-    ) -> Result<Option<Contender>, CompareError> {
-        let variant = contender.recipe.variant(&self.setup.shared, Some(size))?;
-        if variant.adapter.virtual_tokens() > self.room() {
-            return Ok(None);
-        }
-        let checked = init::check(&variant.adapter, &self.model.sites());
-        let counted = checked.and_then(|()| ranks::parameters(self.model, &variant.adapter));
-        let parameters = match counted {
-            Err(
-                PeftError::Rank { .. }
-                | PeftError::Blocks { .. }
-                | PeftError::TooFewDirections { .. }
-                | PeftError::VirtualTokens { .. }
-                | PeftError::Dimension { .. },
-            ) => return Ok(None),
-            counted => counted?,
+        rate: f64,
+        seed: u64,
+        steps: usize,
+    ) -> Result<Planned, CompareError> {
+        let is_full = steps == contender.steps;
+        let measured = is_full && seed == self.first_seed() && self.setup.readings > 0;
+        let meter_every = match measured {
+            true => steps.div_ceil(self.setup.readings),
+            false => 0,
         };
-        Ok(Some(Contender {
-            variant,
-            parameters,
-            ..contender.clone()
-        }))
+        let unmeasured = TrainConfig {
+            learning_rate: rate,
+            seed,
+            length: Length::Steps(steps),
+            meter_every: 0,
+            ..contender.variant.train.clone()
+        };
+        let train = TrainConfig {
+            meter_every,
+            ..unmeasured.clone()
+        };
+        train.validate()?;
+        let adapter = Recipe::seeded(&contender.variant.adapter, seed);
+        // Readings change nothing in a run.
+        let key = self.key((contender.recipe, &adapter), &unmeasured, is_full);
+        Ok(Planned {
+            adapter,
+            train,
+            is_full,
+            key,
+        })
+    }
+
+    /// The run in the ledger.
+    fn known(&mut self, planned: &Planned) -> Option<Record> {
+        self.ledger.get(&planned.key).cloned()
     }
 
     /// A run: from the ledger, or made now and written there.
@@ -294,24 +391,9 @@ impl<'a, 'b> Session<'a, 'b> {
         seed: u64,
         steps: usize,
     ) -> Result<Record, CompareError> {
-        let is_full = steps == contender.steps;
-        let measured = is_full && seed == self.first_seed() && self.setup.readings > 0;
-        let meter_every = match measured {
-            true => steps.div_ceil(self.setup.readings),
-            false => 0,
-        };
-        let train = TrainConfig {
-            learning_rate: rate,
-            seed,
-            length: Length::Steps(steps),
-            meter_every,
-            ..contender.variant.train.clone()
-        };
-        train.validate()?;
-        let adapter = Recipe::seeded(&contender.variant.adapter, seed);
-        let key = self.key((contender.recipe, &adapter), &train, is_full);
-        if let Some(record) = self.ledger.get(&key) {
-            return Ok(record.clone());
+        let planned = self.planned(contender, rate, seed, steps)?;
+        if let Some(record) = self.known(&planned) {
+            return Ok(record);
         }
         let recipe = contender.recipe.id;
         (self.on_event)(&Event::Begin {
@@ -321,9 +403,9 @@ impl<'a, 'b> Session<'a, 'b> {
             steps,
         });
         let plan = RunPlan {
-            adapter: &adapter,
-            train: &train,
-            is_full,
+            adapter: &planned.adapter,
+            train: &planned.train,
+            is_full: planned.is_full,
             predicts_memory: self.setup.predicts_memory,
         };
         let on_event = &mut *self.on_event;
@@ -334,14 +416,14 @@ impl<'a, 'b> Session<'a, 'b> {
             &mut self.starts,
             self.setup.stop,
             &mut |step, loss| on_event(&Event::Step { step, loss }),
-        )?;
-        let record = Record {
-            key,
+        );
+        let made = made.map_err(|error| of_recipe(recipe, error))?;
+        let record = self.ledger.append(Record {
+            key: planned.key,
             recipe: recipe.to_owned(),
             rank: contender.variant.size,
             ..made
-        };
-        self.ledger.append(record.clone())?;
+        })?;
         (self.on_event)(&Event::Finished(&record));
         Ok(record)
     }
@@ -370,62 +452,15 @@ impl<'a, 'b> Session<'a, 'b> {
     }
 }
 
-/// The settings of a recipe of a size within the budget and how much they train, or why there is
-/// none: it needs more, or this model cannot have it.
-fn sized(
-    model: &mut dyn Model,
-    recipe: &Recipe,
-    shared: &Shared,
-    budget: Budget,
-    room: usize,
-) -> Result<Result<(Variant, usize), String>, PeftError> {
-    recipe.variant(shared, None)?.adapter.validate()?;
-    match fitted(model, recipe, shared, budget, room) {
-        Err(error) if !is_of_shared(&error) => Ok(Err(error.to_string())),
-        found => found,
+/// An error of a run, with its recipe's name.
+fn of_recipe(recipe: &'static str, error: CompareError) -> CompareError {
+    match error {
+        CompareError::Stopped => CompareError::Stopped,
+        error => CompareError::Run {
+            recipe,
+            source: Box::new(error),
+        },
     }
-}
-
-/// Whether an error is one of the settings that all recipes begin with, not of one recipe.
-fn is_of_shared(error: &PeftError) -> bool {
-    matches!(
-        error,
-        PeftError::UnknownTarget { .. }
-            | PeftError::UnknownSublayer { .. }
-            | PeftError::UnknownPattern { .. }
-            | PeftError::Pattern { .. }
-            | PeftError::UnknownMethod(_)
-            | PeftError::UnknownInit(_)
-            | PeftError::UnknownSetting(_)
-            | PeftError::SettingType { .. }
-            | PeftError::Unread { .. }
-    )
-}
-
-/// [`sized`], without telling errors of the recipe from others.
-fn fitted(
-    model: &mut dyn Model,
-    recipe: &Recipe,
-    shared: &Shared,
-    budget: Budget,
-    room: usize,
-) -> Result<Result<(Variant, usize), String>, PeftError> {
-    let mut size = None;
-    if let Budget::Parameters(limit) = budget {
-        match ranks::largest(model, recipe, shared, limit, room)? {
-            Fit::Size(largest) => size = Some(largest),
-            Fit::Least(least) => {
-                return Ok(Err(format!(
-                    "beyond the budget: it trains at least {least} parameters"
-                )));
-            }
-        }
-    }
-    let variant = recipe.variant(shared, size)?;
-    variant.adapter.validate()?;
-    init::check(&variant.adapter, &model.sites())?;
-    let parameters = ranks::parameters(model, &variant.adapter)?;
-    Ok(Ok((variant, parameters)))
 }
 
 /// The runs of a search's shortest rung, ascending by rate.

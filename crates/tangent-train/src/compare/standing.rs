@@ -3,19 +3,12 @@
 
 use serde_json::{Value, json};
 
-use super::bootstrap::{Bootstrap, Estimate, RESAMPLES, groups, holm};
+use super::bootstrap::Estimate;
+use super::contest::{BASELINE, Contest, resampled, resamples_of};
 use super::recipe::{BLOCK_SIZE, RANK};
 use super::runs::median;
 use super::{Finding, Record, Skipped};
 use crate::eval::RowScore;
-
-/// Seed of the resamples.
-const SEED: u64 = 0;
-/// Corrected p-values below are differences.
-pub const LEVEL: f64 = 0.05;
-/// Between which the gap is.
-const BASELINE: &str = "lora";
-const CEILING: &str = "full";
 
 /// Where one recipe stands.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -28,6 +21,8 @@ pub struct Standing {
     pub size: usize,
     /// What the size is, such as `rank`.
     pub size_name: &'static str,
+    /// Rank at the start, where it falls to the size.
+    pub first_rank: Option<usize>,
     /// The learning rate that was found.
     pub learning_rate: Option<f64>,
     /// Whether a better rate may lie beyond those that were tried.
@@ -46,6 +41,8 @@ pub struct Standing {
     pub group: String,
     /// Corrected p-value of the difference to the lowest loss; not of that one itself.
     pub p_best: Option<f64>,
+    /// Loss less that of LoRA, with the interval of this difference; not of LoRA itself.
+    pub against_lora: Option<Estimate>,
     /// Corrected p-value of the difference to LoRA; not of LoRA itself.
     pub p_lora: Option<f64>,
     /// Share of the gap in loss from LoRA to full fine-tuning that is closed.
@@ -56,7 +53,7 @@ pub struct Standing {
     pub predicted_peak_bytes: Option<u64>,
     /// Seconds of a step.
     pub seconds_per_step: Option<f64>,
-    /// Seconds from the bare model to the first step.
+    /// Seconds from the bare model to the first step, start values and all.
     pub start_seconds: Option<f64>,
     /// Mean share of the full gradient that the adapter could follow.
     pub kappa: Option<f64>,
@@ -69,8 +66,10 @@ pub struct Standings {
     pub rows: Vec<Standing>,
     /// Seeds that all compared recipes have.
     pub seeds: Vec<u64>,
+    /// Resamples of rows and seeds; 0 where nothing is compared.
+    pub resamples: usize,
     /// Why no share of a gap is told, if none is.
-    pub no_gap: Option<&'static str>,
+    pub no_gap: Option<String>,
     /// Recipes whose loss cannot be told apart from the lowest, which comes first.
     pub best: Vec<&'static str>,
 }
@@ -88,20 +87,22 @@ impl Standings {
         let (mut no_gap, mut best) = (None, vec![]);
         if !scores.is_empty() {
             let names: Vec<&'static str> = chosen.iter().map(|f| f.contender.recipe.id).collect();
-            let losses = Contest::new(&scores, |row| (row.loss, row.tokens as f64));
+            let losses = resampled(&scores, |row| (row.loss, row.tokens as f64));
+            let losses = Contest::new(losses, scores.len());
             let labeled = scores.iter().flatten().flat_map(|rows| rows.iter());
             let labeled = labeled
                 .map(|row| row.correct)
                 .all(|correct| correct.is_some());
             let right = |row: &RowScore| (f64::from(u8::from(row.correct == Some(true))), 1.0);
-            let accuracies = labeled.then(|| Contest::new(&scores, right));
+            let accuracies = labeled.then(|| resampled(&scores, right));
+            let lora = names.iter().position(|name| *name == BASELINE);
             for (place, &index) in compared.iter().enumerate() {
                 let row = &mut rows[index];
                 row.loss = Some(losses.bootstrap.score(place));
-                row.accuracy = accuracies.as_ref().map(|a| a.bootstrap.score(place));
+                row.accuracy = accuracies.as_ref().map(|a| a.score(place));
                 row.group = losses.letters(place);
                 row.p_best = losses.p_value(place, losses.best);
-                let lora = names.iter().position(|name| *name == BASELINE);
+                row.against_lora = lora.and_then(|lora| losses.difference(place, lora));
                 row.p_lora = lora.and_then(|lora| losses.p_value(place, lora));
             }
             match losses.gap(&names) {
@@ -119,6 +120,10 @@ impl Standings {
         rows.sort_by(|a, b| loss(a).total_cmp(&loss(b)));
         Self {
             rows,
+            resamples: match seeds.is_empty() {
+                true => 0,
+                false => resamples_of(compared.len()),
+            },
             seeds,
             no_gap,
             best,
@@ -129,6 +134,7 @@ impl Standings {
     pub fn to_json(&self) -> Value {
         json!({
             "seeds": self.seeds,
+            "resamples": self.resamples,
             "methods": self.rows.iter().map(Standing::to_json).collect::<Vec<_>>(),
             "not_told_apart_from_best": self.best,
             "no_gap": self.no_gap,
@@ -138,7 +144,7 @@ impl Standings {
 
 impl Standing {
     /// The size, if it is a size of this name.
-    pub(super) fn size_as(&self, name: &str) -> Option<usize> {
+    fn size_as(&self, name: &str) -> Option<usize> {
         (self.size > 0 && self.size_name == name).then_some(self.size)
     }
 
@@ -146,7 +152,10 @@ impl Standing {
         json!({
             "method": self.recipe,
             "note": self.note,
+            "size": (self.size > 0).then_some(self.size),
+            "size_name": (self.size > 0).then_some(self.size_name),
             "rank": self.size_as(RANK),
+            "first_rank": self.first_rank,
             "block_size": self.size_as(BLOCK_SIZE),
             "learning_rate": self.learning_rate,
             "learning_rate_at_edge": self.at_edge,
@@ -157,6 +166,7 @@ impl Standing {
             "eval_accuracy": self.accuracy,
             "group": self.group,
             "p_best": self.p_best,
+            "loss_minus_lora": self.against_lora,
             "p_lora": self.p_lora,
             "gap_closed": self.gap_closed,
             "trainable_parameters": self.parameters,
@@ -192,12 +202,17 @@ fn standing(finding: &Finding) -> Standing {
         note: note(finding),
         size: contender.variant.size,
         size_name: contender.recipe.size_name(),
+        first_rank: contender.first_rank(),
         learning_rate: search.and_then(|s| s.best),
         at_edge: search.is_some_and(|s| s.at_edge),
         tuning_runs: search.map_or(0, |s| s.trials.len()),
         tuning_steps: search.map_or(0, |s| s.steps()),
         steps: contender.steps,
-        parameters: contender.parameters,
+        // Start values may have moved ranks.
+        parameters: match finals.iter().find(|run| run.parameters > 0) {
+            Some(run) => run.parameters,
+            None => contender.parameters,
+        },
         predicted_peak_bytes: finals.iter().find_map(|run| run.predicted_peak_bytes),
         seconds_per_step: middle(|run| run.seconds_per_step),
         start_seconds: middle(|run| run.start_seconds),
@@ -245,113 +260,10 @@ fn of_seeds<'a>(finding: &'a Finding, seeds: &[u64]) -> Vec<&'a [RowScore]> {
     rows.collect()
 }
 
-/// Recipes held against each other by one score.
-struct Contest {
-    bootstrap: Bootstrap,
-    /// Corrected p-values of all pairs.
-    p_values: Vec<Vec<f64>>,
-    groups: Vec<Vec<usize>>,
-    /// The one of the lowest score.
-    best: usize,
-}
-
-/// LoRA and full fine-tuning by their places.
-#[derive(Clone, Copy)]
-struct Gap {
-    lora: usize,
-    full: usize,
-}
-
-impl Contest {
-    /// `part` gives a row's value and weight.
-    fn new(scores: &[Vec<&[RowScore]>], part: impl Fn(&RowScore) -> (f64, f64)) -> Self {
-        let of_rows =
-            |rows: &&[RowScore]| -> Vec<f64> { rows.iter().map(|row| part(row).0).collect() };
-        let values: Vec<Vec<Vec<f64>>> = scores
-            .iter()
-            .map(|seeds| seeds.iter().map(of_rows).collect())
-            .collect();
-        let rows = scores.iter().flatten().next().copied().unwrap_or_default();
-        let weights: Vec<f64> = rows.iter().map(|row| part(row).1).collect();
-        let bootstrap = Bootstrap::new(&values, &weights, RESAMPLES, SEED);
-        let count = scores.len();
-        let pairs: Vec<(usize, usize)> = (0..count)
-            .flat_map(|a| (a + 1..count).map(move |b| (a, b)))
-            .collect();
-        let raw: Vec<f64> = pairs
-            .iter()
-            .map(|&(a, b)| bootstrap.p_value(a, b))
-            .collect();
-        let mut p_values = vec![vec![1.0; count]; count];
-        for (&(a, b), p) in pairs.iter().zip(holm(&raw)) {
-            p_values[a][b] = p;
-            p_values[b][a] = p;
-        }
-        let means: Vec<f64> = (0..count).map(|i| bootstrap.score(i).mean).collect();
-        let mut order: Vec<usize> = (0..count).collect();
-        order.sort_by(|&a, &b| means[a].total_cmp(&means[b]));
-        // Letters go from the lowest score on.
-        let groups = groups(count, |a, b| p_values[order[a]][order[b]] < LEVEL);
-        let named =
-            |group: Vec<usize>| -> Vec<usize> { group.into_iter().map(|i| order[i]).collect() };
-        Self {
-            best: order.first().copied().unwrap_or(0),
-            groups: groups.into_iter().map(named).collect(),
-            bootstrap,
-            p_values,
-        }
-    }
-
-    fn p_value(&self, a: usize, b: usize) -> Option<f64> {
-        (a != b).then(|| self.p_values[a][b])
-    }
-
-    fn letters(&self, place: usize) -> String {
-        let own = self
-            .groups
-            .iter()
-            .enumerate()
-            .filter(|(_, g)| g.contains(&place));
-        let letter = |index: usize| match u8::try_from(index) {
-            Ok(index) if index < 26 => char::from(b'a' + index).to_string(),
-            _ => format!("({})", index + 1),
-        };
-        own.map(|(index, _)| letter(index)).collect()
-    }
-
-    /// The best, and those that do not differ from it.
-    fn ties_of_best(&self) -> impl Iterator<Item = usize> {
-        let alike = move |i: &usize| *i != self.best && self.p_values[self.best][*i] >= LEVEL;
-        std::iter::once(self.best).chain((0..self.p_values.len()).filter(alike))
-    }
-
-    /// The gap from LoRA to full fine-tuning, or why there is none to speak of.
-    fn gap(&self, names: &[&str]) -> Result<Gap, &'static str> {
-        let place = |wanted: &str| names.iter().position(|name| *name == wanted);
-        let (Some(lora), Some(full)) = (place(BASELINE), place(CEILING)) else {
-            return Err("it needs both lora and full");
-        };
-        if self.p_values[lora][full] >= LEVEL {
-            return Err("lora and full cannot be told apart here, so there is none");
-        }
-        if self.bootstrap.score(full).mean > self.bootstrap.score(lora).mean {
-            return Err("full is worse than lora here, so there is none");
-        }
-        Ok(Gap { lora, full })
-    }
-
-    /// The share of a gap that a recipe closes.
-    fn closed(&self, place: usize, gap: Gap) -> Estimate {
-        self.bootstrap.estimate(|scores| {
-            let (lora, full) = (scores[gap.lora], scores[gap.full]);
-            (lora - scores[place]) / (lora - full)
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Contender;
+    use super::super::bootstrap::LEVEL;
     use super::super::recipe::{Shared, find};
     use super::super::search::{Search, Trial};
     use super::*;
@@ -393,6 +305,7 @@ mod tests {
             }),
             finals: vec![run(1), run(2)],
             sensitivity: vec![],
+            left_out: vec![],
         }
     }
 
@@ -411,8 +324,8 @@ mod tests {
         let standings = Standings::of(&findings, &skipped);
         assert_eq!(standings.seeds, [1, 2]);
         assert_eq!(
-            (standings.no_gap, &standings.best[..]),
-            (None, &["full"][..])
+            (&standings.no_gap, &standings.best[..]),
+            (&None, &["full"][..])
         );
         let told: Vec<(&str, &str)> = standings
             .rows
@@ -436,6 +349,11 @@ mod tests {
         assert!((dora.loss.unwrap().mean - full.loss.unwrap().mean - 0.5).abs() < 1e-9);
         assert_eq!(dora.accuracy.unwrap().mean, 25.0 / 40.0);
         assert_eq!((full.p_best, lora.p_lora), (None, None));
+        // Rows have all of the spread in common, and the difference has none of it.
+        let less = dora.against_lora.unwrap();
+        assert!((less.mean + 0.5).abs() < 1e-9 && less.high - less.low < 1e-9);
+        assert!(dora.loss.unwrap().high > lora.loss.unwrap().low);
+        assert_eq!(lora.against_lora, None);
         assert!(dora.p_best.unwrap() < LEVEL && pissa.p_lora.unwrap() < LEVEL);
         assert_eq!((dora.kappa, dora.seconds_per_step), (Some(0.5), Some(2.0)));
         assert!(vera.note.as_ref().unwrap().contains("at least 9"));
@@ -449,13 +367,35 @@ mod tests {
             (&Value::Null, &json!(32))
         );
         assert_eq!(json["methods"][4]["eval_loss"], Value::Null);
+        let less = json["methods"][1]["loss_minus_lora"]["mean"].as_f64();
+        assert!((less.unwrap() + 0.5).abs() < 1e-9);
+        for (name, size, size_name, first_rank) in [
+            (
+                "prompt-tuning",
+                json!(20),
+                json!("virtual tokens"),
+                Value::Null,
+            ),
+            ("adalora", json!(8), json!("rank"), json!(12)),
+            ("ia3", Value::Null, Value::Null, Value::Null),
+        ] {
+            let told = Standings::of(&[finding(name, 1.0)], &[]).to_json();
+            let told = &told["methods"][0];
+            assert_eq!(
+                (&told["size"], &told["size_name"], &told["first_rank"]),
+                (&size, &size_name, &first_rank),
+                "{name}"
+            );
+        }
     }
 
     #[test]
     fn without_a_difference_there_is_no_gap() {
         let findings = [finding("lora", 1.0), finding("full", 1.0)];
         let standings = Standings::of(&findings, &[]);
-        assert!(standings.no_gap.unwrap().contains("cannot be told apart"));
+        let why = standings.no_gap.unwrap();
+        assert!(why.contains("cannot be told apart"), "{why}");
+        assert!(why.contains("+0.0000 to +0.0000"), "{why}");
         assert_eq!(standings.best.len(), 2);
         assert!(standings.rows.iter().all(|row| row.group == "a"));
         let standings = Standings::of(&[finding("lora", 1.0), finding("full", 2.0)], &[]);
@@ -472,9 +412,13 @@ mod tests {
         lost.finals[1].diverged = Some(3);
         let mut waiting = finding("full", 1.0);
         waiting.finals.clear();
+        late.finals[0].parameters = 77;
         let findings = [finding("lora", 2.0), late, lost, waiting];
         let standings = Standings::of(&findings, &[]);
         assert_eq!(standings.seeds, [1]);
+        // What trained counts, as far as it is known.
+        let counts: Vec<usize> = standings.rows.iter().map(|r| r.parameters).collect();
+        assert_eq!(counts, [77, 10, 10, 10]);
         let notes: Vec<Option<&str>> = standings.rows.iter().map(|r| r.note.as_deref()).collect();
         let diverged = Some("diverged at step 3 with seed 2");
         assert_eq!(notes, [None, None, diverged, Some("not finished")]);

@@ -1,7 +1,6 @@
 //! The table of a comparison: its columns, and their cells as text.
 
 use super::bootstrap::Estimate;
-use super::recipe::{BLOCK_SIZE, RANK};
 use super::standing::Standing;
 use crate::plan::{grouped, megabytes};
 use crate::report::number;
@@ -15,14 +14,21 @@ type Column = (&'static str, fn(&Standing) -> String);
 /// Every column; those without a value anywhere are left out.
 const COLUMNS: &[Column] = &[
     ("method", |s| s.recipe.to_owned()),
-    (RANK, |s| size(s.size_as(RANK))),
-    (BLOCK_SIZE, |s| size(s.size_as(BLOCK_SIZE))),
+    ("size", size),
     ("loss", |s| estimate(s.loss, |e| format!("{:.4}", e.mean))),
     ("95 % interval", |s| {
         estimate(s.loss, |e| format!("{:.4} to {:.4}", e.low, e.high))
     }),
     ("group", |s| s.group.clone()),
     ("p best", |s| p_value(s.p_best)),
+    ("against lora", |s| {
+        estimate(s.against_lora, |e| format!("{:+.4}", e.mean))
+    }),
+    ("interval against lora", |s| {
+        estimate(s.against_lora, |e| {
+            format!("{:+.4} to {:+.4}", e.low, e.high)
+        })
+    }),
     ("p lora", |s| p_value(s.p_lora)),
     ("gap closed", |s| {
         estimate(s.gap_closed, |e| format!("{:.0} %", 100.0 * e.mean))
@@ -45,6 +51,9 @@ const COLUMNS: &[Column] = &[
     }),
     ("s/step", |s| {
         s.seconds_per_step.map_or(NOTHING.into(), number)
+    }),
+    ("start, s", |s| {
+        s.start_seconds.map_or(NOTHING.into(), number)
     }),
     ("kappa", |s| {
         s.kappa.map_or(NOTHING.into(), |k| format!("{k:.3}"))
@@ -76,8 +85,13 @@ pub fn of(rows: &[Standing]) -> (Vec<String>, Vec<Vec<String>>) {
     (headers, rows.iter().map(cells).collect())
 }
 
-fn size(size: Option<usize>) -> String {
-    size.map_or(NOTHING.into(), |size| size.to_string())
+/// What makes the method larger or smaller, in words.
+fn size(s: &Standing) -> String {
+    match (s.size, s.first_rank) {
+        (0, _) => NOTHING.into(),
+        (size, None) => format!("{} {}", s.size_name, grouped(size)),
+        (size, Some(first)) => format!("{} {size}, from {first}", s.size_name),
+    }
 }
 
 /// A number of things, one or several.

@@ -1,5 +1,7 @@
 //! A comparison on a tiny model, from its runs to its files.
 
+mod kept;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -78,6 +80,7 @@ impl Place {
             readings: 2,
             predicts_memory: true,
             base: json!("tiny"),
+            overwrite: false,
             stop: &self.stop,
         };
         change(&mut setup);
@@ -93,6 +96,18 @@ impl Place {
         fs::read(self.folder.path().join(name)).unwrap()
     }
 
+    /// Changes every line of the ledger.
+    fn rewrite(&self, change: impl Fn(&mut Record)) {
+        let lines = String::from_utf8(self.read(LEDGER)).unwrap();
+        let changed = lines.lines().map(|line| {
+            let mut record: Record = serde_json::from_str(line).unwrap();
+            change(&mut record);
+            serde_json::to_string(&record).unwrap() + "\n"
+        });
+        let changed: String = changed.collect();
+        fs::write(self.folder.path().join(LEDGER), changed).unwrap();
+    }
+
     /// The ledger without what the clock says.
     fn records(&self) -> Vec<Record> {
         let lines = String::from_utf8(self.read(LEDGER)).unwrap();
@@ -103,6 +118,12 @@ impl Place {
         };
         lines.lines().map(record).collect()
     }
+}
+
+/// One rate and one seed, which is one run for each recipe.
+fn one_run(setup: &mut Setup<'_>) {
+    setup.rates = Rates::List(vec![1e-2]);
+    setup.seeds = 1;
 }
 
 #[test]
@@ -182,7 +203,19 @@ fn ranks_and_budgets_are_kept_to() {
         setup.ranks = vec![1, 3, 1000];
         setup.readings = 0;
     };
-    let (report, _) = place.compare(budget, |_, _| {}).unwrap();
+    let mut left_out = vec![];
+    let (report, _) = place
+        .compare(budget, |event, _| {
+            if let Event::SizeLeftOut { recipe, size, why } = event {
+                left_out.push((recipe.id, *size, (*why).to_owned()));
+            }
+        })
+        .unwrap();
+    let [(recipe, size, why)] = &left_out[..] else {
+        panic!("{left_out:?}");
+    };
+    assert_eq!((*recipe, *size), ("lora", 1000));
+    assert!(why.contains("rank 1000 is not between"), "{why}");
     let [lora, full] = &report.standings.rows[..] else {
         panic!("two rows");
     };
@@ -201,7 +234,9 @@ fn ranks_and_budgets_are_kept_to() {
     ] {
         assert!(page.contains(words), "{words}");
     }
-    assert!(!page.contains("rank 1000"));
+    for text in [page, report.text()] {
+        assert!(text.contains("lora, rank 1000: left out: "), "{text}");
+    }
     let too_small = |setup: &mut Setup<'_>| setup.budget = Budget::Parameters(10);
     let text = place.compare(too_small, |_, _| {}).unwrap_err().to_string();
     assert!(
@@ -212,6 +247,76 @@ fn ranks_and_budgets_are_kept_to() {
     let too_short = |setup: &mut Setup<'_>| setup.budget = Budget::Minutes(1e-9);
     let text = place.compare(too_short, |_, _| {}).unwrap_err().to_string();
     assert!(text.contains("take longer"), "{text}");
+}
+
+#[test]
+fn a_recipe_whose_pace_is_not_known_is_left_out() {
+    let mut place = Place::new();
+    let timed = |setup: &mut Setup<'_>| setup.budget = Budget::Minutes(10.0);
+    // Only the pace is measured.
+    let only_pace = |event: &Event<'_>, stop: &AtomicBool| {
+        if let Event::Begin { steps, .. } = event {
+            stop.store(*steps > 5, Ordering::Relaxed);
+        }
+    };
+    let (report, made) = place.compare(timed, only_pace).unwrap();
+    assert_eq!((report.complete, made), (false, 2));
+    place.rewrite(|record| {
+        if record.recipe == "lora" {
+            (record.diverged, record.seconds_per_step) = (Some(1), 0.0);
+        }
+    });
+    place.stop.store(false, Ordering::Relaxed);
+    let (report, made) = place.compare(timed, only_pace).unwrap();
+    assert_eq!((report.complete, made), (false, 0));
+    let rows = &report.standings.rows;
+    let lora = rows.iter().find(|row| row.recipe == "lora").unwrap();
+    let note = lora.note.as_ref().unwrap();
+    assert!(note.contains("at learning rate 2e-4 the first"), "{note}");
+}
+
+#[test]
+fn start_values_and_rules_of_all_kinds_are_compared() {
+    let mut place = Place::new();
+    let names = [
+        "gaussian",
+        "orthogonal",
+        "eva",
+        "corda",
+        "loftq",
+        "lora-pro-sgd",
+        "adalora",
+        "select",
+    ];
+    let kinds = |setup: &mut Setup<'_>| {
+        setup.recipes = find(&names.map(String::from)).unwrap();
+        setup.rates = Rates::List(vec![1e-3]);
+        setup.seeds = 1;
+    };
+    let (report, made) = place.compare(kinds, |_, _| {}).unwrap();
+    assert_eq!((report.complete, made), (true, 7));
+    for row in &report.standings.rows {
+        match row.recipe {
+            "loftq" => {
+                let note = row.note.as_ref().unwrap();
+                assert!(note.contains("was not quantized"), "{note}");
+            }
+            _ => assert!(row.loss.is_some(), "{}: {:?}", row.recipe, row.note),
+        }
+    }
+    let text = report.text();
+    for words in ["start, s", "rank 2, from 3"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    // Where parameters are counted, ranks stay where they are.
+    let each = 2 * (2 * 64 + 2 * 48 + 3 * 80);
+    let counted = |setup: &mut Setup<'_>| {
+        kinds(setup);
+        setup.recipes = find(&["eva".to_owned()]).unwrap();
+        setup.budget = Budget::Parameters(2 * each);
+    };
+    let (report, _) = place.compare(counted, |_, _| {}).unwrap();
+    assert_eq!(report.standings.rows[0].parameters, 2 * each);
 }
 
 #[test]

@@ -35,8 +35,10 @@ pub enum Verdict {
     },
     /// The untrained model reaches the target.
     Untrained,
-    /// The reference does no better than the untrained model, or diverged.
+    /// The reference does no better than the untrained model.
     NoGain,
+    /// A run of the reference diverged.
+    Diverged,
     /// Not all runs are finished.
     Unfinished,
 }
@@ -71,9 +73,9 @@ impl Report {
         let (what, scale) = (what(setup, &found), found.scale());
         let mut points = found.points;
         points.sort_by_key(|point| point.dimension);
-        let has_reference = found.reference.is_some();
         let verdict = match scale.filter(Scale::has_gain) {
-            None if has_reference => Verdict::NoGain,
+            None if scale.is_some() => Verdict::NoGain,
+            None if found.reference.is_some() => Verdict::Diverged,
             None => Verdict::Unfinished,
             Some(scale) if scale.share(scale.untrained) >= setup.target => Verdict::Untrained,
             Some(_) if !complete => Verdict::Unfinished,
@@ -136,6 +138,19 @@ impl Report {
                  there is nothing to reach a share of; train it longer, or with other learning \
                  rates."
             ),
+            Verdict::Diverged => {
+                let rate = self.reference.as_ref().and_then(|point| point.rate);
+                let when = match rate {
+                    Some(rate) => {
+                        format!("with one of its seeds at learning rate {}", number(rate))
+                    }
+                    None => "at every learning rate that was tried".to_owned(),
+                };
+                format!(
+                    "{name} is not defined here: {reference} diverged {when}, so there is nothing \
+                     to reach a share of; give lower --reference-learning-rates."
+                )
+            }
             Verdict::Unfinished => {
                 format!("{name} is not found yet; go on with --resume.")
             }
@@ -171,7 +186,7 @@ impl Report {
             Verdict::Found { dimension, below } => (Some(dimension), below),
             Verdict::NotReached { largest } => (None, Some(largest)),
             Verdict::Untrained => (Some(0), None),
-            Verdict::NoGain | Verdict::Unfinished => (None, None),
+            Verdict::NoGain | Verdict::Diverged | Verdict::Unfinished => (None, None),
         };
         let point = |point: &Point| {
             json!({

@@ -8,6 +8,7 @@ use tangent_peft::methods::intrinsic::{PROJECTION, SAID, SEED};
 use tangent_peft::{AdapterConfig, SettingValue, attach, detach};
 
 use super::bisection::bisect;
+use super::report::{JSON, REPORT};
 use super::scale::{Metric, Scale};
 use super::{Dimensions, Event, Point, Setup, fault};
 use crate::compare::{
@@ -86,10 +87,11 @@ pub struct Session<'a, 'b> {
 }
 
 impl<'a, 'b> Session<'a, 'b> {
-    /// A search of which nothing is known yet but what the ledger holds.
+    /// A search of which nothing is known yet but what the ledger holds. One that is to be
+    /// overwritten is given up.
     ///
     /// # Errors
-    /// If a dimension or a setting does not fit the model.
+    /// If a dimension or a setting does not fit the model, or files cannot be removed.
     pub fn new(
         model: &'a mut dyn Model,
         setup: &'a Setup<'b>,
@@ -109,6 +111,7 @@ impl<'a, 'b> Session<'a, 'b> {
         };
         session.found.steps = total_steps(setup.data.train, &setup.shared.train);
         session.bound()?;
+        session.ledger.replace(&[JSON, REPORT])?;
         Ok(session)
     }
 
@@ -338,13 +341,12 @@ impl<'a, 'b> Session<'a, 'b> {
             self.setup.stop,
             &mut |step, loss| on_event(&Event::Step { step, loss }),
         )?;
-        let record = Record {
+        let record = self.ledger.append(Record {
             key,
             recipe: member.recipe.id.to_owned(),
             rank: member.variant.size,
             ..made
-        };
-        self.ledger.append(record.clone())?;
+        })?;
         (self.on_event)(&Event::Finished(&record));
         Ok(record)
     }

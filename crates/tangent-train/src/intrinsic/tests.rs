@@ -90,6 +90,7 @@ impl Place {
             reference_rates: Rates::List(vec![1e-3]),
             seeds: 2,
             base: json!("tiny"),
+            overwrite: false,
             stop: &self.stop,
         };
         change(&mut setup);
@@ -243,6 +244,65 @@ fn without_a_gain_there_is_no_share() {
             .sentence()
             .contains("full fine-tuning does no better")
     );
+}
+
+#[test]
+fn a_reference_that_diverges_is_not_one_without_a_gain() {
+    let mut place = Place::new(false);
+    let list = |setup: &mut Setup<'_>| {
+        setup.dimensions = Dimensions::List(vec![300]);
+        setup.seeds = 2;
+    };
+    place.find(list, |_, _| {}).unwrap();
+    // As if the reference's first runs had diverged, one after another.
+    for (diverged, words) in [
+        (2, "with one of its seeds at learning rate 0.001"),
+        (1, "at every learning rate"),
+    ] {
+        let lines = place.read(LEDGER);
+        let records = lines.lines().map(|line| {
+            let mut record: Record = serde_json::from_str(line).unwrap();
+            if record.recipe == "full" && record.seed == diverged {
+                record.diverged = Some(3);
+            }
+            serde_json::to_string(&record).unwrap() + "\n"
+        });
+        fs::write(
+            place.folder.path().join(LEDGER),
+            records.collect::<String>(),
+        )
+        .unwrap();
+        let (report, made) = place.find(list, |_, _| {}).unwrap();
+        assert_eq!((report.verdict, made), (Verdict::Diverged, 0));
+        let sentence = report.sentence();
+        for part in [words, "diverged", "--reference-learning-rates"] {
+            assert!(sentence.contains(part), "{part}: {sentence}");
+        }
+        assert!(!sentence.contains("longer"), "{sentence}");
+        assert_eq!(report.to_json()["dimension"], Value::Null);
+    }
+}
+
+#[test]
+fn an_earlier_search_is_there_until_another_one_begins() {
+    let mut place = Place::new(false);
+    let list = |setup: &mut Setup<'_>| {
+        setup.dimensions = Dimensions::List(vec![300]);
+        setup.seeds = 1;
+        setup.overwrite = true;
+    };
+    let (report, made) = place.find(list, |_, _| {}).unwrap();
+    assert!(report.complete && made == 2);
+    let files = [LEDGER, JSON, REPORT].map(|name| place.read(name));
+    let refused = place.refusal(|setup| {
+        list(setup);
+        setup.dimensions = Dimensions::List(vec![100_000_000]);
+    });
+    assert!(refused.contains("number of values"), "{refused}");
+    assert_eq!([LEDGER, JSON, REPORT].map(|name| place.read(name)), files);
+    let (_, made) = place.find(list, |_, _| {}).unwrap();
+    assert_eq!(made, 2);
+    assert_eq!(place.read(LEDGER).lines().count(), 2);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
 
 use burn::tensor::Device;
 use tangent_model::family::Model;
@@ -213,6 +214,39 @@ fn damaged_rows_are_named_and_computed_again() {
         flip(&path, at);
     }
     assert!(trained(&*model, &adapter, &rows) == live);
+}
+
+#[test]
+fn files_that_did_not_change_since_all_was_there_are_not_read_through() {
+    let rows = examples();
+    let dir = tempfile::tempdir().unwrap();
+    let (mut model, _adapter) = attached("f32");
+    let whole = stored(&mut *model, &rows, &storage(dir.path())).unwrap();
+    let path = states_file(dir.path());
+    let past = SystemTime::now() - Duration::from_secs(3600);
+    let changed_at = |time| {
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(time).unwrap();
+    };
+    let survey = |model: &mut dyn Model| stored(model, &rows, &storage(dir.path())).unwrap();
+    // Another time than was noted: the file is read, and its time noted.
+    changed_at(past);
+    assert_eq!(survey(&mut *model).found, 6);
+    flip(&path, whole.bytes - 3);
+    changed_at(past);
+    let trusted = survey(&mut *model);
+    assert_eq!((trusted.found, trusted.damaged.len()), (6, 0));
+    // What is damaged all the same is computed in its place.
+    let (live, adapter) = attached("f32");
+    let live = trained(&*live, &adapter, &rows);
+    let (mut again, adapter) = attached("f32");
+    survey(&mut *again);
+    assert!(trained(&*again, &adapter, &rows) == live);
+    // A file that changed is read through, one that is as old as the note as well.
+    changed_at(past + Duration::from_secs(60));
+    assert_eq!(survey(&mut *model).damaged, ["rows.jsonl:3"]);
+    flip(&path, whole.bytes - 3);
+    assert_eq!(survey(&mut *model).damaged, ["rows.jsonl:3"]);
 }
 
 #[test]

@@ -66,7 +66,7 @@ pub struct Args {
     /// Where compare.html and the ledger of finished runs go.
     #[arg(long, alias = "output-dir", value_name = "DIR")]
     pub output: PathBuf,
-    /// Begin again in a folder that holds a comparison.
+    /// Begin again in a folder that holds a comparison, which stays until the first run begins.
     #[arg(long, alias = "overwrite-output-dir", conflicts_with = "resume")]
     pub overwrite: bool,
     /// Go on with the comparison in the output folder, also with more methods, seeds or rates.
@@ -86,7 +86,8 @@ pub struct Args {
 #[derive(clap::Args)]
 #[command(next_help_heading = "Adapters")]
 struct AdapterArgs {
-    /// Rank of every method that has one; each method's own default if not given.
+    /// Rank of every method that has one, at the end where it falls; each method's own default if not
+    /// given.
     #[arg(
         long,
         alias = "lora-rank",
@@ -95,7 +96,7 @@ struct AdapterArgs {
         value_name = "R"
     )]
     rank: Option<NonZeroUsize>,
-    /// Numerator of the scaling; twice the rank if not given.
+    /// Numerator of the scaling; twice the rank, at the start where it falls, if not given.
     #[arg(long, alias = "lora-alpha", value_name = "A")]
     alpha: Option<f32>,
     /// Dropout on the adapter's input, where a method has it.
