@@ -42,9 +42,10 @@ pub enum Kind {
     Startup(Shape),
     /// Seconds of one optimizer step with the base as the GGUF file stores it, against f32.
     Base(Shape),
-    /// Seconds of one optimizer step of a variant of LoRA, against plain LoRA.
+    /// Seconds of one optimizer step of a variant, against the same without its flags.
     Variant(Shape, Flags),
-    /// Seconds from launch to exit of a run of one step of a variant, against plain LoRA.
+    /// Seconds from launch to exit of a run of one step of a variant, against the same without its
+    /// flags.
     VariantStartup(Shape, Flags),
     /// Rows a second of fine-tuning on `train.jsonl` of a folder, and the loss on its
     /// `test.jsonl`, against PyTorch.
@@ -66,7 +67,7 @@ impl Kind {
     }
 }
 
-/// Flags that make a variant of plain LoRA.
+/// Flags that make a variant.
 pub type Flags = &'static [&'static str];
 
 /// How the file that is decoded with stores its matrices.
@@ -93,6 +94,16 @@ const fn lora(rows: usize, tokens: usize) -> Shape {
         tokens,
     }
 }
+
+const fn method(method: &'static str) -> Shape {
+    Shape {
+        method,
+        ..lora(4, 256)
+    }
+}
+
+/// A reading of the meter in every step.
+const METERED: Flags = &["--meter", "every=1"];
 
 const fn variant(name: &'static str, flags: Flags) -> Row {
     Row {
@@ -135,7 +146,15 @@ const ROWS: &[Row] = &[
     variant("step-lora-pro", &["--optim", "lora-pro"]),
     variant("step-altlora+", &["--optim", "altlora+"]),
     variant("step-lora-rite", &["--optim", "lora-rite"]),
-    variant("step-metered", &["--meter", "every=1"]),
+    variant("step-metered", METERED),
+    Row {
+        name: "step-metered-dora",
+        kind: Kind::Variant(method("dora"), METERED),
+    },
+    Row {
+        name: "step-metered-adalora",
+        kind: Kind::Variant(method("adalora"), METERED),
+    },
     Row {
         name: "startup-pissa",
         kind: Kind::VariantStartup(lora(4, 256), &["--init", "pissa"]),
@@ -200,7 +219,8 @@ impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.method {
             "full" => f.write_str("full fine-tuning")?,
-            _ => write!(f, "LoRA r={}", work::RANK)?,
+            "lora" => write!(f, "LoRA r={}", work::RANK)?,
+            method => write!(f, "{method} r={}", work::RANK)?,
         }
         write!(f, ", {} × {} tokens", self.rows, self.tokens)
     }

@@ -365,6 +365,11 @@ impl FrozenMatrix {
         }
     }
 
+    /// Calls `f` with the values of some rows at a time, from the first to the last, widened.
+    pub fn for_each_rows(&self, mut f: impl FnMut(&[f32])) {
+        self.for_each_panel(|_, _, values| f(values));
+    }
+
     /// Calls `f(first_row, rows, values)` for panels of rows from the first to the last; each
     /// panel is widened in parallel. `f32` weights come as one panel without a copy.
     pub(crate) fn for_each_panel(&self, mut f: impl FnMut(usize, usize, &[f32])) {

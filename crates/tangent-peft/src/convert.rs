@@ -127,6 +127,15 @@ pub fn to_lora(
     rank: Option<usize>,
 ) -> Result<Conversion, PeftError> {
     check(adapter, rank)?;
+    let has_own_base = |part: &&Adapter| !part.taken.is_empty();
+    let own = adapter.each().iter().filter(has_own_base).count();
+    if own > 0 && own < adapter.each().len() {
+        return Err(not_convertible(
+            adapter,
+            "some of its parts have a base of their own and others have not, so that no one base fits \
+             the result; use it as it is, or merge it",
+        ));
+    }
     check_changes(&*model, adapter)?;
     let mut found = find(&*model, adapter, rank)?;
     if found.sites.is_empty() {

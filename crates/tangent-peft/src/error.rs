@@ -378,6 +378,15 @@ pub enum PeftError {
         /// The first of them.
         first: Vec<String>,
     },
+    /// The folder of an adapter with a base of its own lacks what left that base.
+    #[error(
+        "{}: not there; the adapter has a base of its own, and this file says what left it: copy \
+         the folder base/ along with the adapter", .path.display()
+    )]
+    NoOwnBase {
+        /// The file.
+        path: PathBuf,
+    },
     /// An adapter that cannot be taken out of merged weights.
     #[error("{site}: {why}; keep the unmerged model instead")]
     NotSubtractable {

@@ -29,12 +29,14 @@ use crate::targets::{Targets, ends_with_name, peft_names};
 pub use card::{ForOthers, for_others};
 pub use settings::{Fields, read_config};
 pub use stored_type::note as note_of_stored_type;
-pub use trained_on::{TrainedOn, trained_on};
+pub use trained_on::{TrainedOn, has_own_base, trained_on};
 
 /// Version of PEFT whose format is written.
 const PEFT_VERSION: &str = "0.21.2";
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
+/// The settings of an adapter.
+pub const CONFIG: &str = "adapter_config.json";
+/// Its trained tensors.
+pub const TENSORS: &str = "adapter_model.safetensors";
 const CARD: &str = "README.md";
 /// Folder inside that of an adapter: each adapter that was trained along stands there, in a folder
 /// called by its method.

@@ -44,7 +44,7 @@ use crate::trainer;
 use layout::{Layout, Place};
 use record::Format;
 
-pub(crate) use manifest::weights;
+pub(crate) use manifest::identity;
 
 /// Largest size of a file, unless one row takes more.
 const FILE_BYTES: u64 = 1 << 30;

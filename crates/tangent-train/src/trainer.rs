@@ -215,6 +215,7 @@ fn evaluation(run: &Run<'_>) -> Result<EvalReport, TrainError> {
 
 /// Puts the result into the output folder; an earlier result stays until the new one is written.
 fn publish(run: &Run<'_>) -> Result<(), TrainError> {
+    let had_own_base = peft_format::has_own_base(&run.output);
     let result = NewFolder::begin(&run.output.join(".result"), true)?;
     checkpoint::write_result(&result, run.opened, run.adapter, &run.base)?;
     let stale = RESULTS
@@ -223,8 +224,7 @@ fn publish(run: &Run<'_>) -> Result<(), TrainError> {
     let stale: Vec<&str> = stale.copied().collect();
     result.finish_into(&run.output)?;
     remove_files(&run.output, &stale)?;
-    let first = run.adapter.each().first();
-    if first.is_none_or(|part| part.taken.is_empty()) {
+    if had_own_base && !peft_format::has_own_base(&run.output) {
         remove_base(&run.output)?;
     }
     remove_further(&run.output, run.adapter)
@@ -243,8 +243,10 @@ fn remove_further(output: &Path, adapter: &Adapter) -> Result<(), TrainError> {
     for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
         let folder = entry.path();
         if folder.is_dir() && !stands(&entry.file_name()) {
+            if peft_format::has_own_base(&folder) {
+                remove_base(&folder)?;
+            }
             remove_files(&folder, RESULTS)?;
-            remove_base(&folder)?;
             // A folder with files of others stays.
             let _ = fs::remove_dir(&folder);
         }
@@ -253,10 +255,11 @@ fn remove_further(output: &Path, adapter: &Adapter) -> Result<(), TrainError> {
     Ok(())
 }
 
-/// Removes what left the base of an earlier adapter in a folder.
+/// Removes what left the base of an earlier adapter in a folder, and nothing else: a model may lie
+/// there.
 fn remove_base(folder: &Path) -> Result<(), TrainError> {
     let base = folder.join(peft_format::BASE);
-    remove_files(&base, RESULTS)?;
+    remove_files(&base, &[peft_format::CONFIG, peft_format::TENSORS])?;
     let _ = fs::remove_dir(&base);
     Ok(())
 }

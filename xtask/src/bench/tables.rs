@@ -48,9 +48,9 @@ const TABLES: [Table; 7] = [
         holds: |kind| matches!(kind, Kind::Base(_)),
     },
     Table {
-        title: "Seconds of a variant of LoRA, and from launch to exit of a run of one step",
-        ours: "variant",
-        other: "LoRA",
+        title: "Seconds of a step with a flag and without, and from launch to exit of a run of one step",
+        ours: "with",
+        other: "without",
         measure: (SECONDS, false),
         memory: true,
         holds: |kind| matches!(kind, Kind::Variant(..) | Kind::VariantStartup(..)),

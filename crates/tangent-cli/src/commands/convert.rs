@@ -90,6 +90,13 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     peft_format::write(&folder, &conversion.adapter, &*opened.model, &base)?;
     folder.finish()?;
     let mut out = io::stdout().lock();
+    if !adapter.taken.is_empty() {
+        say(format_args!(
+            "{}: for the original weights, without --base-dtype; the rounding of the adapter's own base, \
+             which was trained on, is left out",
+            args.output.display()
+        ));
+    }
     let report = Report {
         from: adapter.method_names(),
         output: &args.output,

@@ -57,6 +57,12 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             args.adapter.display()
         )));
     }
+    if let (Some(_), BaseDtype::Quantized(kind)) = (&args.original, args.model.base_dtype) {
+        return Err(Failure::Request(format!(
+            "--original: --base-dtype {kind} quantizes weights that it has read itself, which are the \
+             original ones; leave --original out"
+        )));
+    }
     if let Some(original) = &args.original {
         find_originals(&mut opened, original)?;
     }

@@ -264,7 +264,9 @@ fn finish(
                 ));
             }
             let folder = output.to_string();
-            let way = peft_format::for_others(adapter, &flags(&args.run.model), &folder);
+            let quantizes = matches!(args.run.model.base_dtype, BaseDtype::Quantized(_));
+            let model = (&flags(&args.run.model)[..], quantizes);
+            let way = peft_format::for_others(adapter, model, &folder);
             if let Some(way) = way {
                 say(format_args!(
                     "PEFT cannot load this kind of adapter: {} {}",

@@ -231,6 +231,11 @@ fn an_adapter_with_a_base_of_its_own_is_resumed_merged_and_converted() {
             place.run(&line).succeeded();
             loss(&place, onto)
         };
+        place
+            .run(&format!(
+                "merge --model {base} --adapter a --original tiny.gguf --onto original --output x"
+            ))
+            .refused(&["--original", "leave --original out"]);
         let (dequantized, original) = (merged("dequantized"), merged("original"));
         assert!((dequantized - adapted).abs() < 1e-4, "{init}");
         assert!(original != dequantized, "{init}");
@@ -247,6 +252,11 @@ fn an_adapter_with_a_base_of_its_own_is_resumed_merged_and_converted() {
         // Another run in the folder has no base of its own.
         place.train("a", "--base-dtype nf4 --overwrite");
         assert!(!place.path("a/base").exists(), "{init}");
+        // What others keep in a folder of that name stays.
+        fs::create_dir(place.path("a/base")).unwrap();
+        fs::write(place.path("a/base/config.json"), "{}").unwrap();
+        place.train("a", "--base-dtype nf4 --overwrite");
+        assert!(place.path("a/base/config.json").exists(), "{init}");
     }
     let place = Place::new();
     let train = "train --data rows.jsonl --max-steps 1 --output b --init qpissa";

@@ -95,7 +95,16 @@ fn attach(
     scope: &mut Scope<'_>,
 ) -> Result<Arc<dyn WeightAdapter>, PeftError> {
     linear_only(METHOD.id, site)?;
-    let squares = squared_norms(&site.weight);
+    let pair = Pairing::new(config, site, scope)?;
+    let squares = match pair.keeps_weight() {
+        true => squared_norms(&site.weight),
+        false => {
+            let pass = Pass::inference(scope.device());
+            let moved = tangent_ops::values(pair.moved(site.weight.dense(&pass.device), &pass));
+            let rows = moved.chunks_exact(site.weight.cols());
+            rows.map(|row| row.iter().map(|v| v * v).sum()).collect()
+        }
+    };
     if let Some(row) = squares.iter().position(|square| *square == 0.0) {
         return Err(PeftError::ZeroRow {
             method: METHOD.id,
@@ -103,7 +112,6 @@ fn attach(
             row,
         });
     }
-    let pair = Pairing::new(config, site, scope)?;
     // From the same rounded squares as the norms of each pass, so that the ratio starts at 1.
     let start: Vec<f32> = squares.into_iter().map(f32::sqrt).collect();
     let shape = vec![site.weight.rows()];

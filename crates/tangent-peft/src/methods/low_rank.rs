@@ -57,6 +57,11 @@ impl Pairing {
         })
     }
 
+    /// Whether the product is 0 at the start, or taken out of the base.
+    pub(super) fn keeps_weight(&self) -> bool {
+        self.offset.is_some() || self.b.values().iter().all(|v| *v == 0.0)
+    }
+
     /// `(A, B)` for this pass; twice the rank where something is taken out of the base:
     /// `[A; A0]` and `[B, -B0]`.
     pub(super) fn factors(&self, pass: &Pass) -> (Tensor<2>, Tensor<2>) {

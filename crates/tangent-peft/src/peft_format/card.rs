@@ -94,13 +94,17 @@ pub struct ForOthers {
 }
 
 /// How `adapter` in `folder` gets to programs that load PEFT's adapters, or whole models; `model`
-/// are the flags that open its base. `None` where PEFT knows all that is in it, or where no weights
+/// are the flags that open its base, which quantize it or do not. `None` where PEFT knows all that is in it, or where no weights
 /// of a model compute what it does.
-pub fn for_others(adapter: &Adapter, model: &str, folder: &str) -> Option<ForOthers> {
-    of_parts(adapter.each(), model, folder)
+pub fn for_others(
+    adapter: &Adapter,
+    (model, quantize): (&str, bool),
+    folder: &str,
+) -> Option<ForOthers> {
+    of_parts(adapter.each(), (model, quantize), folder)
 }
 
-fn of_parts(parts: &[Adapter], model: &str, folder: &str) -> Option<ForOthers> {
+fn of_parts(parts: &[Adapter], (model, quantize): (&str, bool), folder: &str) -> Option<ForOthers> {
     let is_known = |part: &Adapter| match &part.method.peft {
         Some(kind) => kind.known_to_peft,
         // A model of its own.
@@ -124,8 +128,10 @@ fn of_parts(parts: &[Adapter], model: &str, folder: &str) -> Option<ForOthers> {
             does: "makes plain LoRA of it, which PEFT loads, and prints what that loses",
         });
     }
+    // Merging asks which weights to merge onto.
+    let onto = if quantize { " --onto dequantized" } else { "" };
     parts.iter().all(merges).then(|| ForOthers {
-        command: format!("tangent merge {model} --adapter {folder} --output merged"),
+        command: format!("tangent merge {model} --adapter {folder}{onto} --output merged"),
         does: "writes a model that any program loads",
     })
 }
@@ -213,7 +219,8 @@ fn in_tangent(parts: &[Adapter], base: &str, held: Option<Held>) -> String {
     );
     let flag = held.map(Held::flag).unwrap_or_default();
     let model = format!("--model {base}{flag}");
-    if let Some(ForOthers { command, does }) = of_parts(parts, &model, "path/to/this/folder") {
+    let model = (&model[..], !flag.is_empty());
+    if let Some(ForOthers { command, does }) = of_parts(parts, model, "path/to/this/folder") {
         text.push_str(&format!("\n`{command}` {does}.\n"));
     }
     text
@@ -290,7 +297,7 @@ mod tests {
         };
         let configs: Vec<AdapterConfig> = methods.iter().map(config).collect();
         let adapter = attach_all(&mut *model, &configs, &Start::default()).unwrap();
-        for_others(&adapter, "--model m", "a").map(|way| way.command)
+        for_others(&adapter, ("--model m", false), "a").map(|way| way.command)
     }
 
     #[test]

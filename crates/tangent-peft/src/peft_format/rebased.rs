@@ -115,7 +115,7 @@ pub(super) fn read(
     config: &AdapterConfig,
     base: Base,
 ) -> Result<BTreeMap<String, Factors>, PeftError> {
-    if !trained_on(dir)?.is_some_and(|base| base.rebased) {
+    if !trained_on::has_own_base(dir) {
         return Ok(BTreeMap::new());
     }
     if base == Base::Merged {
@@ -126,6 +126,9 @@ pub(super) fn read(
         });
     }
     let path = dir.join(BASE).join(TENSORS);
+    if !path.is_file() {
+        return Err(PeftError::NoOwnBase { path });
+    }
     let Some(kind) = &find(lora::METHOD.id)?.peft else {
         unreachable!("plain LoRA has files");
     };

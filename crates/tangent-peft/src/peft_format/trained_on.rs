@@ -86,12 +86,22 @@ pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
 pub fn trained_on(dir: &Path) -> Result<Option<TrainedOn>, PeftError> {
     let mut found = recorded(dir)?;
     for folder in further(dir)? {
-        let along = recorded(&folder)?;
-        if along.is_some_and(|along| along.corrects) || found.is_none() {
-            found = along;
-        }
+        found = match (found, recorded(&folder)?) {
+            (Some(first), Some(along)) => Some(TrainedOn {
+                corrects: first.corrects || along.corrects,
+                rebased: first.rebased || along.rebased,
+                ..first
+            }),
+            (first, along) => first.or(along),
+        };
     }
     Ok(found)
+}
+
+/// Whether the files of the one adapter in the folder `dir` tell of a base of its own.
+pub fn has_own_base(dir: &Path) -> bool {
+    let recorded = recorded(dir);
+    recorded.is_ok_and(|base| base.is_some_and(|base| base.rebased))
 }
 
 /// What the files of one adapter tell of its base.

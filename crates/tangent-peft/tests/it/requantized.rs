@@ -149,6 +149,14 @@ fn a_base_quantized_anew_is_nearer_to_the_original_and_leads_back_to_it() {
         let adapter = attach(&mut *model, &config, 3).unwrap();
         let started = off(&*model);
         assert!(started < 0.8 * lost, "{init}: {started} {lost}");
+        // Rows have the lengths of both together, not those of the rest.
+        let mut directed = quantized_base();
+        attach(&mut *directed, &requantizing("dora", init), 3).unwrap();
+        let off = off(&*directed);
+        assert!(
+            (off - started).abs() < 1e-3 * started,
+            "{init}: {off} {started}"
+        );
         randomize(&adapter);
 
         // Merged onto the rest of the original weights, and as plain LoRA of these.

@@ -83,7 +83,7 @@ fn hexadecimal(hash: u64) -> String {
 }
 
 /// A hash of the names, shapes and values of all frozen weights.
-pub(crate) fn weights(model: &dyn Model) -> u64 {
+fn weights(model: &dyn Model) -> u64 {
     let sites = model.sites().into_iter();
     let own = sites.filter(|site| site.tied_to.is_none());
     own.fold(0, |hash, site| {
@@ -95,15 +95,23 @@ pub(crate) fn weights(model: &dyn Model) -> u64 {
     })
 }
 
+/// Stands for what a model computes: its weights and their configuration.
+pub(crate) fn identity(model: &dyn Model) -> String {
+    let configuration = configuration(model).to_string();
+    format!("{:016x}", pass::mix(weights(model), &configuration))
+}
+
 /// The checksum of a weight's values.
 fn checksum(matrix: &FrozenMatrix) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     let mut bytes = vec![];
-    for values in matrix.to_values().chunks(1 << 14) {
-        bytes.clear();
-        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-        hasher.update(&bytes);
-    }
+    matrix.for_each_rows(|values| {
+        for values in values.chunks(1 << 14) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            hasher.update(&bytes);
+        }
+    });
     // The pages are not needed again where all states are stored.
     matrix.leave();
     hasher.finalize()

@@ -25,7 +25,7 @@ pub const LEDGER: &str = "compare.jsonl";
 pub struct Record {
     /// Stands for everything that decides the run.
     pub key: String,
-    /// A hash of the model's weights.
+    /// A hash of the model's weights and configuration.
     pub model: String,
     /// Id of the recipe.
     pub recipe: String,
@@ -93,8 +93,7 @@ impl Ledger {
         model: &dyn Model,
         overwrite: bool,
     ) -> Result<Self, CompareError> {
-        let weights = format!("{:016x}", activations::weights(model));
-        Self::open(path, weights, overwrite)
+        Self::open(path, activations::identity(model), overwrite)
     }
 
     /// Opens the ledger at `path`, or begins it. A last line without an end is what a killed process
@@ -148,9 +147,9 @@ impl Ledger {
 
     /// The finished run with this key.
     pub fn get(&mut self, key: &str) -> Option<&Record> {
-        let of_these_weights = |record: &&Record| record.model == self.model;
-        let found = self.records.get(key).filter(of_these_weights)?;
-        self.used.insert(key.to_owned());
+        let key = place(&self.model, key);
+        let found = self.records.get(&key)?;
+        self.used.insert(key);
         Some(found)
     }
 
@@ -183,8 +182,9 @@ impl Ledger {
             Some(lines) => lines.push_str(&line),
             None => self.write(&line)?,
         }
-        self.used.insert(record.key.clone());
-        self.records.insert(record.key.clone(), record.clone());
+        let key = place(&self.model, &record.key);
+        self.used.insert(key.clone());
+        self.records.insert(key, record.clone());
         Ok(record)
     }
 
@@ -213,7 +213,7 @@ fn io(action: &'static str, path: &Path, source: std::io::Error) -> CompareError
     error.into()
 }
 
-/// The records of a ledger by their keys, and how many of its bytes are whole lines.
+/// The records of a ledger by their models and keys, and how many of its bytes are whole lines.
 fn read(path: &Path) -> Result<(BTreeMap<String, Record>, usize), CompareError> {
     let bytes = match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => vec![],
@@ -234,9 +234,14 @@ fn read(path: &Path) -> Result<(BTreeMap<String, Record>, usize), CompareError> 
             line: index + 1,
             why: e.to_string(),
         })?;
-        records.insert(record.key.clone(), record);
+        records.insert(place(&record.model, &record.key), record);
     }
     Ok((records, whole))
+}
+
+/// A run of a model among those of all models.
+fn place(model: &str, key: &str) -> String {
+    format!("{model}/{key}")
 }
 
 #[cfg(test)]
@@ -351,6 +356,8 @@ mod tests {
         other.append(record("a")).unwrap();
         let mut again = Ledger::open(path.clone(), "other".into(), false).unwrap();
         assert!(again.get("a").is_some());
-        assert_eq!((again.unused("lora"), again.unused("dora")), (0, 0));
+        assert_eq!((again.unused("lora"), again.unused("dora")), (1, 0));
+        // Those of the first one are still there.
+        assert!(open(folder.path()).unwrap().get("a").is_some());
     }
 }
