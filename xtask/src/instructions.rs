@@ -35,9 +35,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
         // Before the work, not after.
         false => Some(Count::read(&path)?),
     };
-    Process::cargo(root)
-        .args(["build", "--release", "--workspace"])
-        .run()?;
+    Process::build_tangent(root)?;
     let measured = Count {
         instructions: tiny_step(root)?,
         rustc: rustc(root)?,

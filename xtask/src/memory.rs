@@ -144,19 +144,20 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     fs::create_dir_all(&folder).map_err(file_failure(&folder, "create"))?;
     let texts = folder.join("texts.jsonl");
     write_texts(root, &texts)?;
-    Process::cargo(root)
-        .args(["build", "--release", "--workspace"])
-        .run()?;
+    Process::build_tangent(root)?;
     let mut lines = vec![];
     let mut far = vec![];
     for case in CASES {
         let mut words = vec!["--model".to_owned(), gguf.clone(), "--data".to_owned()];
         words.extend(case.data.words(&below(root, &texts)));
         words.extend(case.flags.split_whitespace().map(str::to_owned));
-        let plan = tangent(root, "plan").args(words.clone()).args(["--json"]);
+        let plan = Process::tangent(root)
+            .args(["plan"])
+            .args(words.clone())
+            .args(["--json"]);
         let predicted = plan.report(false)?.number("predicted_peak_bytes")?;
         let output = below(root, &folder.join("out"));
-        let train = tangent(root, "train").args(words);
+        let train = Process::tangent(root).args(["train"]).args(words);
         let train = train.args(["--json", "--overwrite", "--output", &output]);
         let measured = train.report(false)?.number("peak_memory_bytes")?;
         let difference = predicted / measured - 1.0;
@@ -186,11 +187,6 @@ fn line(name: &str, predicted: f64, measured: f64, difference: f64) -> String {
         megabytes(measured),
         100.0 * difference
     )
-}
-
-fn tangent(root: &Path, command: &str) -> Process {
-    let binary = target_folder(root).join("release").join("tangent");
-    Process::new(root, &binary, &below(root, &binary)).args([command])
 }
 
 fn write_texts(root: &Path, path: &Path) -> Result<(), Failure> {

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::failure::Failure;
+use crate::{below, target_folder};
 
 /// A command line, run in `folder`.
 pub struct Process {
@@ -35,6 +36,19 @@ impl Process {
     pub fn cargo(root: &Path) -> Self {
         let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         Self::new(root, program, "cargo")
+    }
+
+    /// Builds the binary `tangent`.
+    pub fn build_tangent(root: &Path) -> Result<(), Failure> {
+        Self::cargo(root)
+            .args(["build", "--release", "--workspace"])
+            .run()
+    }
+
+    /// A command line of the binary that [`build_tangent`](Self::build_tangent) builds.
+    pub fn tangent(root: &Path) -> Self {
+        let binary = target_folder(root).join("release").join("tangent");
+        Self::new(root, &binary, &below(root, &binary))
     }
 
     /// Appends arguments.

@@ -26,9 +26,7 @@ const COLUMN: usize = 42;
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let short = only_flag("quickstart", "--short", arguments)?;
     let start = Instant::now();
-    Process::cargo(root)
-        .args(["build", "--release", "--workspace"])
-        .run()?;
+    Process::build_tangent(root)?;
     let model = model::obtain(root, Source::Auto)?;
     let rows = shown_rows(root)?;
     let tangent = Tangent::new(root, &model, short);
