@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use tangent_model::LanguageModel;
 use tangent_model::folder::{self, FolderError};
 use tangent_train::compare::{self, Data, Event, LEDGER, REPORT, Record, Setup};
+use tangent_train::data::Example;
 use tangent_train::plan::grouped;
 
-use super::train::stop_flag;
+use super::train::{DataArgs, stop_flag};
 use crate::device::DeviceName;
 use crate::failure::Failure;
 use crate::open::{examples, room, tell_unseen};
@@ -39,30 +41,20 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     let typed = args.data_args.max_length.get();
     let length = typed.min(room(&opened, virtual_tokens)?);
-    let read = |files: &[PathBuf]| {
-        let d = &args.data_args;
-        examples(
-            &opened,
-            files,
-            d.train_on,
-            Some(length),
-            d.allow_unsupervised,
-        )
-    };
-    let (rows, mut eval) = (read(&args.data)?, read(&args.eval_data)?);
-    eval.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
-    let held_out = args.held_out(&rates, rows.len());
-    let (train, validation) = compare::hold_out(rows, held_out);
+    let held_out = |rows| args.held_out(&rates, rows);
+    let rows = Rows::read(
+        &opened,
+        [&args.data, &args.eval_data],
+        (&args.data_args, length),
+        args.eval_rows,
+        held_out,
+    )?;
     let on_cpu = matches!(args.model.device, DeviceName::Cpu);
     let stop = stop_flag()?;
     let setup = Setup {
         recipes,
         shared,
-        data: Data {
-            train: &train,
-            validation: &validation,
-            eval: &eval,
-        },
+        data: rows.data(),
         budget: args.budget(),
         rates,
         seeds: args.seeds,
@@ -80,11 +72,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
             count => format!("{count} methods"),
         },
         opened.path.display(),
-        train.len(),
-        validation.len(),
-        eval.len(),
+        rows.train.len(),
+        rows.validation.len(),
+        rows.eval.len(),
     ));
-    tell_unseen(&train, &eval);
+    tell_unseen(&rows.train, &rows.eval);
     let mut screen = Screen::new();
     let report = compare::compare(&mut *opened.model, &setup, &args.output, &mut |event| {
         tell(&mut screen, event);
@@ -95,6 +87,58 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         false => report.text(),
     };
     finish(&found, &args.output.join(REPORT), report.complete)
+}
+
+/// Rows to train on, to choose learning rates by, and to score by.
+pub(super) struct Rows {
+    pub train: Vec<Example>,
+    pub validation: Vec<Example>,
+    pub eval: Vec<Example>,
+}
+
+impl Rows {
+    /// Reads the files to train on and those to score by, rows cut to `length` tokens; takes as many
+    /// of the former as `held_out` says of their number.
+    pub fn read(
+        opened: &LanguageModel,
+        [train, eval]: [&[PathBuf]; 2],
+        (settings, length): (&DataArgs, usize),
+        eval_rows: Option<NonZeroUsize>,
+        held_out: impl FnOnce(usize) -> usize,
+    ) -> Result<Self, Failure> {
+        let read = |files: &[PathBuf]| {
+            let (train_on, allow) = (settings.train_on, settings.allow_unsupervised);
+            examples(opened, files, train_on, Some(length), allow)
+        };
+        let (rows, mut eval) = (read(train)?, read(eval)?);
+        eval.truncate(eval_rows.map_or(usize::MAX, NonZeroUsize::get));
+        let held_out = held_out(rows.len());
+        let (train, validation) = compare::hold_out(rows, held_out);
+        Ok(Self {
+            train,
+            validation,
+            eval,
+        })
+    }
+
+    /// What runs take.
+    pub fn data(&self) -> Data<'_> {
+        Data {
+            train: &self.train,
+            validation: &self.validation,
+            eval: &self.eval,
+        }
+    }
+}
+
+/// How many rows are held out of those to train on: as many as are asked for; none if nothing is
+/// chosen by them.
+pub(super) fn held_out(asked: Option<NonZeroUsize>, chooses: bool, rows: usize) -> usize {
+    match asked {
+        Some(count) => count.get(),
+        None if chooses => (rows / 10).clamp(1, 200),
+        None => 0,
+    }
 }
 
 /// Prints what was found and where its page is; the exit code of a complete or an interrupted one.

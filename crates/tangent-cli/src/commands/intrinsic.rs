@@ -7,13 +7,13 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use tangent_peft::{AdapterConfig, Targets};
-use tangent_train::compare::{self, Data, Rates, Shared};
+use tangent_train::compare::{Rates, Shared};
 use tangent_train::intrinsic::{self, Dimensions, Event, LEDGER, REPORT, Reference, Setup};
 
-use super::compare::{OptimizationArgs, Place, Screen, finish, rates};
+use super::compare::{OptimizationArgs, Place, Rows, Screen, finish, held_out, rates};
 use super::train::{DataArgs, stop_flag};
 use crate::failure::Failure;
-use crate::open::{ModelArgs, examples, tell_unseen};
+use crate::open::{ModelArgs, tell_unseen};
 use crate::progress::say;
 
 /// A search, as typed. Every flag is also a key of `--config FILE` (YAML), with underscores.
@@ -136,26 +136,21 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     .check(args.resume, args.overwrite)?;
     let mut opened = args.model.open()?;
     let typed = args.data_args.max_length.get();
-    let length = Some(typed.min(opened.model.max_positions()));
-    let read = |files: &[PathBuf]| {
-        let d = &args.data_args;
-        examples(&opened, files, d.train_on, length, d.allow_unsupervised)
-    };
-    let (rows, mut eval) = (read(&args.data)?, read(&args.eval_data)?);
-    eval.truncate(args.eval_rows.map_or(usize::MAX, NonZeroUsize::get));
-    let held_out = args.held_out([&subspaces, &reference], rows.len());
-    let (train, validation) = compare::hold_out(rows, held_out);
+    let length = typed.min(opened.model.max_positions());
+    let rows = Rows::read(
+        &opened,
+        [&args.data, &args.eval_data],
+        (&args.data_args, length),
+        args.eval_rows,
+        |rows| args.held_out([&subspaces, &reference], rows),
+    )?;
     let stop = stop_flag()?;
     let setup = Setup {
         shared,
         reference: args.reference,
         projection: args.projection.clone(),
         said: args.said,
-        data: Data {
-            train: &train,
-            validation: &validation,
-            eval: &eval,
-        },
+        data: rows.data(),
         target: args.target,
         dimensions: args.dimensions(),
         rates: subspaces,
@@ -170,11 +165,11 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
          to score by",
         opened.path.display(),
         args.reference,
-        train.len(),
-        validation.len(),
-        eval.len(),
+        rows.train.len(),
+        rows.validation.len(),
+        rows.eval.len(),
     ));
-    tell_unseen(&train, &eval);
+    tell_unseen(&rows.train, &rows.eval);
     let mut screen = Screen::new();
     let report = intrinsic::find(&mut *opened.model, &setup, &args.output, &mut |event| {
         tell(&mut screen, event);
@@ -257,11 +252,7 @@ impl Args {
     /// Rows to take out of `rows` training rows: none if there is nothing to choose by them.
     fn held_out(&self, rates: [&Rates; 2], rows: usize) -> usize {
         let single = |rates: &&Rates| matches!(rates, Rates::List(rates) if rates.len() == 1);
-        match self.validation_rows {
-            Some(count) => count.get(),
-            None if rates.iter().all(single) => 0,
-            None => (rows / 10).clamp(1, 200),
-        }
+        held_out(self.validation_rows, !rates.iter().all(single), rows)
     }
 }
 

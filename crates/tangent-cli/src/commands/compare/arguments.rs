@@ -278,11 +278,8 @@ impl Args {
     /// Rows to take out of `rows` training rows: none if there is nothing to choose by them.
     pub fn held_out(&self, rates: &Rates, rows: usize) -> usize {
         let single = matches!(rates, Rates::List(rates) if rates.len() == 1);
-        match self.validation_rows {
-            Some(count) => count.get(),
-            None if single && self.ranks.is_empty() => 0,
-            None => (rows / 10).clamp(1, 200),
-        }
+        let chooses = !single || !self.ranks.is_empty();
+        super::held_out(self.validation_rows, chooses, rows)
     }
 
     /// The settings that all recipes begin with.
