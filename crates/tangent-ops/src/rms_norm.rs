@@ -58,19 +58,13 @@ impl RmsNorm {
                 for i in 0..d {
                     out[i] *= w[i];
                 }
-                self.through(x, out);
+                let r = self.inverse_rms(x);
+                let k = kernel::dot(out, x) * r * r * r / d as f32;
+                for i in 0..d {
+                    out[i] = out[i] * r - x[i] * k;
+                }
             },
         );
-    }
-
-    /// The gradient of the row `x` in the place of that of `x / rms(x)`.
-    #[inline(always)]
-    fn through(&self, x: &[f32], out: &mut [f32]) {
-        let (r, d) = (self.inverse_rms(x), x.len());
-        let k = kernel::dot(out, x) * r * r * r / d as f32;
-        for i in 0..d {
-            out[i] = out[i] * r - x[i] * k;
-        }
     }
 
     /// `1 / sqrt(mean(x^2) + eps)` of one row.
@@ -96,21 +90,10 @@ impl CpuOp for RmsNorm {
     fn backward(&self, saved: Vec<Matrix>, dy: Matrix, needed: &[bool]) -> Vec<Option<Matrix>> {
         let (x, weight) = (&saved[0], &saved[1]);
         let (n, d) = (x.rows(), x.cols());
-        let (xs, w, dys) = (x.values(), weight.values(), dy.values());
+        let (xs, dys) = (x.values(), dy.values());
         let d_x = needed[0].then(|| {
-            let mut out = kernel::buffer(n * d);
-            kernel::fill_rows(
-                &mut out,
-                d,
-                #[inline(always)]
-                |row, out| {
-                    let (x, dy) = (&xs[row * d..][..d], &dys[row * d..][..d]);
-                    for i in 0..d {
-                        out[i] = dy[i] * w[i];
-                    }
-                    self.through(x, out);
-                },
-            );
+            let mut out = dys.to_vec();
+            self.gradient(x, weight, &mut out);
             Matrix::new(out, n, d)
         });
         let d_weight = needed[1].then(|| {

@@ -32,7 +32,7 @@ use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter};
 use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::Cost;
-use super::low_rank::{Product, checked_rank};
+use super::low_rank::{self, Product, checked_rank};
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
 use crate::config::AdapterConfig;
@@ -180,13 +180,17 @@ struct AdaLora {
 impl AdaLora {
     /// `diag(E) A` and `B`.
     fn product(&self, pass: &Pass) -> Option<Product> {
-        let Triplets { a, e, b } = self.triplets.as_ref()?;
-        Some(Product {
+        let triplets = self.triplets.as_ref()?;
+        Some(self.product_of(triplets, pass))
+    }
+
+    fn product_of(&self, Triplets { a, e, b }: &Triplets, pass: &Pass) -> Product {
+        Product {
             a: pass.value(a) * pass.value(e),
             b: pass.value(b),
             scaling: self.scaling,
             dropout: self.dropout,
-        })
+        }
     }
 }
 
@@ -230,10 +234,9 @@ impl WeightAdapter for AdaLora {
 
     fn beside(&self, pass: &Pass) -> Beside {
         match &self.triplets {
-            Some(_) if pass.training && self.dropout > 0.0 => Beside::Other,
-            Some(_) => self
-                .low_rank(pass)
-                .map_or(Beside::Other, |product| Beside::Product(Box::new(product))),
+            Some(triplets) => {
+                low_rank::beside(self.dropout, pass, || self.product_of(triplets, pass))
+            }
             None => Beside::Nothing,
         }
     }

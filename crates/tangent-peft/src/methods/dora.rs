@@ -101,8 +101,8 @@ fn attach(
         false => {
             let pass = Pass::inference(scope.device());
             let moved = tangent_ops::values(pair.moved(site.weight.dense(&pass.device), &pass));
-            let rows = moved.chunks_exact(site.weight.cols());
-            rows.map(|row| row.iter().map(|v| v * v).sum()).collect()
+            let (rows, cols) = (site.weight.rows(), site.weight.cols());
+            squared_norms(&FrozenMatrix::from_values(moved, rows, cols))
         }
     };
     if let Some(row) = squares.iter().position(|square| *square == 0.0) {

@@ -17,10 +17,10 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter};
-use tangent_ops::{FrozenMatrix, LowRank};
+use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
-use super::low_rank::{Product, checked_rank};
+use super::low_rank::{self, Product, checked_rank};
 use super::lycoris;
 use super::{ALL_LINEAR, Attach, Common, Method, PeftType, linear_only};
 use crate::adapter::Scope;
@@ -182,9 +182,7 @@ impl WeightAdapter for LoHa {
 
     fn beside(&self, pass: &Pass) -> Beside {
         match self.product(pass) {
-            Some(Product { a, b, scaling, .. }) => {
-                Beside::Product(Box::new(LowRank { b, a, scaling }))
-            }
+            Some(product) => low_rank::beside(product.dropout, pass, || product),
             None => Beside::Other,
         }
     }
