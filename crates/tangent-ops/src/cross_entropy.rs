@@ -7,13 +7,14 @@
 //! `factor / s_i * (e_ij - s_i [j = target_i])`. The factor of a row is left out of the many logits
 //! and multiplied into the few features on either side of them.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
 use crate::custom::{self, CpuOp, Matrix};
 use crate::frozen_linear;
-use crate::kernel::{self, Into, Threads, View, ViewMut};
-use crate::linear::view;
+use crate::kernel::{self, Into, LaneSum, Threads, View, ViewMut};
 use crate::matrix::FrozenMatrix;
 
 /// A supervised position: the token whose output predicts `id`.
@@ -108,32 +109,105 @@ impl Weight<'_> {
     }
 
     /// `x W^T` for `x: (m, d)`.
-    fn forward(&self, x: &[f32], m: usize) -> Vec<f32> {
-        match self {
-            Self::Frozen(weight) => frozen_linear::forward(x, m, weight),
-            Self::Trained(w) => {
-                let mut y = kernel::buffer(m * w.rows());
-                let dst = ViewMut::dense(&mut y, m, w.rows());
-                let x = View::dense(x, m, w.cols());
-                kernel::matmul(dst, Into::Overwrite, 1.0, x, view(w).t(), Threads::Pool);
-                y
-            }
-        }
+    fn forward(&self, x: &[f32], m: usize) -> Logits {
+        let part = |part: Range<usize>| {
+            let values = match self {
+                Self::Frozen(weight) => frozen_linear::forward_part(x, m, weight, &part),
+                Self::Trained(w) => {
+                    let mut y = kernel::buffer(m * part.len());
+                    kernel::matmul(
+                        ViewMut::dense(&mut y, m, part.len()),
+                        Into::Overwrite,
+                        1.0,
+                        View::dense(x, m, w.cols()),
+                        rows_of(w, &part).t(),
+                        Threads::Pool,
+                    );
+                    y
+                }
+            };
+            (part, values)
+        };
+        Logits(parts(self.rows(), m).map(part).collect())
     }
 
     /// `dy W` for `dy: (m, vocabulary)`.
-    fn backward(&self, dy: &[f32], m: usize) -> Vec<f32> {
-        match self {
-            Self::Frozen(weight) => frozen_linear::backward(dy, m, weight),
-            Self::Trained(w) => {
-                let mut dx = kernel::buffer(m * w.cols());
-                let dst = ViewMut::dense(&mut dx, m, w.cols());
-                let dy = View::dense(dy, m, w.rows());
-                kernel::matmul(dst, Into::Overwrite, 1.0, dy, view(w), Threads::Pool);
-                dx
+    fn backward(&self, dy: Logits, m: usize, d: usize) -> Vec<f32> {
+        let mut dx = kernel::buffer(m * d);
+        let mut mode = Into::Overwrite;
+        for (part, dy) in dy.0 {
+            match self {
+                Self::Frozen(weight) => {
+                    frozen_linear::backward_part(&mut dx, mode, &dy, m, (weight, part));
+                }
+                Self::Trained(w) => {
+                    let dst = ViewMut::dense(&mut dx, m, d);
+                    let dy = View::dense(&dy, m, part.len());
+                    kernel::matmul(dst, mode, 1.0, dy, rows_of(w, &part), Threads::Pool);
+                }
+            }
+            mode = Into::Add;
+        }
+        dx
+    }
+}
+
+/// Some rows of a matrix.
+fn rows_of<'a>(m: &'a Matrix, part: &Range<usize>) -> View<'a> {
+    let values = &m.values()[part.start * m.cols()..part.end * m.cols()];
+    View::dense(values, part.len(), m.cols())
+}
+
+/// Logits of a chunk, or their gradient, in blocks of the vocabulary: `(m, part.len())` of each
+/// part. Allocators have no room at hand for all of them in one piece; blocks go where activations
+/// were.
+struct Logits(Vec<(Range<usize>, Vec<f32>)>);
+
+/// Values of a block, at most.
+const BLOCK_VALUES: usize = 512 * 1024;
+
+/// The parts of the vocabulary that are blocks for `m` tokens, all of one width but the last.
+fn parts(vocabulary: usize, m: usize) -> impl Iterator<Item = Range<usize>> {
+    let width = match m * vocabulary <= BLOCK_VALUES {
+        true => vocabulary.max(1),
+        // Whole lanes, so that sums are those of whole rows.
+        false => (BLOCK_VALUES / m / 16).max(1) * 16,
+    };
+    (0..vocabulary)
+        .step_by(width)
+        .map(move |first| first..vocabulary.min(first + width))
+}
+
+impl Logits {
+    /// The pieces of each of `m` rows.
+    fn rows(&mut self, m: usize) -> Vec<Vec<&mut [f32]>> {
+        let mut rows: Vec<Vec<&mut [f32]>> = Vec::new();
+        rows.resize_with(m, || Vec::with_capacity(self.0.len()));
+        for (part, values) in &mut self.0 {
+            let pieces = values.chunks_exact_mut(part.len());
+            for (row, piece) in rows.iter_mut().zip(pieces) {
+                row.push(piece);
             }
         }
+        rows
     }
+}
+
+/// The value at `id` in the pieces of a row.
+fn at<'a>(pieces: &'a mut [&mut [f32]], id: usize) -> &'a mut f32 {
+    let width = pieces[0].len();
+    &mut pieces[id / width][id % width]
+}
+
+/// The largest value of the pieces of a row.
+#[inline(always)]
+fn largest(pieces: &[&mut [f32]]) -> f32 {
+    let all = pieces.iter().map(|piece| kernel::largest(piece));
+    // A NaN stays.
+    all.fold(
+        f32::NEG_INFINITY,
+        |a, b| if b > a || b.is_nan() { b } else { a },
+    )
 }
 
 /// The largest logit of a row, and the sum of `exp(logit - largest)`.
@@ -142,20 +216,9 @@ fn max_and_sum(row: &[f32]) -> (f32, f32) {
         #[inline(always)]
         || {
             let max = kernel::largest(row);
-            // Lanes as in `exp_minus_max`, so that both give the same sum.
-            let mut lanes = [0f32; 16];
-            let chunks = row.chunks_exact(16);
-            let rest = chunks.remainder();
-            for chunk in chunks {
-                for i in 0..16 {
-                    lanes[i] += kernel::exp(chunk[i] - max);
-                }
-            }
-            let mut sum: f32 = lanes.iter().sum();
-            for v in rest {
-                sum += kernel::exp(v - max);
-            }
-            (max, sum)
+            let mut sum = LaneSum::default();
+            kernel::add_exp_minus(row, max, &mut sum);
+            (max, sum.total())
         },
     )
 }
@@ -166,13 +229,25 @@ fn negative_log_likelihood(logit: f32, max: f32, sum: f32) -> f64 {
 }
 
 /// The loss of a chunk without the factor.
-fn loss(logits: &[f32], targets: &[Target]) -> f64 {
+fn loss(mut logits: Logits, targets: &[Target]) -> f64 {
     let losses: Vec<f64> = logits
-        .par_chunks(logits.len() / targets.len())
+        .rows(targets.len())
+        .into_par_iter()
         .zip(targets)
-        .map(|(row, target)| {
-            let (max, sum) = max_and_sum(row);
-            negative_log_likelihood(row[target.id as usize], max, sum)
+        .map(|(mut row, target)| {
+            let logit = *at(&mut row, target.id as usize);
+            let (max, sum) = kernel::simd(
+                #[inline(always)]
+                || {
+                    let max = largest(&row);
+                    let mut sum = LaneSum::default();
+                    for piece in &row {
+                        kernel::add_exp_minus(piece, max, &mut sum);
+                    }
+                    (max, sum.total())
+                },
+            );
+            negative_log_likelihood(logit, max, sum)
         })
         .collect();
     // A fixed order, so that the sum does not depend on threads.
@@ -181,19 +256,26 @@ fn loss(logits: &[f32], targets: &[Target]) -> f64 {
 
 /// Turns each row of a chunk's logits into `sum * (softmax - one_hot)`, `sum` being that of its
 /// exponentials. Returns the loss of the chunk without the factor, and the sums.
-fn gradient_in_place(logits: &mut [f32], targets: &[Target]) -> (f64, Vec<f32>) {
-    let vocabulary = logits.len() / targets.len();
+fn gradient_in_place(logits: &mut Logits, targets: &[Target]) -> (f64, Vec<f32>) {
     let (losses, sums): (Vec<f64>, Vec<f32>) = logits
-        .par_chunks_mut(vocabulary)
+        .rows(targets.len())
+        .into_par_iter()
         .zip(targets)
-        .map(|(row, target)| {
+        .map(|(mut row, target)| {
             let id = target.id as usize;
-            let logit = row[id];
+            let logit = *at(&mut row, id);
             let (max, sum) = kernel::simd(
                 #[inline(always)]
-                || kernel::exp_minus_max(row),
+                || {
+                    let max = largest(&row);
+                    let mut sum = LaneSum::default();
+                    for piece in &mut row {
+                        kernel::exp_minus(piece, max, &mut sum);
+                    }
+                    (max, sum.total())
+                },
             );
-            row[id] -= sum;
+            *at(&mut row, id) -= sum;
             (negative_log_likelihood(logit, max, sum), sum)
         })
         .unzip();
@@ -263,25 +345,27 @@ impl CpuOp for LinearCrossEntropy {
             }
             let mut logits = head.forward(&rows, m);
             if !tracked {
-                total += loss(&logits, targets);
+                total += loss(logits, targets);
                 continue;
             }
             let (loss, sums) = gradient_in_place(&mut logits, targets);
             total += loss;
             let scales: Vec<f32> = sums.iter().map(|sum| self.factor / sum).collect();
-            let d_rows = head.backward(&logits, m);
-            scatter_scaled(&mut d_x, &d_rows, &scales, targets);
             if want_head {
                 scale_rows(&mut rows, &scales);
-                kernel::matmul(
-                    ViewMut::dense(&mut d_head, vocabulary, d),
-                    Into::Add,
-                    1.0,
-                    View::dense(&logits, m, vocabulary).t(),
-                    View::dense(&rows, m, d),
-                    Threads::Pool,
-                );
+                for (part, values) in &logits.0 {
+                    kernel::matmul(
+                        ViewMut::dense(&mut d_head[part.start * d..part.end * d], part.len(), d),
+                        Into::Add,
+                        1.0,
+                        View::dense(values, m, part.len()).t(),
+                        View::dense(&rows, m, d),
+                        Threads::Pool,
+                    );
+                }
             }
+            let d_rows = head.backward(logits, m, d);
+            scatter_scaled(&mut d_x, &d_rows, &scales, targets);
         }
         let mut saved = vec![];
         if tracked {
@@ -316,6 +400,7 @@ mod tests {
     use burn::tensor::Device;
 
     use super::*;
+    use crate::StoredType;
     use crate::check::{self, Case};
 
     fn targets() -> Vec<Target> {
@@ -360,6 +445,36 @@ mod tests {
                 linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.01)
             },
             definition: |t| definition(t[0].clone(), Head::Trained(t[1].clone()), &targets, 0.01),
+        });
+    }
+
+    /// More values than a block has, in stored types that come in panels and in one that does not.
+    #[test]
+    fn blocks_of_the_vocabulary_equal_the_definition() {
+        let (n, d, vocabulary) = (CHUNK, 3, 4_099);
+        assert!(parts(vocabulary, n).count() > 2);
+        let targets: Vec<Target> = (0..n)
+            .map(|token| Target {
+                token,
+                id: (token * 131 % vocabulary) as u32,
+            })
+            .collect();
+        let weight = FrozenMatrix::from_values(check::values(vocabulary * d, 2), vocabulary, d);
+        for stored in [StoredType::F32, StoredType::BF16] {
+            let head = Head::Frozen(weight.convert(stored));
+            check::equal(Case {
+                shapes: &[(n, d)],
+                fused: |t| linear_cross_entropy(t[0].clone(), head.clone(), targets.clone(), 0.3),
+                definition: |t| definition(t[0].clone(), head.clone(), &targets, 0.3),
+            });
+        }
+        check::equal(Case {
+            shapes: &[(n, d), (vocabulary, d)],
+            fused: |t| {
+                let head = Head::Trained(t[1].clone());
+                linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.3)
+            },
+            definition: |t| definition(t[0].clone(), Head::Trained(t[1].clone()), &targets, 0.3),
         });
     }
 

@@ -1,5 +1,7 @@
 //! A linear map with a frozen weight in its stored type, `y = x W^T`; no weight gradient exists.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 
 use crate::custom::{self, CpuOp, Matrix};
@@ -47,6 +49,31 @@ pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
     y
 }
 
+/// [`forward`] of the outputs `part` alone, `(n, part.len())`.
+pub(crate) fn forward_part(
+    x: &[f32],
+    n: usize,
+    weight: &FrozenMatrix,
+    part: &Range<usize>,
+) -> Vec<f32> {
+    if *part == (0..weight.rows()) {
+        return forward(x, n, weight);
+    }
+    let (width, d_in) = (part.len(), weight.cols());
+    let mut y = kernel::buffer(n * width);
+    weight.for_each_panel_of(part.clone(), |first, rows, panel| {
+        kernel::matmul(
+            ViewMut::new(&mut y[first - part.start..], n, rows, width),
+            Into::Overwrite,
+            1.0,
+            View::dense(x, n, d_in),
+            View::dense(panel, rows, d_in).t(),
+            Threads::Pool,
+        );
+    });
+    y
+}
+
 /// `dx = dy W` for row-major `dy: (n, d_out)`.
 pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
     let mut dx = kernel::buffer(n * weight.cols());
@@ -57,18 +84,29 @@ pub(crate) fn backward(dy: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> 
 /// [`backward`] in the place of `dx: (n, d_in)`, or added to it.
 pub(crate) fn backward_into(
     dx: &mut [f32],
-    mut mode: Into,
+    mode: Into,
     dy: &[f32],
     n: usize,
     weight: &FrozenMatrix,
 ) {
-    let (d_out, d_in) = (weight.rows(), weight.cols());
-    weight.for_each_panel(|first, rows, panel| {
+    backward_part(dx, mode, dy, n, (weight, 0..weight.rows()));
+}
+
+/// [`backward_into`] of the outputs `part` alone, whose gradient is `dy: (n, part.len())`.
+pub(crate) fn backward_part(
+    dx: &mut [f32],
+    mut mode: Into,
+    dy: &[f32],
+    n: usize,
+    (weight, part): (&FrozenMatrix, Range<usize>),
+) {
+    let (width, d_in) = (part.len(), weight.cols());
+    weight.for_each_panel_of(part.clone(), |first, rows, panel| {
         kernel::matmul(
             ViewMut::dense(dx, n, d_in),
             mode,
             1.0,
-            View::new(&dy[first..], n, rows, d_out),
+            View::new(&dy[first - part.start..], n, rows, width),
             View::dense(panel, rows, d_in),
             Threads::Pool,
         );

@@ -313,20 +313,56 @@ pub(crate) fn largest(row: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn exp_minus_max(row: &mut [f32]) -> (f32, f32) {
     let max = largest(row);
-    let mut lanes = [0f32; 16];
+    let mut sum = LaneSum::default();
+    exp_minus(row, max, &mut sum);
+    (max, sum.total())
+}
+
+/// Turns `row` into `exp(row - max)` and adds that to `sum`.
+#[inline(always)]
+pub(crate) fn exp_minus(row: &mut [f32], max: f32, sum: &mut LaneSum) {
     let mut chunks = row.chunks_exact_mut(16);
     for chunk in &mut chunks {
-        for i in 0..16 {
-            chunk[i] = exp(chunk[i] - max);
-            lanes[i] += chunk[i];
+        for (lane, v) in sum.lanes.iter_mut().zip(chunk) {
+            *v = exp(*v - max);
+            *lane += *v;
         }
     }
-    let mut sum: f32 = lanes.iter().sum();
     for v in chunks.into_remainder() {
         *v = exp(*v - max);
-        sum += *v;
+        sum.rest += *v;
     }
-    (max, sum)
+}
+
+/// [`exp_minus`] that leaves `row` as it is.
+#[inline(always)]
+pub(crate) fn add_exp_minus(row: &[f32], max: f32, sum: &mut LaneSum) {
+    let chunks = row.chunks_exact(16);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, v) in sum.lanes.iter_mut().zip(chunk) {
+            *lane += exp(*v - max);
+        }
+    }
+    for v in rest {
+        sum.rest += exp(*v - max);
+    }
+}
+
+/// A sum in sixteen interleaved lanes, which pieces of a row can be added to one after another.
+#[derive(Default)]
+pub(crate) struct LaneSum {
+    lanes: [f32; 16],
+    /// Of what fills no lanes.
+    rest: f32,
+}
+
+impl LaneSum {
+    /// All of it.
+    #[inline(always)]
+    pub(crate) fn total(&self) -> f32 {
+        self.lanes.iter().sum::<f32>() + self.rest
+    }
 }
 
 /// A raw pointer that tasks writing disjoint elements may share.

@@ -1,6 +1,7 @@
 //! Frozen weights in the type they were stored in, widened to `f32` panel by panel.
 
 use std::iter::repeat_n;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
@@ -372,14 +373,24 @@ impl FrozenMatrix {
 
     /// Calls `f(first_row, rows, values)` for panels of rows from the first to the last; each
     /// panel is widened in parallel. `f32` weights come as one panel without a copy.
-    pub(crate) fn for_each_panel(&self, mut f: impl FnMut(usize, usize, &[f32])) {
+    pub(crate) fn for_each_panel(&self, f: impl FnMut(usize, usize, &[f32])) {
+        self.for_each_panel_of(0..self.rows, f);
+    }
+
+    /// [`for_each_panel`](Self::for_each_panel) of some rows.
+    pub(crate) fn for_each_panel_of(
+        &self,
+        part: Range<usize>,
+        mut f: impl FnMut(usize, usize, &[f32]),
+    ) {
         if let Some(values) = self.values() {
-            return f(0, self.rows, values);
+            let values = &values[part.start * self.cols..part.end * self.cols];
+            return f(part.start, part.len(), values);
         }
-        let panel_rows = (PANEL_VALUES / self.cols.max(1)).clamp(1, self.rows.max(1));
+        let panel_rows = (PANEL_VALUES / self.cols.max(1)).clamp(1, part.len().max(1));
         let mut panel = kernel::buffer(panel_rows * self.cols);
-        for first in (0..self.rows).step_by(panel_rows) {
-            let rows = panel_rows.min(self.rows - first);
+        for first in part.clone().step_by(panel_rows) {
+            let rows = panel_rows.min(part.end - first);
             let values = &mut panel[..rows * self.cols];
             self.widen(first, values);
             f(first, rows, values);
