@@ -354,7 +354,8 @@ impl Options {
     }
 }
 
-fn count(flag: &str, value: &str) -> Result<usize, Failure> {
+/// The number from 1 that a flag is given.
+pub fn count(flag: &str, value: &str) -> Result<usize, Failure> {
     value
         .parse()
         .ok()

@@ -105,8 +105,8 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "memory",
-        arguments: "",
-        summary: "compare predicted with measured peak memory on the real model (10 minutes)",
+        arguments: "[--runs N] [--only NAME]...",
+        summary: "compare peaks of memory with predictions and limits on the real model (30 minutes)",
         run: memory::run,
     },
     Command {

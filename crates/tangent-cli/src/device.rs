@@ -1,8 +1,11 @@
 //! Devices by name: which ones this binary was built with, and whether the machine has them.
 
 use std::any::Any;
+use std::env;
 use std::fmt;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
@@ -46,15 +49,15 @@ pub enum DeviceError {
         /// What was asked for.
         device: DeviceName,
     },
-    /// It is there and does not work.
+    /// It does not work.
     #[error(
-        "--device {device}: one was found, but it does not compute: {reason}. Update its driver, \
-         or leave --device out to run on the CPU"
+        "--device {device} cannot be used: {reason}. Update its driver, try another --device, or \
+         leave --device out to run on the CPU"
     )]
     Unusable {
         /// What was asked for.
         device: DeviceName,
-        /// What the device or its driver answered.
+        /// What the device or its driver answered, or how the process ended that tried it.
         reason: String,
     },
 }
@@ -92,8 +95,8 @@ impl FromStr for DeviceName {
 
 impl DeviceName {
     /// Opens the device and lets it add two numbers, so that one that cannot compute is refused
-    /// here and not in the middle of a run. A crash inside its driver ends the process all the
-    /// same.
+    /// here and not in the middle of a run. Drivers may crash: where there is one, another process
+    /// opens the device first.
     ///
     /// # Errors
     /// If the binary was built without it, the machine has none, or it does not compute.
@@ -101,16 +104,38 @@ impl DeviceName {
         if !self.is_built() {
             return Err(DeviceError::NotBuilt { device: self });
         }
-        let unusable = |reason| DeviceError::Unusable {
-            device: self,
-            reason,
-        };
+        if self != Self::Cpu {
+            let tried = self.probe().and_then(outcome);
+            tried.map_err(|reason| self.unusable(reason))?;
+        }
+        self.open_here()
+    }
+
+    /// [`open`](Self::open) in this process alone, which a crash of the driver ends.
+    ///
+    /// # Errors
+    /// If the machine has none, or it does not compute.
+    pub fn open_here(self) -> Result<Device, DeviceError> {
         let found = caught(|| self.find().map(|device| (one_plus_one(&device), device)));
-        match found.map_err(unusable)? {
+        match found.map_err(|reason| self.unusable(reason))? {
             Some((2.0, device)) => Ok(device),
-            Some((sum, _)) => Err(unusable(format!("1 + 1 gave {sum}"))),
+            Some((sum, _)) => Err(self.unusable(format!("1 + 1 gave {sum}"))),
             None => Err(DeviceError::NotFound { device: self }),
         }
+    }
+
+    fn unusable(self, reason: String) -> DeviceError {
+        DeviceError::Unusable {
+            device: self,
+            reason,
+        }
+    }
+
+    /// The hidden command of this binary that opens the device and ends.
+    fn probe(self) -> Result<Command, String> {
+        let mut command = Command::new(env::current_exe().map_err(not_started)?);
+        command.args(["probe-device", &self.to_string()]);
+        Ok(command)
     }
 
     /// Whether this binary was built with it.
@@ -171,6 +196,23 @@ impl DeviceName {
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "cuda"))]
 fn exists(kind: burn::tensor::DeviceType) -> bool {
     !Device::enumerate(kind).is_empty()
+}
+
+/// Runs a process that tries a device; the error says how it ended, if not well.
+fn outcome(mut command: Command) -> Result<(), String> {
+    let output = command.stdin(Stdio::null()).output().map_err(not_started)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let last = errors.lines().map(str::trim).rfind(|line| !line.is_empty());
+    let last = last.map_or(String::new(), |line| format!(", after \"{line}\""));
+    let status = output.status;
+    Err(format!("a process that tried it ended with {status}{last}"))
+}
+
+fn not_started(error: io::Error) -> String {
+    format!("no process that tries it could be started ({error})")
 }
 
 /// 1 + 1, computed on the device.
@@ -244,6 +286,37 @@ mod tests {
         for part in ["--device wgpu", "Vulkan", "mesa-vulkan-drivers"] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_process_that_dies_makes_its_device_unusable() {
+        let shell = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            outcome(command)
+        };
+        assert_eq!(shell("echo noise >&2"), Ok(()));
+        for (script, how) in [
+            ("kill -SEGV $$", "ended with signal: 11 (SIGSEGV)"),
+            (
+                "echo lost >&2; exit 3",
+                "ended with exit status: 3, after \"lost\"",
+            ),
+        ] {
+            let error = DeviceName::Wgpu.unusable(shell(script).unwrap_err());
+            let text = error.to_string();
+            for part in [
+                "--device wgpu cannot be used",
+                how,
+                "driver",
+                "another --device",
+            ] {
+                assert!(text.contains(part), "no {part:?} in: {text}");
+            }
+        }
+        let missing = outcome(Command::new("./no-such-program")).unwrap_err();
+        assert!(missing.contains("could be started"), "{missing}");
     }
 
     // One test, since the hook that reports panics is the process's.

@@ -14,17 +14,18 @@ mod intrinsic;
 mod merge;
 mod methods;
 mod plan;
+mod probe_device;
 mod score;
 mod switch;
 mod train;
 mod unmerge;
 
 macro_rules! commands {
-    ($($(#[$help:meta])* $module:ident => $variant:ident,)*) => {
+    ($($(#[$attribute:meta])* $module:ident => $variant:ident,)*) => {
         /// What to do.
         #[derive(clap::Subcommand)]
         pub enum Command {
-            $($(#[$help])* $variant(Box<$module::Args>),)*
+            $($(#[$attribute])* $variant(Box<$module::Args>),)*
         }
 
         impl Command {
@@ -67,4 +68,7 @@ commands! {
     convert => Convert,
     /// List methods, start values and optimizers with their settings.
     methods => Methods,
+    /// Open a device and end, as `--device` has it done before it opens one itself.
+    #[command(hide = true)]
+    probe_device => ProbeDevice,
 }

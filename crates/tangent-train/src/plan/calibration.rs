@@ -14,19 +14,12 @@ pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
 /// Bytes of an encoded row besides its tokens: its place in the data and its allocations.
 pub(super) const ROW_BYTES: u64 = 160;
 
-/// Bytes of activations that the allocator takes for every byte asked of it: large buffers are
-/// rounded up to its classes of sizes.
+/// Bytes of activations and logits that the allocator takes for every byte asked of it: large
+/// buffers are rounded up to its classes of sizes.
 pub(super) const ALLOCATOR_SHARE: f64 = 1.08;
 
 /// The same for trained tensors, their gradients and moments, which are smaller and live longer.
 pub(super) const TRAINED_SHARE: f64 = 1.03;
-
-/// Share of the largest buffer of a run, the logits of a chunk, that the allocator takes a second
-/// time: freed once, its room is in pieces when as much is asked for again.
-pub(super) const LOGITS_AGAIN: f64 = 0.8;
-
-/// The part of that which serves the layers when their turn in the backward pass comes.
-pub(super) const LOGITS_REUSED: f64 = 0.4;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.

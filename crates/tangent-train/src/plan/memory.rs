@@ -267,8 +267,6 @@ impl MemoryModel {
         let at_loss = tokens * self.held_at_loss(checkpointing) + of_all;
         let at_layer = tokens * self.held_at_layer(checkpointing) + of_layer + self.kept.working;
         let loss = self.loss_bytes(survey.largest);
-        let logits = loss.max(self.evaluation().loss);
-        let part = |share: f64| (logits as f64 * share) as u64;
         let vectors = 1 + self.earlier(survey);
         let values = self.parameters * vectors + self.state + self.held;
         Memory {
@@ -276,10 +274,9 @@ impl MemoryModel {
             trained: trained_bytes(values + self.thin_parameters / 2)
                 + VALUE * self.earlier(survey) * self.metered_values(survey),
             // The chunk of the loss is free again when the first layer's turn comes.
-            activations: activation_bytes(at_loss).max(
-                activation_bytes(at_layer).saturating_sub(loss + part(measured::LOGITS_REUSED)),
-            ),
-            loss: loss + part(measured::LOGITS_AGAIN),
+            activations: activation_bytes(at_loss)
+                .max(activation_bytes(at_layer).saturating_sub(loss)),
+            loss,
             fixed: self.fixed_bytes,
         }
     }
@@ -308,7 +305,7 @@ impl MemoryModel {
     /// gradients are still there.
     fn evaluation(&self) -> Memory {
         let positions = self.evaluated.min(CHUNK);
-        let loss = VALUE * (positions * (self.vocabulary + 2 * self.hidden)) as u64;
+        let loss = activation_bytes(positions * (self.vocabulary + 2 * self.hidden));
         let states = self.beside.as_ref().map_or(0, |beside| beside.states);
         let activations = |features: usize| activation_bytes(self.evaluated * features);
         Memory {
@@ -376,6 +373,7 @@ impl MemoryModel {
     fn loss_bytes(&self, batch: MicroBatch) -> u64 {
         // The normalized hidden states and their gradient.
         let states = 2 * batch.tokens * self.hidden;
+        // All blocks of a chunk's logits, which their gradient replaces, its rows and theirs.
         let positions = batch.targets.min(CHUNK);
         let chunk = positions * (self.vocabulary + 2 * self.hidden);
         let values = match self.head {
@@ -383,10 +381,11 @@ impl MemoryModel {
             Some((Form::Whole, _)) => states + chunk + self.vocabulary * self.hidden,
             Some((_, kept)) => states + batch.targets * (DENSE_LOGITS * self.vocabulary + kept),
         };
-        VALUE * values as u64
+        activation_bytes(values)
     }
 }
 
+/// Bytes of this many values of activations, or of what the loss forms.
 fn activation_bytes(values: usize) -> u64 {
     (values as f64 * VALUE as f64 * measured::ALLOCATOR_SHARE) as u64
 }

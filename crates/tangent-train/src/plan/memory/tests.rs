@@ -277,6 +277,32 @@ fn activations_grow_with_the_tokens_and_shrink_with_checkpointing() {
 }
 
 #[test]
+fn the_loss_takes_its_buffers_once() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let config = fixture::lora(&["all-linear"]);
+    let (trained, _) = fixture::attached(&mut *model, &config);
+    let (train, eval) = (fixture::rows(&[10, 6]), fixture::rows(&[60; 5]));
+    let draft = Draft {
+        eval: &eval,
+        ..fixture::draft(&*model, &trained, &train)
+    };
+    let settings = TrainConfig::default();
+    let memory = MemoryModel::new(&draft, &settings).unwrap();
+    let start = memory.start_of_backward(&Survey::new(&train, &settings, 0), false);
+    // Normalized states and their gradient; of 14 targets the logits, a row and its gradient.
+    let loss = activation_bytes(2 * 16 * 32 + 14 * (96 + 2 * 32));
+    assert_eq!(start.loss, loss);
+    // Their room serves the layers when their turn in the backward pass comes.
+    let kept = memory.kept.features.iter().sum::<usize>();
+    let at_layer = activation_bytes(16 * (kept + 3 * 48 + 2 * 32));
+    let at_loss = activation_bytes(16 * (kept + 32)) + loss;
+    assert_eq!(start.activations + start.loss, at_layer.max(at_loss));
+    // Rows that are evaluated together have more targets than a chunk.
+    let evaluation = memory.evaluation();
+    assert_eq!(evaluation.loss, activation_bytes(CHUNK * (96 + 2 * 32)));
+}
+
+#[test]
 fn weights_count_as_they_are_held() {
     let model = fixture::model("llama/tied_gqa");
     // All of the stored model is f32.
