@@ -20,7 +20,7 @@ def read_rows(path, tokenizer, max_length):
 
 
 def encode(messages, tokenizer):
-    """The token ids of a conversation up to its last answer, and which of them are the assistant's."""
+    """The token ids of a whole conversation as the template renders it, and which of them are the assistant's."""
     ids, supervised = [], []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -33,7 +33,12 @@ def encode(messages, tokenizer):
             raise SystemExit(f"the tokens of a prompt change with its answer: {message}")
         supervised += [False] * (len(prompt_ids) - len(supervised))
         supervised += [True] * (len(ids) - len(prompt_ids))
-    return ids, supervised
+    # What follows the last answer, as the line break after the end-of-turn token, is read and not learned.
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if whole[: len(ids)] != ids:
+        raise SystemExit(f"the tokens of an answer change with what follows: {messages[-1]}")
+    return whole, supervised + [False] * (len(whole) - len(supervised))
 
 
 def padded(rows):

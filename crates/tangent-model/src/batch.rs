@@ -29,8 +29,10 @@ pub struct Batch {
 /// Where a row of the batch is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// For each token of the row, its place in [`Batch::ids`].
+    /// For each token of the row that is computed, its place in [`Batch::ids`].
     pub places: Vec<usize>,
+    /// Tokens of the row as given.
+    pub tokens: usize,
     /// Its part of [`Batch::targets`].
     pub targets: Range<usize>,
 }
@@ -42,7 +44,7 @@ impl Batch {
     /// # Panics
     /// If a row has not one `supervised` for every token.
     pub fn new<'a>(rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
-        Self::after(0, rows)
+        Self::after(0, rows, |tokens, _| tokens)
     }
 
     /// [`new`](Self::new) with the virtual tokens that `model` has before every row.
@@ -53,19 +55,42 @@ impl Batch {
         model: &dyn Model,
         rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
     ) -> Self {
-        Self::after(model.whole().virtual_tokens(), rows)
+        Self::after(model.whole().virtual_tokens(), rows, |tokens, _| tokens)
     }
 
-    /// A batch of rows that continue so many virtual tokens.
+    /// As [`of`](Self::of), but of each row only its [`inputs`](Self::inputs): losses and gradients
+    /// are the same, and nothing else of the rows is computed.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn for_targets<'a>(
+        model: &dyn Model,
+        rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+    ) -> Self {
+        Self::after(model.whole().virtual_tokens(), rows, Self::inputs)
+    }
+
+    /// The tokens of a row that its targets are predicted from: all before the last target, none
+    /// where there is no target.
+    pub fn inputs<'a>(tokens: &'a [u32], supervised: &[bool]) -> &'a [u32] {
+        let last = supervised.iter().rposition(|s| *s).unwrap_or(0);
+        tokens.get(..last).unwrap_or(tokens)
+    }
+
+    /// A batch of rows that continue so many virtual tokens; `computed` gives the beginning of a
+    /// row that is computed.
     fn after<'a>(
         virtual_tokens: usize,
         rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>,
+        computed: fn(&'a [u32], &'a [bool]) -> &'a [u32],
     ) -> Self {
         let rows: Vec<_> = rows.into_iter().collect();
+        let beginnings = rows.iter().map(|&(tokens, given)| computed(tokens, given));
+        let beginnings: Vec<&[u32]> = beginnings.collect();
         let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&row| rows[row].0);
+        order.sort_by_key(|&row| beginnings[row]);
         let mut tree = PrefixTree {
-            rows: rows.iter().map(|(tokens, _)| *tokens).collect(),
+            rows: beginnings,
             ids: vec![0; virtual_tokens],
             segments: vec![],
             places: vec![vec![]; rows.len()],
@@ -86,8 +111,11 @@ impl Batch {
                 token: places[t - 1],
                 id: tokens[t],
             }));
-            let targets = from..targets.len();
-            placed.push(Row { places, targets });
+            placed.push(Row {
+                places,
+                tokens: tokens.len(),
+                targets: from..targets.len(),
+            });
         }
         Self {
             ids: tree.ids.into(),
@@ -100,7 +128,7 @@ impl Batch {
 
     /// Tokens of all rows as given, shared ones counted in every row.
     pub fn row_tokens(&self) -> usize {
-        self.rows.iter().map(|row| row.places.len()).sum()
+        self.rows.iter().map(|row| row.tokens).sum()
     }
 }
 
@@ -267,13 +295,47 @@ mod tests {
     fn rows_continue_virtual_tokens() {
         let none = [false; 3];
         let rows: [&[u32]; 2] = [&[1, 2, 7], &[9]];
-        let batch = Batch::after(2, rows.map(|row| (row, &none[..row.len()])));
+        let batch = Batch::after(2, rows.map(|row| (row, &none[..row.len()])), |row, _| row);
         assert_eq!(&*batch.ids, [0, 0, 1, 2, 7, 9]);
         assert_eq!(batch.segments.positions(), [0, 1, 2, 3, 4, 2]);
         let parents: Vec<_> = batch.segments.list().iter().map(|s| s.parent).collect();
         assert_eq!(parents, [None, Some(0), Some(0)]);
         assert_eq!(batch.rows[1].places, [5]);
         assert_eq!(batch.row_tokens(), 4);
+    }
+
+    #[test]
+    fn nothing_after_the_last_input_is_computed() {
+        let rows: [(&[u32], &[bool]); 5] = [
+            (&[1, 2, 3, 7, 8], &[false, true, false, true, false]),
+            (&[1, 2, 4], &[false, false, true]),
+            (&[5, 6], &[false, false]),
+            (&[1, 2], &[false, true]),
+            (&[9], &[true]),
+        ];
+        let batch = Batch::after(0, rows, Batch::inputs);
+        assert_eq!(&*batch.ids, [1, 2, 3]);
+        let shapes = batch.segments.list().iter().map(|s| (s.start, s.len));
+        assert_eq!(shapes.collect::<Vec<_>>(), [(0, 1), (1, 1), (2, 1)]);
+        let targets: Vec<_> = batch.targets.iter().map(|t| (t.token, t.id)).collect();
+        assert_eq!(targets, [(0, 2), (2, 7), (1, 4), (0, 2)]);
+        let ranges: Vec<_> = batch.rows.iter().map(|row| row.targets.clone()).collect();
+        assert_eq!(ranges, [0..2, 2..3, 3..3, 3..4, 4..4]);
+        let places: Vec<_> = batch.rows.iter().map(|row| &row.places[..]).collect();
+        let want: [&[usize]; 5] = [&[0, 1, 2], &[0, 1], &[], &[0], &[]];
+        assert_eq!(places, want);
+        assert_eq!(batch.row_tokens(), 13, "as given");
+        // What is counted beforehand.
+        let mut distinct = DistinctTokens::default();
+        for (tokens, supervised) in rows {
+            distinct.add(Batch::inputs(tokens, supervised));
+        }
+        assert_eq!(distinct.count(), batch.ids.len());
+        // Whole rows predict the same.
+        let whole = Batch::new(rows);
+        assert_eq!(&*whole.ids, [1, 2, 3, 7, 8, 4, 5, 6, 9]);
+        assert_eq!(whole.targets, batch.targets);
+        assert_eq!(whole.row_tokens(), 13);
     }
 
     #[test]

@@ -10,9 +10,10 @@
 //! record   row u64, tokens u32, CRC-32 u32, then of every state the values (tokens, d)
 //! ```
 //!
-//! All numbers are little-endian. Rows are stored once, in the order of their tokens, so that
-//! neither the order nor the repetition of rows in the data matters. The checksum covers the mark,
-//! the head of the record and its values.
+//! All numbers are little-endian. Of rows there is what training computes, the tokens before the
+//! last target. They are stored once, in the order of these tokens, so that neither the order nor the
+//! repetition of rows in the data matters. The checksum covers the mark, the head of the record and
+//! its values.
 //!
 //! **Equal to the bit.** In training the states of a row are those of the row computed alone (see
 //! `forward::hidden`), whatever batch it is in, and rounded to the network's
@@ -96,8 +97,7 @@ pub fn attach(
                   --method lst, or train without",
         });
     };
-    let distinct: BTreeMap<&[u32], &Example> =
-        rows.iter().map(|row| (&row.tokens[..], row)).collect();
+    let distinct = distinct(rows);
     let manifest = manifest::describe(&*model, &*side, distinct.keys().copied());
     let known = manifest::check(folder, &manifest)?;
     let format = Format::of(&*model, &*side, manifest::mark(&manifest));
@@ -130,6 +130,12 @@ pub fn attach(
     Ok(())
 }
 
+/// The rows whose states are computed, by the tokens that are, each once.
+pub(crate) fn distinct(rows: &[Example]) -> BTreeMap<&[u32], &Example> {
+    let computed = rows.iter().filter(|row| !row.inputs().is_empty());
+    computed.map(|row| (row.inputs(), row)).collect()
+}
+
 /// An open file of states and its path.
 struct Opened {
     path: PathBuf,
@@ -144,7 +150,7 @@ impl Opened {
 
 /// The stored states of rows.
 struct Stored {
-    /// Tokens of the rows, ascending.
+    /// Tokens of the rows that are computed, ascending.
     rows: Vec<Vec<u32>>,
     layout: Layout,
     format: Format,

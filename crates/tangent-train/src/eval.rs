@@ -90,12 +90,12 @@ pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
     let (mut groups, mut start) = (vec![], 0);
     let mut tokens = DistinctTokens::default();
     for (i, example) in examples.iter().enumerate() {
-        let more = tokens.count() + tokens.added_by(&example.tokens);
+        let more = tokens.count() + tokens.added_by(example.inputs());
         if i > start && (more > TOKENS || i - start == ROWS) {
             groups.push(&examples[start..i]);
             (start, tokens) = (i, DistinctTokens::default());
         }
-        tokens.add(&example.tokens);
+        tokens.add(example.inputs());
     }
     groups.push(&examples[start..]);
     groups
@@ -147,7 +147,7 @@ pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowS
     let labels = labels(examples).filter(|firsts| firsts.len() > 1);
     let mut rows = Vec::with_capacity(examples.len());
     for group in groups(examples) {
-        let batch = Batch::of(
+        let batch = Batch::for_targets(
             model,
             group.iter().map(|e| (&e.tokens[..], &e.supervised[..])),
         );
@@ -205,6 +205,8 @@ fn best(logits: &[f32], labels: &[u32]) -> Option<u32> {
 mod tests {
     use std::sync::Arc;
 
+    use tangent_ops::cross_entropy::CHUNK;
+
     use super::*;
     use crate::data::Origin;
 
@@ -230,6 +232,65 @@ mod tests {
         assert_eq!(accuracy(&[&[7, 3], &[7, 3]]), None, "one label");
         assert_eq!(accuracy(&[&[7, 3], &[7, 4]]), None, "one first token");
         assert!(accuracy(&[&[7, 3], &[8, 3]]).is_some());
+    }
+
+    /// No token of the tiny models: whoever computed it would fail.
+    const NOWHERE: u32 = 5_000;
+
+    /// Rows with one of two answers and a tail that is not supervised, whose beginnings many have in
+    /// common; more than go into a group.
+    fn sharing() -> Vec<Example> {
+        let beginnings: [&[u32]; 3] = [&[1, 9, 4, 33, 8], &[1, 9, 4, 61], &[2, 50]];
+        let row = |i: usize| {
+            // Every seventh prompt is the one before it.
+            let asked = i - usize::from(i % 7 == 6);
+            let own = [(asked % 90) as u32, (asked / 90) as u32, 17];
+            let prompt = [beginnings[asked % 3], &own].concat();
+            let answer = [7 + (i % 2) as u32, 3, 21, 40, 11, 2];
+            let supervised = [vec![false; prompt.len()], vec![true; 6], vec![false; 2]].concat();
+            Example {
+                tokens: [&prompt[..], &answer, &[NOWHERE; 2]].concat(),
+                supervised,
+                ..rows(&[&[]]).remove(0)
+            }
+        };
+        (0..300).map(row).collect()
+    }
+
+    #[test]
+    fn rows_score_together_what_they_score_alone() {
+        let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let all = sharing();
+        let groups = groups(&all);
+        assert!(groups.len() > 1, "several groups");
+        assert!(groups[0].len() * 6 > CHUNK, "several chunks of targets");
+        let mut right = 0;
+        for (row, got) in all.iter().zip(evaluate_rows(&*model, &all).unwrap()) {
+            let end = row.tokens.len() - 2;
+            let alone = Batch::new([(&row.tokens[..end], &row.supervised[..end])]);
+            let (mut loss, mut is_right) = (0.0, None);
+            forward::for_each_logits(&*model, &alone, |targets, logits| {
+                let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
+                let scores = log_softmax_at(logits, &ids);
+                loss = -scores.iter().map(|v| f64::from(*v)).sum::<f64>();
+                let first = &logits[..logits.len() / ids.len()];
+                is_right = Some(best(first, &[7, 8]) == Some(ids[0]));
+            });
+            assert!((got.loss - loss).abs() < 1e-5 * loss, "{got:?} {loss}");
+            assert_eq!((got.tokens, got.correct), (6, is_right));
+            right += usize::from(is_right == Some(true));
+        }
+        assert!(0 < right && right < all.len(), "{right}");
+    }
+
+    #[test]
+    fn nothing_is_computed_without_a_target() {
+        let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let mut rows = rows(&[&[NOWHERE, 3], &[NOWHERE, 4]]);
+        rows.iter_mut().for_each(|row| row.supervised.fill(false));
+        for row in evaluate_rows(&*model, &rows).unwrap() {
+            assert_eq!((row.loss, row.tokens, row.correct), (0.0, 0, None));
+        }
     }
 
     #[test]

@@ -260,6 +260,44 @@ fn generating_with_an_intrinsic_adapter_tells_of_its_cost() {
 }
 
 #[test]
+fn a_step_computes_nothing_that_nobody_asks_for() {
+    let place = Place::new();
+    let question = r#"{"messages":[{"role":"user","content":"fox?"}]}"#;
+    let answered = ROWS.lines().next().unwrap();
+    place.write("two.jsonl", format!("{question}\n{answered}\n"));
+    let line = "train --model tiny.gguf --data two.jsonl --allow-unsupervised --batch-size 1 \
+                --gradient-accumulation-steps 2 --max-steps 1 --profile --output run --overwrite";
+    // No gradient goes below the lowest adapter, in either of two layers.
+    for (targets, backward) in [
+        ("all-linear", 2),
+        ("model.layers.1.*q_proj", 1),
+        ("model.layers.1.*down_proj", 0),
+    ] {
+        for checkpointing in ["", "--activation-checkpointing"] {
+            place
+                .run(&format!(
+                    "{line} --target-modules {targets} {checkpointing}"
+                ))
+                .succeeded();
+            let trace = place.read_json("run/trace.json");
+            let events = trace["traceEvents"].as_array().unwrap();
+            let calls = |name: &str, kind: &str| {
+                let named = events.iter().filter(|event| event["name"] == name);
+                named.filter(|event| event["cat"] == kind).count()
+            };
+            let of = format!("{targets} {checkpointing}");
+            assert_eq!(calls("attention", "backward"), backward, "{of}");
+            // Of the micro-batch without a target there is nothing.
+            assert_eq!(calls("linear_cross_entropy", "forward"), 1, "{of}");
+            assert_eq!(calls("linear_cross_entropy", "backward"), 1, "{of}");
+            if checkpointing.is_empty() {
+                assert_eq!(calls("attention", "forward"), 2, "{of}");
+            }
+        }
+    }
+}
+
+#[test]
 fn patterns_are_recorded_as_they_were_written() {
     let place = Place::new();
     let ranks = "--rank-pattern {\"v_proj\":2,\"q_proj\":4}";

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use tangent_model::Batch;
 use tangent_model::tokenizer::Tokenizer;
 
 use super::source::{Row, SourceRow};
@@ -104,6 +105,11 @@ impl Example {
     /// Whether tokens were cut off.
     pub fn truncated(&self) -> bool {
         self.full_length > self.tokens.len()
+    }
+
+    /// The tokens that are computed for its targets; see [`Batch::inputs`].
+    pub fn inputs(&self) -> &[u32] {
+        Batch::inputs(&self.tokens, &self.supervised)
     }
 }
 

@@ -70,7 +70,9 @@ impl Draft<'_> {
             let alone = megabytes(alone);
             return format!("The process alone needs {alone}, whatever the settings");
         }
-        let longest = self.train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
+        // What stands after the last target takes nothing.
+        let lengths = self.train.iter().map(|e| e.inputs().len() + 1);
+        let longest = lengths.max().unwrap_or(0);
         let mut remedies = vec![
             format!("--max-length below {longest}"),
             "a base model stored in fewer bits (a quantized GGUF file, --base-dtype nf4)".into(),
@@ -203,7 +205,7 @@ mod tests {
         assert!(halved.memory.limit() < least);
         assert_eq!(halved.steps, whole.steps);
         // Tokens cannot be divided; only checkpointing is left.
-        let tokens = config(Batching::Tokens(480), 1);
+        let tokens = config(Batching::Tokens(488), 1);
         let least = draft.plan(&tokens).unwrap().memory.limit();
         let checkpointed = draft.fit(&tokens, least - 1).unwrap().config;
         let want = TrainConfig {
@@ -232,7 +234,7 @@ mod tests {
             ", and 8 % to spare. What takes less: ",
             &format!("--max-memory {} is too little", memory_size(alone)),
             &format!("the least is {}: steps of ", megabytes(*smallest)),
-            "--max-length below 60",
+            "--max-length below 61",
             "--method lora",
         ] {
             assert!(text.contains(part), "{part}: {text}");
@@ -262,7 +264,7 @@ mod tests {
         let chosen = draft.fit(&typed, least - 1).unwrap().config;
         assert!(!chosen.activation_checkpointing);
         assert_eq!(chosen, config(Batching::Rows(4), 2));
-        let text = draft.fit(&config(Batching::Tokens(960), 1), least - 1);
+        let text = draft.fit(&config(Batching::Tokens(976), 1), least - 1);
         let text = text.unwrap_err().to_string();
         assert!(text.contains("a smaller network beside"), "{text}");
     }

@@ -52,17 +52,18 @@ pub(super) fn attached(
     (TrainedSite::of_adapter(model, &adapter), adapter)
 }
 
-/// Rows of these lengths without a common prefix, all tokens but the first supervised.
+/// Rows without a common prefix of which so many tokens are computed: one more each, which is a
+/// target as all but the first two are.
 pub(super) fn rows(lengths: &[usize]) -> Vec<Example> {
     let file = Arc::new("rows.jsonl".into());
     let row = |(line, &length): (usize, &usize)| Example {
-        tokens: (0..length as u32).map(|t| t + line as u32).collect(),
-        supervised: (0..length).map(|t| t > 0).collect(),
+        tokens: (0..=length as u32).map(|t| t + line as u32).collect(),
+        supervised: (0..=length).map(|t| t > 1).collect(),
         origin: Origin {
             file: Arc::clone(&file),
             line: line + 1,
         },
-        full_length: length,
+        full_length: length + 1,
     };
     lengths.iter().enumerate().map(row).collect()
 }

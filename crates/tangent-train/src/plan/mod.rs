@@ -39,7 +39,7 @@ use time::Work;
 pub fn batch_tokens(rows: &[&Example]) -> usize {
     let mut tokens = DistinctTokens::default();
     for row in rows {
-        tokens.add(&row.tokens);
+        tokens.add(row.inputs());
     }
     tokens.count()
 }
@@ -112,9 +112,9 @@ pub struct Plan {
     pub supervised_tokens_per_epoch: usize,
     /// Steps of the run.
     pub steps: usize,
-    /// Tokens of the largest micro-batch.
+    /// Tokens that the largest micro-batch computes.
     pub largest_micro_batch: usize,
-    /// Tokens of a micro-batch in the mean.
+    /// Tokens that a micro-batch computes in the mean.
     pub mean_micro_batch: f64,
     /// Largest resident memory, by part.
     pub memory: Memory,
@@ -332,7 +332,8 @@ mod tests {
         assert_eq!(plan.steps, 9);
         assert_eq!(plan.largest_micro_batch, 40);
         assert!((plan.mean_micro_batch - 100.0 / 3.0).abs() < 1e-9);
-        assert_eq!(plan.tokens_per_epoch, 100);
+        // One more in each row, which is a target and nothing else.
+        assert_eq!(plan.tokens_per_epoch, 110);
         assert_eq!(plan.supervised_tokens_per_epoch, 90);
         assert_eq!(evaluations(&eval, &config, 9), 6);
         assert!(plan.seconds(1e9) > 9.0 * plan.seconds_per_step(1e9));

@@ -5,7 +5,7 @@ use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::sampler::{StepRows, epoch_steps, total_steps};
 
-/// Tokens and supervised positions of a micro-batch.
+/// Tokens that a micro-batch computes, and its supervised positions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MicroBatch {
     pub tokens: usize,
@@ -30,9 +30,9 @@ impl Alone {
     }
 
     fn add<'a>(&mut self, rows: impl IntoIterator<Item = &'a Example>) {
-        for row in rows {
+        for row in rows.into_iter().filter(|row| !row.inputs().is_empty()) {
             self.rows += 1;
-            self.tokens += row.tokens.len();
+            self.tokens += row.inputs().len();
             self.pairs += pairs([row], 0);
         }
     }
@@ -55,7 +55,7 @@ pub(super) struct Survey {
     pub alone: Alone,
     /// The largest numbers that a micro-batch has.
     pub largest: MicroBatch,
-    /// Tokens of the longest row.
+    /// Tokens that are computed of the longest row.
     pub longest_row: usize,
     /// Whether a step adds up several micro-batches.
     pub accumulates: bool,
@@ -66,9 +66,9 @@ pub(super) fn targets(row: &Example) -> usize {
     row.supervised.iter().skip(1).filter(|s| **s).count()
 }
 
-/// The sum of the squares of the rows' lengths, each after so many virtual tokens.
+/// The sum of the squares of what is computed of the rows, each after so many virtual tokens.
 pub(super) fn pairs<'a>(rows: impl IntoIterator<Item = &'a Example>, virtual_tokens: usize) -> f64 {
-    let lengths = rows.into_iter().map(|e| e.tokens.len() + virtual_tokens);
+    let lengths = rows.into_iter().map(|e| e.inputs().len() + virtual_tokens);
     lengths.map(|length| (length as f64).powi(2)).sum()
 }
 
@@ -109,7 +109,7 @@ impl Survey {
             }
             let tokens = batch_tokens(&rows);
             // Tokens that rows share are computed once.
-            let lengths = rows.iter().map(|row| row.tokens.len());
+            let lengths = rows.iter().map(|row| row.inputs().len());
             let longest = lengths.clone().max().unwrap_or(0);
             let all: usize = lengths.sum();
             let share = tokens as f64 / all.max(1) as f64;
@@ -171,5 +171,11 @@ mod tests {
         assert_eq!((after.largest.tokens, after.largest.targets), (7, 2));
         assert_eq!(after.tokens, survey.tokens + 4 * survey.micro_batches);
         assert_eq!(after.pairs, 49.0 * survey.micro_batches as f64);
+        // What stands after the last target is not computed.
+        for row in &mut rows {
+            row.tokens.extend([90, 91]);
+            row.supervised.extend([false; 2]);
+        }
+        assert_eq!(Survey::new(&rows, &config, 4), after);
     }
 }

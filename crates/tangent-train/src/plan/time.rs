@@ -1,6 +1,5 @@
 //! The time model: operations of a step and of an evaluation, and the machine's rate.
 
-use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use super::metered;
 use super::survey::{Alone, Survey, pairs, targets};
 use super::trained::{costs, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated_tokens};
+use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -186,7 +186,9 @@ impl Work {
     /// If the method or the initialization does not exist, or a setting of theirs is out of range.
     pub fn of_start(&self, draft: &Draft<'_>, config: &TrainConfig) -> Result<f64, TrainError> {
         let states = match self.beside {
-            Some(Beside { stored: true, .. }) => self.of_rows(Alone::of(distinct(draft.train))),
+            Some(Beside { stored: true, .. }) => {
+                self.of_rows(Alone::of(activations::distinct(draft.train).into_values()))
+            }
             _ => 0.0,
         };
         let mut all = states;
@@ -239,7 +241,7 @@ impl Work {
         rows: impl Iterator<Item = &'r Example> + Clone,
     ) -> f64 {
         let supervised: usize = rows.clone().map(targets).sum();
-        let rows = Alone::of(rows.filter(|row| targets(row) > 0));
+        let rows = Alone::of(rows);
         let sites = model.sites();
         let maps = sites.iter().filter(|site| site.kind == SiteKind::Linear);
         let maps: f64 = maps.map(|site| values(site)).sum();
@@ -251,7 +253,7 @@ impl Work {
 
     /// Operations of an evaluation of these rows.
     pub fn of_evaluation(&self, rows: &[Example]) -> f64 {
-        let given: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let given: usize = rows.iter().map(|row| row.inputs().len()).sum();
         let tokens = evaluated_tokens(rows, self.virtual_tokens).sum::<usize>() as f64;
         let share = (tokens / given.max(1) as f64).min(1.0);
         let supervised: usize = rows.iter().map(targets).sum();
@@ -274,13 +276,6 @@ fn update(rule: &Rule, site: &TrainedSite) -> f64 {
         _ => 0,
     };
     measured::OPTIMIZER_FLOPS * moved + 2.0 * products as f64
-}
-
-/// Rows without those whose tokens are another one's.
-fn distinct(rows: &[Example]) -> impl Iterator<Item = &Example> {
-    let distinct: BTreeMap<&[u32], &Example> =
-        rows.iter().map(|row| (&row.tokens[..], row)).collect();
-    distinct.into_values()
 }
 
 /// Tokens that take as long as these in so many batches: each of them reads and widens all weights.

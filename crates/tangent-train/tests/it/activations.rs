@@ -30,10 +30,9 @@ fn examples() -> Vec<Example> {
     let (tokens, supervised) = rows[0].clone();
     rows.push((tokens.clone(), supervised.clone()));
     for (end, last) in [(8, 40), (8, 41), (3, 7)] {
-        let mut tokens = tokens[..end].to_vec();
-        tokens.push(last);
-        let mut supervised = supervised[..end].to_vec();
-        supervised.push(true);
+        // The last target is predicted and not computed.
+        let tokens = [&tokens[..end], &[last, 2]].concat();
+        let supervised = [&supervised[..end], &[true; 2]].concat();
         rows.push((tokens, supervised));
     }
     rows::examples_of(rows)
@@ -157,6 +156,39 @@ fn stored_states_change_no_bit_and_the_layers_never_run() {
             assert!(got == want, "{state_type}, run {run}");
         }
     }
+}
+
+#[test]
+fn what_no_target_depends_on_is_not_stored() {
+    let rows = examples();
+    let (whole, more) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (mut model, adapter) = attached("f32");
+    let survey = stored(&mut *model, &rows, &storage(whole.path())).unwrap();
+    let want = trained(&*model, &adapter, &rows);
+    let mut longer = rows.clone();
+    for row in &mut longer {
+        row.tokens.extend([3, 50]);
+        row.supervised.extend([false; 2]);
+    }
+    let (mut model, adapter) = attached("f32");
+    let same = stored(&mut *model, &longer, &storage(more.path())).unwrap();
+    assert_eq!((same.rows, same.bytes), (survey.rows, survey.bytes));
+    assert!(trained(&*model, &adapter, &longer) == want);
+    // The states are those of the rows that end earlier, and of no others.
+    let again = stored(&mut *model, &longer, &storage(whole.path())).unwrap();
+    assert_eq!(again.found, survey.rows);
+    for row in &mut longer {
+        row.supervised.fill(true);
+    }
+    let other = stored(&mut *model, &longer, &storage(whole.path())).unwrap_err();
+    let other = other.to_string();
+    assert!(other.contains("other training rows"), "{other}");
+    // Nothing is computed of a row without a target.
+    longer.truncate(2);
+    longer[1].supervised.fill(false);
+    let empty = tempfile::tempdir().unwrap();
+    let one = stored(&mut *model, &longer, &storage(empty.path())).unwrap();
+    assert_eq!(one.rows, 1);
 }
 
 #[test]

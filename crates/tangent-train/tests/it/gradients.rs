@@ -1,14 +1,19 @@
-//! Accumulation equals the big batch, and activation checkpointing changes no bit.
+//! Accumulation equals the big batch, activation checkpointing changes no bit, and nothing is
+//! computed that no target depends on.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::Device;
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass};
-use tangent_ops::{Segments, Target};
+use tangent_ops::{Segments, Tap, Target};
 use tangent_peft::{Adapter, AdapterConfig, SettingValue, Targets, attach};
 use tangent_testkit::{Reference, close, folder, model};
-use tangent_train::gradients::{Accumulated, accumulate, clip, global_norm};
+use tangent_train::TrainConfig;
+use tangent_train::gradients::{Accumulated, accumulate, clip, global_norm, of_step};
+
+use crate::rows::examples_of;
 
 type Rows = Vec<(Vec<u32>, Vec<bool>)>;
 
@@ -27,7 +32,8 @@ fn cases() -> Vec<(&'static str, AdapterConfig)> {
         ..AdapterConfig::default()
     };
     let untied = configs().into_iter().map(|c| ("llama/everything", c));
-    let windowed = prompts().into_iter().map(|c| ("llama/mistral_window", c));
+    let windowed = [lora(&["all-linear"])].into_iter().chain(prompts());
+    let windowed = windowed.map(|c| ("llama/mistral_window", c));
     // A tied parameter gets its gradient in two parts.
     let tied = [("llama/tied_gqa", full())];
     untied.chain(tied).chain(windowed).collect()
@@ -43,12 +49,15 @@ fn of(method: &str, own: &[(&str, SettingValue)]) -> AdapterConfig {
     }
 }
 
-fn configs() -> Vec<AdapterConfig> {
-    let lora = |targets: &[&str]| AdapterConfig {
+fn lora(targets: &[&str]) -> AdapterConfig {
+    AdapterConfig {
         rank: 4,
         targets: Targets::List(targets.iter().map(|t| (*t).to_owned()).collect()),
         ..AdapterConfig::default()
-    };
+    }
+}
+
+fn configs() -> Vec<AdapterConfig> {
     vec![
         lora(&["all-linear"]),
         lora(&["model.layers.1.*q_proj"]),
@@ -215,6 +224,81 @@ fn shared_prefixes_change_no_loss_and_no_gradient() {
             }
         }
     }
+}
+
+/// The stored rows with a tail that is not supervised, and a row of nothing else.
+fn rows_with_tails() -> Rows {
+    let mut rows = rows();
+    for (ids, supervised) in &mut rows {
+        ids.extend([2, 11, 40]);
+        supervised.extend([false; 3]);
+    }
+    rows.push((vec![1, 17, 42, 9], vec![false; 4]));
+    rows
+}
+
+#[test]
+fn tokens_after_the_last_input_change_no_loss_and_no_gradient() {
+    let rows = rows_with_tails();
+    for (base, config) in cases().iter().filter(|c| c.1.dropout == 0.0) {
+        let (model, adapter) = attached(base, config);
+        let whole = batch(&*model, &rows);
+        let parts = rows.iter().map(|(ids, s)| (&ids[..], &s[..]));
+        let needed = Batch::for_targets(&*model, parts);
+        // Of three rows the tail and the last target, of the fourth what it alone has.
+        assert_eq!(whole.ids.len() - needed.ids.len(), 3 * 4 + 1);
+        assert_eq!(needed.row_tokens(), whole.row_tokens());
+        let (want_loss, want) = gradients(&*model, &adapter, &[whole], false);
+        let batches = [needed];
+        for checkpointing in [false, true] {
+            let (loss, got) = gradients(&*model, &adapter, &batches, checkpointing);
+            close("loss", &[loss], &[want_loss], 1e-6);
+            for ((got, want), parameter) in got.iter().zip(&want).zip(&adapter.parameters) {
+                let (got, want) = (got.as_ref().unwrap(), want.as_ref().unwrap());
+                close(parameter.name(), got, want, 2e-5);
+            }
+        }
+    }
+}
+
+/// Counts the tokens that go through a linear map.
+#[derive(Debug, Default)]
+struct Counted(AtomicUsize);
+
+impl Tap for Counted {
+    fn wants(&self, site: &str) -> bool {
+        site == "model.layers.0.self_attn.q_proj"
+    }
+
+    fn linear(&self, _site: &str, _x: &[f32], _dy: &[f32], _tokens: usize) {}
+
+    fn input(&self, _site: &str, _x: &[f32], tokens: usize) {
+        self.0.fetch_add(tokens, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_step_computes_what_its_targets_depend_on_and_counts_whole_rows() {
+    let rows = examples_of(rows_with_tails());
+    let (model, adapter) = attached("llama/everything", &lora(&["all-linear"]));
+    let counted = Arc::new(Counted::default());
+    let tap: Arc<dyn Tap> = counted.clone();
+    // Nothing runs for the micro-batch without a target.
+    let micro_batches = vec![vec![0, 2], vec![1], vec![3]];
+    let config = TrainConfig::default();
+    let step = of_step(
+        &*model,
+        &adapter,
+        &config,
+        &rows,
+        &micro_batches,
+        1,
+        Some(tap),
+    );
+    let step = step.unwrap();
+    assert_eq!(counted.0.load(Ordering::Relaxed), (12 + 1) + 6);
+    assert_eq!(step.tokens, (16 + 5) + 10 + 4);
+    assert_eq!(step.supervised, 7 + 3 + 1);
 }
 
 #[test]

@@ -38,7 +38,8 @@ impl Work<'_> {
         words.push("--".to_owned());
         for (flag, value) in [
             ("--rows", shape.rows),
-            ("--tokens", shape.tokens),
+            // Nothing is predicted from the last one.
+            ("--tokens", shape.tokens.saturating_sub(1)),
             ("--threads", self.threads),
             ("--runs", RUNS),
         ] {
@@ -66,7 +67,7 @@ mod tests {
         let text = work(&root).published_floor(floors[0].1);
         assert_eq!(
             text,
-            "cargo bench --workspace --bench floor -- --rows 4 --tokens 256 --threads 2 --runs 5"
+            "cargo bench --workspace --bench floor -- --rows 4 --tokens 255 --threads 2 --runs 5"
         );
     }
 }
