@@ -40,8 +40,8 @@ pub enum Kind {
     Step(Shape),
     /// Seconds from launch to exit of a run of one step, against PyTorch.
     Startup(Shape),
-    /// Seconds of one optimizer step with the base as the GGUF file stores it, against f32.
-    Base(Shape),
+    /// Seconds of one optimizer step with the base as a GGUF file stores it, against f32.
+    Base(Shape, Weights),
     /// Seconds of one optimizer step of a variant, against the same without its flags.
     Variant(Shape, Flags),
     /// Seconds from launch to exit of a run of one step of a variant, against the same without its
@@ -52,6 +52,9 @@ pub enum Kind {
     Tuning(&'static str),
     /// Tokens a second of evaluation on `test.jsonl` of a folder, and its loss, against PyTorch.
     Eval(&'static str),
+    /// Tokens a second of the log-probabilities of all tokens of `test.jsonl` of a folder, and their
+    /// mean, against PyTorch.
+    Score(&'static str),
     /// Tokens a second of greedy decoding and of the prompt before it, against llama.cpp.
     Decode(Weights),
 }
@@ -70,7 +73,7 @@ impl Kind {
 /// Flags that make a variant.
 pub type Flags = &'static [&'static str];
 
-/// How the file that is decoded with stores its matrices.
+/// How a GGUF file of the model stores its matrices.
 #[derive(Clone, Copy, Debug)]
 pub enum Weights {
     /// The model as it is published.
@@ -139,13 +142,18 @@ const ROWS: &[Row] = &[
     },
     Row {
         name: "step-4x256-gguf",
-        kind: Kind::Base(lora(4, 256)),
+        kind: Kind::Base(lora(4, 256), Weights::Q4_1),
+    },
+    Row {
+        name: "step-4x256-bf16",
+        kind: Kind::Base(lora(4, 256), Weights::Bf16),
     },
     variant("step-dora", &["--method", "dora"]),
     variant("step-pissa", &["--init", "pissa"]),
     variant("step-lora-pro", &["--optim", "lora-pro"]),
     variant("step-altlora+", &["--optim", "altlora+"]),
     variant("step-lora-rite", &["--optim", "lora-rite"]),
+    variant("step-checkpointing", &["--activation-checkpointing"]),
     variant("step-metered", METERED),
     Row {
         name: "step-metered-dora",
@@ -180,6 +188,10 @@ const ROWS: &[Row] = &[
         kind: Kind::Eval("bench/data/fine_foods"),
     },
     Row {
+        name: "score-debian",
+        kind: Kind::Score("examples/debian_sections"),
+    },
+    Row {
         name: "decode-q4_1",
         kind: Kind::Decode(Weights::Q4_1),
     },
@@ -193,7 +205,8 @@ impl Row {
     /// The work in words, for the tables.
     fn work(&self) -> String {
         match self.kind {
-            Kind::Step(shape) | Kind::Base(shape) => shape.to_string(),
+            Kind::Step(shape) => shape.to_string(),
+            Kind::Base(shape, weights) => format!("{shape}, {weights}"),
             Kind::Startup(shape) => format!("launch and one step: {shape}"),
             Kind::Variant(shape, flags) => format!("{shape}: `{}`", flags.join(" ")),
             Kind::VariantStartup(shape, flags) => {
@@ -206,6 +219,7 @@ impl Row {
                 work::TUNING_STEPS
             ),
             Kind::Eval(folder) => format!("`{folder}/test.jsonl`"),
+            Kind::Score(folder) => format!("all tokens of `{folder}/test.jsonl`"),
             Kind::Decode(weights) => format!(
                 "{weights}, {} tokens after {}",
                 work::NEW_TOKENS,
@@ -301,8 +315,11 @@ fn measure(
         .map(|shape| (shape, Samples::of(work.published_floor(shape))));
     for run in 0..options.runs {
         println!("== {}: run {} of {}", row.name, run + 1, options.runs);
-        ours.add(work.measure(row, Side::Ours, run)?);
-        other.add(work.measure(row, Side::Other, run)?);
+        let own = work.measure(row, Side::Ours, run)?;
+        let others = work.measure(row, Side::Other, run)?;
+        work::check_agreement(row, &own, &others)?;
+        ours.add(own);
+        other.add(others);
         if let Some((shape, samples)) = &mut floor {
             samples.add(work.measure_floor(*shape)?);
         }

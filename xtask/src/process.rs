@@ -2,7 +2,7 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -106,19 +106,32 @@ impl Process {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(failed)?;
-        let mut last = String::new();
-        if let Some(output) = child.stdout.take() {
-            for line in BufReader::new(output).split(b'\n') {
-                let line = line.map_err(failed)?;
-                let text = String::from_utf8_lossy(&line);
-                if show {
-                    println!("{text}");
-                }
-                if !text.trim().is_empty() {
-                    last = text.trim().to_owned();
-                }
+        let last = last_line(child.stdout.take(), |line| {
+            if show {
+                println!("{line}");
             }
+        });
+        let last = last.map_err(failed)?;
+        let status = child.wait().map_err(failed)?;
+        if !status.success() {
+            return Err(Failure::Command { command, status });
         }
+        Report::parse(command, last)
+    }
+
+    /// As [`report`](Self::report), of a command whose output is something else, which is dropped: the
+    /// object is its last line on standard error. All lines there are passed on.
+    pub fn closing_report(self) -> Result<Report, Failure> {
+        let command = self.echo();
+        let failed = |source| start_failure(&command, source);
+        let mut child = self
+            .command()
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let last = last_line(child.stderr.take(), |line| eprintln!("{line}"));
+        let last = last.map_err(failed)?;
         let status = child.wait().map_err(failed)?;
         if !status.success() {
             return Err(Failure::Command { command, status });
@@ -203,6 +216,22 @@ impl Report {
     }
 }
 
+/// The last line of a child's output that is not blank, each line given to `show` as it comes.
+fn last_line(output: Option<impl Read>, show: impl Fn(&str)) -> io::Result<String> {
+    let mut last = String::new();
+    if let Some(output) = output {
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line?;
+            let text = String::from_utf8_lossy(&line);
+            show(&text);
+            if !text.trim().is_empty() {
+                last = text.trim().to_owned();
+            }
+        }
+    }
+    Ok(last)
+}
+
 fn start_failure(command: &str, source: io::Error) -> Failure {
     Failure::Start {
         command: command.to_owned(),
@@ -252,6 +281,9 @@ mod tests {
             .report(false)
             .unwrap();
         assert_eq!(report.number("steps").unwrap(), 3.0);
+        let report = shell("echo row; echo '{\"tokens\":5}' >&2").closing_report();
+        assert_eq!(report.unwrap().number("tokens").unwrap(), 5.0);
+        assert_eq!(shell("exit 7").closing_report().unwrap_err().exit_code(), 7);
         let failure = shell("exit 7").report(false).unwrap_err();
         assert_eq!(failure.exit_code(), 7);
         assert_eq!(shell("echo a; echo b").output().unwrap(), "a\nb\n");

@@ -7,6 +7,7 @@ mod failure;
 mod open;
 mod profile;
 mod progress;
+mod speed;
 
 use std::process::ExitCode;
 

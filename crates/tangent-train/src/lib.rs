@@ -21,6 +21,7 @@ pub mod report;
 pub mod run_report;
 pub mod sampler;
 pub mod schedule;
+pub mod scores;
 pub mod step;
 pub mod trainer;
 pub mod twin;

@@ -39,12 +39,19 @@ impl CommandLine {
 
     /// Runs in `folder` and reads the last line.
     pub fn report(&self, folder: &Path) -> Result<Report, Failure> {
+        self.process(folder).report(false)
+    }
+
+    /// Runs in `folder` and reads the last line on standard error.
+    pub fn closing_report(&self, folder: &Path) -> Result<Report, Failure> {
+        self.process(folder).closing_report()
+    }
+
+    fn process(&self, folder: &Path) -> Process {
         let (shown, arguments) = match self.words.split_first() {
             Some((shown, arguments)) => (shown.as_str(), arguments),
             None => ("", &[][..]),
         };
-        Process::new(folder, &self.program, shown)
-            .args(arguments.iter().cloned())
-            .report(false)
+        Process::new(folder, &self.program, shown).args(arguments.iter().cloned())
     }
 }

@@ -32,7 +32,7 @@ pub struct Measured {
 }
 
 /// What one side measured, a value a run.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Samples {
     /// The command line of its first run.
     pub command: String,

@@ -41,11 +41,11 @@ const TABLES: [Table; 7] = [
     },
     Table {
         title: "Seconds of an optimizer step, the base kept as stored in the GGUF file or widened",
-        ours: "Q4_1",
+        ours: "as stored",
         other: "f32",
         measure: (SECONDS, false),
         memory: true,
-        holds: |kind| matches!(kind, Kind::Base(_)),
+        holds: |kind| matches!(kind, Kind::Base(..)),
     },
     Table {
         title: "Seconds of a step with a flag and without, and from launch to exit of a run of one step",
@@ -64,7 +64,7 @@ const TABLES: [Table; 7] = [
         holds: is_tuning,
     },
     Table {
-        title: "Tokens a second of evaluation on held-out rows",
+        title: "Tokens a second of evaluation and of scores on held-out rows",
         ours: "Tangent",
         other: "PyTorch",
         measure: (TOKENS_PER_SECOND, true),
@@ -94,7 +94,7 @@ fn is_tuning(kind: Kind) -> bool {
 }
 
 fn is_eval(kind: Kind) -> bool {
-    matches!(kind, Kind::Eval(_))
+    matches!(kind, Kind::Eval(_) | Kind::Score(_))
 }
 
 fn is_decode(kind: Kind) -> bool {
@@ -424,11 +424,14 @@ mod tests {
             ]]
         };
         let (ours, other) = (samples("a", &run(90.0)), samples("b", &run(30.0)));
-        let text = body(&results(vec![("eval-foods", ours, other)]));
-        assert!(text.contains("| 3.00 | – | – | – |"), "{text}");
-        let found = "| 2.34568 (2.34568–2.34568) | 2.34568 (2.34568–2.34568) | – | – \
-                     | 1234 (1234–1234) | 1234 (1234–1234) |\n";
-        assert!(text.contains(found), "{text}");
+        for name in ["eval-foods", "score-debian"] {
+            let (ours, other) = (ours.clone(), other.clone());
+            let text = body(&results(vec![(name, ours, other)]));
+            assert!(text.contains("| 3.00 | – | – | – |"), "{text}");
+            let found = "| 2.34568 (2.34568–2.34568) | 2.34568 (2.34568–2.34568) | – | – \
+                         | 1234 (1234–1234) | 1234 (1234–1234) |\n";
+            assert!(text.contains(found), "{text}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The work of the benchmarks: the command lines of both sides and what they measure.
 
+mod agreement;
 mod floor;
 mod inference;
 
@@ -16,6 +17,7 @@ use crate::failure::{Failure, file_failure};
 use crate::model::{self, Source};
 use crate::process::Report;
 use crate::{below, target_folder};
+pub use agreement::check as check_agreement;
 pub use inference::{NEW_TOKENS, PROMPT};
 
 /// Rank of every LoRA here; alpha is twice it.
@@ -112,17 +114,28 @@ impl<'a> Work<'a> {
         match row.kind {
             Kind::Step(shape)
             | Kind::Startup(shape)
-            | Kind::Base(shape)
             | Kind::Variant(shape, _)
             | Kind::VariantStartup(shape, _) => self.write_rows(shape),
-            Kind::Decode(Weights::Bf16) if !self.bf16.is_file() => peer::convert(
+            Kind::Base(shape, weights) => {
+                self.write_rows(shape)?;
+                self.make_file(weights)
+            }
+            Kind::Decode(weights) => self.make_file(weights),
+            Kind::Tuning(_) | Kind::Eval(_) | Kind::Score(_) => Ok(()),
+        }
+    }
+
+    /// Writes the GGUF file with these weights, if it is not there.
+    fn make_file(&self, weights: Weights) -> Result<(), Failure> {
+        match weights {
+            Weights::Bf16 if !self.bf16.is_file() => peer::convert(
                 self.root,
                 &self.python,
                 "bf16_from_gguf.py",
                 &self.gguf,
                 &self.bf16,
             ),
-            Kind::Tuning(_) | Kind::Eval(_) | Kind::Decode(_) => Ok(()),
+            Weights::Bf16 | Weights::Q4_1 => Ok(()),
         }
     }
 
@@ -157,16 +170,20 @@ impl<'a> Work<'a> {
     ) -> Result<Vec<(&'static str, f64)>, Failure> {
         let command = self.command(row, side, run);
         let clock = Instant::now();
-        let report = command.report(self.root)?;
+        let report = match (row.kind, side) {
+            // Its lines are those of the rows.
+            (Kind::Score(_), Side::Ours) => command.closing_report(self.root)?,
+            _ => command.report(self.root)?,
+        };
         let whole = clock.elapsed().as_secs_f64();
-        let both = matches!(row.kind, Kind::Base(_) | Kind::Variant(..));
+        let both = matches!(row.kind, Kind::Base(..) | Kind::Variant(..));
         let is_tangent = side == Side::Ours || both;
         let mut values = match (row.kind, is_tangent) {
             (Kind::Startup(_) | Kind::VariantStartup(..), _) => vec![(SECONDS, whole)],
-            (Kind::Step(shape) | Kind::Base(shape) | Kind::Variant(shape, _), true) => {
+            (Kind::Step(shape) | Kind::Base(shape, _) | Kind::Variant(shape, _), true) => {
                 vec![(SECONDS, self.step_seconds(row, shape, &report)?)]
             }
-            (Kind::Step(_) | Kind::Base(_) | Kind::Variant(..), false) => {
+            (Kind::Step(_) | Kind::Base(..) | Kind::Variant(..), false) => {
                 vec![(SECONDS, report.number("median_step_seconds")?)]
             }
             (Kind::Tuning(_), true) => self.tuning(row, &report)?,
@@ -179,7 +196,7 @@ impl<'a> Work<'a> {
                 values.extend(accuracy.map(|share| (ACCURACY_AFTER, share)));
                 values
             }
-            (Kind::Eval(_), _) => inference::evaluation(&report)?,
+            (Kind::Eval(_) | Kind::Score(_), _) => inference::evaluation(&report)?,
             (Kind::Decode(weights), _) => self.decoding(weights, &report)?,
         };
         // Our binary reports 0 where the system does not tell.
@@ -208,11 +225,13 @@ impl<'a> Work<'a> {
                 self.tangent_steps(row, shape, (&self.model, "f32"), 1, run)
             }
             (Kind::Startup(shape), Side::Other) => self.torch_steps(shape, 1, run),
-            (Kind::Base(shape), Side::Ours) => {
-                self.tangent_steps(row, shape, (&self.gguf, "as-stored"), STEPS, run)
-            }
-            (Kind::Base(shape), Side::Other) => {
-                self.tangent_steps(row, shape, (&self.gguf, "f32"), STEPS, run)
+            (Kind::Base(shape, weights), side) => {
+                let base_dtype = match side {
+                    Side::Ours => "as-stored",
+                    Side::Other => "f32",
+                };
+                let file = self.file(weights);
+                self.tangent_steps(row, shape, (&file, base_dtype), STEPS, run)
             }
             (Kind::Variant(shape, flags), side) => {
                 self.tangent_variant(row, shape, (flags, side), STEPS, run)
@@ -224,6 +243,8 @@ impl<'a> Work<'a> {
             (Kind::Tuning(data), Side::Other) => self.torch_tuning(data, run),
             (Kind::Eval(data), Side::Ours) => self.tangent_eval(data),
             (Kind::Eval(data), Side::Other) => self.torch_eval(data),
+            (Kind::Score(data), Side::Ours) => self.tangent_score(data),
+            (Kind::Score(data), Side::Other) => self.torch_score(data),
             (Kind::Decode(weights), Side::Ours) => self.tangent_decode(weights),
             (Kind::Decode(weights), Side::Other) => self.llama_cpp_decode(weights),
         }
@@ -465,7 +486,7 @@ mod tests {
                 settings.retain(|(flag, _)| !variant || flag != "--method");
                 settings
             });
-            let is_training = !matches!(row.kind, Kind::Eval(_) | Kind::Decode(_));
+            let is_training = !matches!(row.kind, Kind::Eval(_) | Kind::Score(_) | Kind::Decode(_));
             assert!(ours.len() >= if is_training { 5 } else { 1 }, "{ours:?}");
             assert_eq!(ours, other, "{}", row.name);
         }
@@ -488,7 +509,7 @@ mod tests {
     fn there_are_reviews_for_every_shape() {
         let text = fs::read_to_string(crate::repository_root().join(REVIEWS)).unwrap();
         for row in ROWS {
-            let (Kind::Step(shape) | Kind::Startup(shape) | Kind::Base(shape)) = row.kind else {
+            let (Kind::Step(shape) | Kind::Startup(shape) | Kind::Base(shape, _)) = row.kind else {
                 continue;
             };
             let characters = shape.tokens * CHARACTERS_PER_TOKEN;

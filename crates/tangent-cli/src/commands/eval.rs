@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use serde_json::{Value, json};
-use tangent_train::data::{Example, TrainOn};
-use tangent_train::{EvalReport, evaluate, memory};
+use tangent_train::data::TrainOn;
+use tangent_train::evaluate;
 
 use crate::failure::Failure;
 use crate::open::{ModelArgs, check_lengths, examples};
+use crate::speed::Speed;
 
 /// What to evaluate, on what.
 #[derive(clap::Args)]
@@ -55,7 +55,9 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let speed = Speed::of(&rows, begun.elapsed().as_secs_f64());
     let mut out = std::io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", in_json(&report, &speed))?;
+        let mut line = report.to_json();
+        speed.add_to(&mut line);
+        writeln!(out, "{line}")?;
         return Ok(ExitCode::SUCCESS);
     }
     writeln!(out, "rows               {}", report.examples)?;
@@ -67,40 +69,4 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     }
     writeln!(out, "tokens a second    {:.0}", speed.tokens_per_second())?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// How fast rows were evaluated, loading and encoding not counted.
-struct Speed {
-    rows: usize,
-    /// All tokens of the rows as given, whatever they share.
-    tokens: usize,
-    seconds: f64,
-}
-
-impl Speed {
-    fn of(rows: &[Example], seconds: f64) -> Self {
-        Self {
-            rows: rows.len(),
-            tokens: rows.iter().map(|row| row.tokens.len()).sum(),
-            seconds,
-        }
-    }
-
-    fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.seconds
-    }
-}
-
-/// The report with its speed and the largest memory of the process.
-fn in_json(report: &EvalReport, speed: &Speed) -> Value {
-    let mut line = report.to_json();
-    if let Value::Object(fields) = &mut line {
-        let rate = speed.rows as f64 / speed.seconds;
-        fields.insert("tokens".into(), json!(speed.tokens));
-        fields.insert("seconds".into(), json!(speed.seconds));
-        fields.insert("rows_per_second".into(), json!(rate));
-        fields.insert("tokens_per_second".into(), json!(speed.tokens_per_second()));
-        fields.insert("peak_memory_bytes".into(), json!(memory::peak_bytes()));
-    }
-    line
 }

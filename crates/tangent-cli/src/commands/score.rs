@@ -3,13 +3,16 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use serde_json::{Value, json};
-use tangent_model::{Batch, forward};
-use tangent_train::data::TrainOn;
+use tangent_train::data::{Example, TrainOn};
+use tangent_train::scores;
 
 use crate::failure::Failure;
 use crate::open::{ModelArgs, check_lengths, examples};
+use crate::progress::say;
+use crate::speed::Speed;
 
 /// What to score.
 #[derive(clap::Args)]
@@ -25,47 +28,65 @@ pub struct Args {
     /// Tokens that are marked as supervised: assistant, last, all.
     #[arg(long, default_value = "assistant")]
     train_on: TrainOn,
-    /// Print a line of JSON for each row instead of a table.
+    /// Print a line of JSON for each row instead of a table; what is told at the end, on standard
+    /// error, is then a line of JSON as well.
     #[arg(long)]
     json: bool,
 }
 
-/// Scores row by row.
+/// Prints the scores of rows as they are computed, and then how long that took.
 pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let (opened, _) = args.model.open_with(args.adapter.as_deref())?;
     let rows = examples(&opened, &args.data, args.train_on, None, true)?;
     check_lengths(&opened, &rows, "shorten it")?;
     let mut out = std::io::stdout().lock();
-    for (index, row) in rows.iter().enumerate() {
-        let every = vec![true; row.tokens.len()];
-        let batch = Batch::of(&*opened.model, [(&row.tokens[..], &every[..])]);
-        let scores = forward::log_probabilities(&*opened.model, &batch);
-        if args.json {
-            let first = row.tokens.first().map(|_| Value::Null);
-            let logprobs: Vec<Value> = first
-                .into_iter()
-                .chain(scores.iter().map(|v| json!(v)))
-                .collect();
-            let supervised: Vec<u8> = row.supervised.iter().map(|s| u8::from(*s)).collect();
-            let line = json!({
-                "index": index,
-                "tokens": row.tokens,
-                "supervised": supervised,
-                "logprobs": logprobs,
-            });
-            writeln!(out, "{line}")?;
-            continue;
+    let (mut sum, mut count) = (0.0_f64, 0_usize);
+    let begun = Instant::now();
+    scores::for_each_row(&*opened.model, &rows, |index, scores| {
+        sum += scores.iter().map(|v| f64::from(*v)).sum::<f64>();
+        count += scores.len();
+        let row = &rows[index];
+        match args.json {
+            true => writeln!(out, "{}", in_json(index, row, scores)),
+            false => writeln!(out, "{}", in_words(row, scores)),
         }
-        let total: f32 = scores.iter().sum();
-        let mean = total / scores.len().max(1) as f32;
-        let origin = &row.origin;
-        writeln!(
-            out,
-            "{}:{}  {} tokens  log-probability {total:.3}  mean {mean:.4}",
-            origin.file.display(),
-            origin.line,
-            row.tokens.len(),
-        )?;
+    })?;
+    let speed = Speed::of(&rows, begun.elapsed().as_secs_f64());
+    let loss = -sum / count.max(1) as f64;
+    if args.json {
+        let mut line = json!({ "examples": rows.len(), "loss": loss });
+        speed.add_to(&mut line);
+        say(line);
+    } else {
+        let speed = speed.in_words();
+        say(format_args!("{speed}; loss of all tokens {loss:.4}"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A row's line of JSON.
+fn in_json(index: usize, row: &Example, scores: &[f32]) -> Value {
+    let first = row.tokens.first().map(|_| Value::Null);
+    let logprobs: Vec<Value> = first
+        .into_iter()
+        .chain(scores.iter().map(|v| json!(v)))
+        .collect();
+    let supervised: Vec<u8> = row.supervised.iter().map(|s| u8::from(*s)).collect();
+    json!({
+        "index": index,
+        "tokens": row.tokens,
+        "supervised": supervised,
+        "logprobs": logprobs,
+    })
+}
+
+/// A row's line of the table.
+fn in_words(row: &Example, scores: &[f32]) -> String {
+    let total: f32 = scores.iter().sum();
+    let mean = total / scores.len().max(1) as f32;
+    format!(
+        "{}  {} tokens  log-probability {total:.3}  mean {mean:.4}",
+        row.origin,
+        row.tokens.len(),
+    )
 }

@@ -91,6 +91,36 @@ fn score_prints_a_line_for_every_row() {
 }
 
 #[test]
+fn score_ends_with_its_speed_and_the_loss_of_all_tokens() {
+    let place = Place::new();
+    let line = "--model tiny.gguf --data rows.jsonl";
+    let ran = place.run(&format!("score {line} --json"));
+    let report: Value = serde_json::from_str(ran.err.lines().next_back().unwrap()).unwrap();
+    let want = [
+        "examples",
+        "loss",
+        "peak_memory_bytes",
+        "rows_per_second",
+        "seconds",
+        "tokens",
+        "tokens_per_second",
+    ];
+    assert_eq!(keys(&report), want);
+    let all = place.run(&format!("eval {line} --train-on all --json"));
+    let all = all.json();
+    assert_eq!(report["examples"], all["examples"]);
+    assert_eq!(report["tokens"], all["tokens"]);
+    close(number(&report, "loss"), number(&all, "loss"), 1e-5);
+    let table = place.run(&format!("score {line}"));
+    let tokens = &report["tokens"];
+    let words = format!("4 rows, {tokens} tokens in ");
+    let closing = table.err.lines().next_back().unwrap();
+    assert!(closing.starts_with(&words), "{closing}");
+    assert!(closing.contains(" tokens a second; loss of all tokens "));
+    assert_eq!(table.succeeded().lines().count(), 4);
+}
+
+#[test]
 fn score_tokenizes_texts_without_special_tokens() {
     let place = Place::new();
     let bytes = fs::read(golden("gguf/tiny_ids.json")).unwrap();

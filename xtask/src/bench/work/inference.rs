@@ -1,4 +1,4 @@
-//! Evaluation and generation: the command lines of both sides and what they measure.
+//! Evaluation, scores and generation: the command lines of both sides and what they measure.
 
 use std::path::PathBuf;
 
@@ -50,6 +50,17 @@ impl Work<'_> {
             .flag("--max-length", MAX_LENGTH)
     }
 
+    pub(super) fn tangent_score(&self, data: &str) -> CommandLine {
+        self.tangent("score", (&self.model, "f32"))
+            .flag("--data", format!("{data}/test.jsonl"))
+            .args(["--json"])
+    }
+
+    pub(super) fn torch_score(&self, data: &str) -> CommandLine {
+        self.torch("torch_score.py")
+            .flag("--data", format!("{data}/test.jsonl"))
+    }
+
     pub(super) fn tangent_decode(&self, weights: Weights) -> CommandLine {
         self.tangent("generate", (&self.file(weights), "as-stored"))
             .args(["--raw", "--prompt", PROMPT])
@@ -66,8 +77,8 @@ impl Work<'_> {
             .flag("--max-new-tokens", NEW_TOKENS)
     }
 
-    /// The GGUF file that both sides decode with.
-    fn file(&self, weights: Weights) -> String {
+    /// The GGUF file with these weights.
+    pub(super) fn file(&self, weights: Weights) -> String {
         match weights {
             Weights::Q4_1 => self.gguf.clone(),
             Weights::Bf16 => below(self.root, &self.bf16),
@@ -129,10 +140,10 @@ mod tests {
         let root = crate::repository_root();
         let work = work(&root);
         for row in ROWS {
-            if matches!(row.kind, Kind::Eval(_) | Kind::Decode(_)) {
+            if matches!(row.kind, Kind::Eval(_) | Kind::Score(_) | Kind::Decode(_)) {
                 let ours = settings(&work, row, Side::Ours);
                 let other = settings(&work, row, Side::Other);
-                assert!(other.len() >= 4, "{other:?}");
+                assert!(other.len() >= 3, "{other:?}");
                 assert!(other.is_subset(&ours), "{other:?} against {ours:?}");
             }
         }
