@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use crate::bench::environment::{commit, machine_here, today};
 use crate::failure::{Failure, file_failure};
@@ -42,13 +43,17 @@ const VARIANTS: &str = "lora,rslora,lora+,dora,pissa,adalora,lora-ga,lora-pro,lo
                         altlora+,lora-rite,full";
 /// Methods of the other kinds, between LoRA and full fine-tuning.
 const KINDS: &str = "lora,vera,loha,lokr,oft,monarch,intrinsic,ia3,prompt-tuning,p-tuning,\
-                     prefix-tuning,lst,houlsby,pfeiffer,lin,parallel-adapter,norms,last-layers,full";
+                     prefix-tuning,lst,houlsby,pfeiffer,lin,parallel-adapter,norms,last-layers,select,\
+                     full";
 
 const LONGER: &str = "--eval-rows 200 --validation-rows 100 --budget steps=40 --batch-size 8 --seeds 3 \
                       --base-dtype f32";
 const OF_KINDS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=20 --batch-size 8 --seeds 2 \
                         --base-dtype f32 --meter-readings 0";
-const OF_DIMENSIONS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
+/// Four dimensions a decade apart: twelve labels take more of them than two do.
+const OF_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
+                         --dimensions 100 1000 10000 100000";
+const OF_TWO_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
                              --dimensions 10 100 1000 10000";
 
 const EXPERIMENTS: &[Experiment] = &[
@@ -87,25 +92,27 @@ const EXPERIMENTS: &[Experiment] = &[
     },
     Experiment {
         name: "intrinsic-debian",
-        kind: Kind::Dimension(DEBIAN, OF_DIMENSIONS),
+        kind: Kind::Dimension(DEBIAN, OF_LABELS),
     },
     Experiment {
         name: "intrinsic-email",
-        kind: Kind::Dimension(EMAIL, OF_DIMENSIONS),
+        kind: Kind::Dimension(EMAIL, OF_TWO_LABELS),
     },
     Experiment {
         name: "ladder",
         kind: Kind::Training {
-            seeds: 3,
+            seeds: 2,
+            // One epoch.
             all: "--data examples/debian_sections/train.jsonl --eval-data \
                   examples/debian_sections/test.jsonl --eval-rows 200 --base-dtype f32 \
-                  --batch-size 8 --max-steps 120",
+                  --batch-size 8 --num-train-epochs 1",
             each: &[
                 ("LoRA", "--method lora --learning-rate 2e-3"),
-                ("LST", "--method lst"),
+                ("LST", "--method lst --learning-rate 3e-3"),
                 (
                     "LST, states stored",
-                    "--method lst --cache-activations target/experiments/states",
+                    "--method lst --learning-rate 3e-3 --cache-activations \
+                     target/experiments/states",
                 ),
             ],
         },
@@ -209,43 +216,68 @@ impl Lab<'_> {
     fn trainings(&self, seeds: usize, all: &str, each: &[(&str, &str)]) -> Result<String, Failure> {
         let mut text = format!(
             "```sh\ntangent train {all} --seed S --model {} --threads {THREADS}\n```\n\n\
-             | run | flags | eval loss | tokens/s | seconds | peak MB |\n|---|---|---|---|---|---|\n",
+             | run | flags | eval loss | tokens/s | steps, s | process, s | peak MB |\n\
+             |---|---|---|---|---|---|---|\n",
             self.gguf
         );
         let output = below(self.root, &target_folder(self.root).join("experiments/out"));
         for (label, flags) in each {
-            let mut reports = vec![];
+            let mut runs = vec![];
             for seed in 0..seeds {
                 let command = format!("train {all} {flags} --seed {seed}");
                 let train = self.tangent(&command);
                 let train = train.args(["--json", "--overwrite", "--output", &output]);
-                reports.push(train.report(false)?);
+                let clock = Instant::now();
+                let report = train.report(false)?;
+                runs.push(Run::new(&report, clock.elapsed().as_secs_f64())?);
             }
-            text.push_str(&row(label, flags, &reports)?);
+            text.push_str(&row(label, flags, &runs));
         }
         Ok(text.trim_end().to_owned())
     }
 }
 
-/// Mean, and smallest and largest in parentheses, over seeds.
-fn row(label: &str, flags: &str, reports: &[Report]) -> Result<String, Failure> {
-    let cell = |key: &str, factor: f64, decimals: usize| -> Result<String, Failure> {
-        let values = reports.iter().map(|r| Ok(factor * r.number(key)?));
-        let values: Vec<f64> = values.collect::<Result<_, Failure>>()?;
+/// What a run of `tangent train` gave and took.
+struct Run {
+    eval_loss: f64,
+    tokens_per_second: f64,
+    /// Seconds of its steps alone.
+    steps: f64,
+    /// Seconds from its start to its end, with opening, storing states and evaluations.
+    process: f64,
+    peak_bytes: f64,
+}
+
+impl Run {
+    fn new(report: &Report, process: f64) -> Result<Self, Failure> {
+        let tokens_per_second = report.number("tokens_per_second")?;
+        Ok(Self {
+            eval_loss: report.number("eval_loss")?,
+            tokens_per_second,
+            steps: report.number("tokens")? / tokens_per_second,
+            process,
+            peak_bytes: report.number("peak_memory_bytes")?,
+        })
+    }
+}
+
+/// A line of the table: mean, and smallest and largest in parentheses, over seeds.
+fn row(label: &str, flags: &str, runs: &[Run]) -> String {
+    let cell = |of: fn(&Run) -> f64, decimals: usize| {
+        let values: Vec<f64> = runs.iter().map(of).collect();
         let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        Ok(format!(
-            "{mean:.decimals$} ({low:.decimals$}–{high:.decimals$})"
-        ))
+        format!("{mean:.decimals$} ({low:.decimals$}–{high:.decimals$})")
     };
-    Ok(format!(
-        "| {label} | `{flags}` | {} | {} | {} | {} |\n",
-        cell("eval_loss", 1.0, 3)?,
-        cell("tokens_per_second", 1.0, 0)?,
-        cell("seconds", 1.0, 1)?,
-        cell("peak_memory_bytes", 1e-6, 0)?,
-    ))
+    format!(
+        "| {label} | `{flags}` | {} | {} | {} | {} | {} |\n",
+        cell(|run| run.eval_loss, 3),
+        cell(|run| run.tokens_per_second, 0),
+        cell(|run| run.steps, 1),
+        cell(|run| run.process, 1),
+        cell(|run| run.peak_bytes / 1e6, 0),
+    )
 }
 
 /// Writes what an experiment found between its markers on the page.
@@ -286,6 +318,21 @@ mod tests {
             let page = replaced(&page, name, "new").unwrap_or_else(|| panic!("{name}"));
             assert!(page.contains(&format!("{}\n\nnew\n\n{}", begin(name), end(name))));
         }
+    }
+
+    #[test]
+    fn a_line_has_means_and_ranges_over_seeds() {
+        let run = |eval_loss, process| Run {
+            eval_loss,
+            tokens_per_second: 1500.0,
+            steps: 116.0,
+            process,
+            peak_bytes: 872e6,
+        };
+        let line = row("LST", "--method lst", &[run(0.5, 400.0), run(0.7, 150.0)]);
+        let want = "| LST | `--method lst` | 0.600 (0.500–0.700) | 1500 (1500–1500) | 116.0 \
+                    (116.0–116.0) | 275.0 (150.0–400.0) | 872 (872–872) |\n";
+        assert_eq!(line, want);
     }
 
     #[test]

@@ -90,7 +90,12 @@ pub struct Args {
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
     exclude_modules: Vec<String>,
     /// Where intrinsic.html, intrinsic.json and the ledger of finished runs go.
-    #[arg(long, alias = "output-dir", value_name = "DIR")]
+    #[arg(
+        long,
+        alias = "output-dir",
+        default_value = "out/intrinsic",
+        value_name = "DIR"
+    )]
     output: PathBuf,
     /// Begin again in a folder that holds a search, which stays until the first run begins.
     #[arg(long, alias = "overwrite-output-dir", conflicts_with = "resume")]

@@ -91,6 +91,28 @@ fn nothing_is_overwritten_before_everything_is_checked() {
     assert_eq!(ledger.lines().count(), 1);
 }
 
+#[test]
+fn methods_adapt_what_is_theirs_unless_targets_are_named() {
+    let place = Place::new();
+    let line = "compare --model tiny.gguf --data rows.jsonl --eval-data rows.jsonl --methods ia3 \
+                --learning-rates 1e-3 --seeds 1 --batch-size 1 --budget steps=8 \
+                --meter-readings 0 --json";
+    let trained = |line: &str, of: &dyn Fn(&Value) -> Value| -> u64 {
+        let json = place.run(line).json();
+        of(&json)["trainable_parameters"].as_u64().unwrap()
+    };
+    let compared = |flags: &str| {
+        let line = format!("{line} {flags}");
+        trained(&line, &|json| json["methods"][0].clone())
+    };
+    let plan = "plan --model tiny.gguf --data rows.jsonl --method ia3 --json";
+    // Keys, values and one map of the feed-forward; into the folder that is not named.
+    assert_eq!(compared(""), trained(plan, &Value::clone));
+    assert!(place.path("out/compare/compare.html").is_file());
+    let all = compared("--target-modules all-linear --output all");
+    assert!(all > compared("--resume"), "{all}");
+}
+
 /// Starts a comparison and waits until so many of its runs are finished.
 fn start(place: &Place, line: &str, runs: usize) -> Child {
     let mut child = place

@@ -48,6 +48,19 @@ fn a_search_prints_a_sentence_writes_its_files_and_goes_on() {
 }
 
 #[test]
+fn a_search_that_names_no_folder_has_one() {
+    let place = place();
+    let line = LINE.replace(
+        "--output out",
+        "--budget steps=8 --dimensions 5 --target 0.9",
+    );
+    place.run(&line).succeeded();
+    assert!(place.path("out/intrinsic/intrinsic.html").is_file());
+    let again = place.run(&line);
+    again.refused(&["out/intrinsic", "not empty"]);
+}
+
+#[test]
 fn nothing_is_overwritten_before_everything_is_checked() {
     let place = place();
     let line = format!("{LINE} --budget steps=8 --dimensions 5 --target 0.01");
@@ -92,6 +105,25 @@ fn labels_that_nothing_trains_on_are_told() {
     let told = "label that no training row has: 1, the first of them labels.jsonl:2";
     assert!(found.err.contains(told), "{}", found.err);
     found.succeeded();
+    let trained = place.run(
+        "train --model tiny.gguf --data rows.jsonl --eval-data labels.jsonl --max-steps 1 --output run",
+    );
+    assert!(trained.err.contains(told), "{}", trained.err);
+    trained.succeeded();
+}
+
+#[test]
+fn generating_without_merging_is_told_to_be_slow() {
+    let place = Place::new();
+    place.train("subspace", "--method intrinsic --set dimension=20");
+    let line = "generate --model tiny.gguf --prompt fox --max-new-tokens 2 --adapter";
+    let slow = place.run(&format!("{line} subspace"));
+    assert!(slow.err.contains("tangent merge"), "{}", slow.err);
+    slow.succeeded();
+    place.train("lora", "");
+    let quick = place.run(&format!("{line} lora"));
+    assert!(!quick.err.contains("tangent merge"), "{}", quick.err);
+    quick.succeeded();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use tangent_model::{BaseDtype, LanguageModel, Site, SiteKind, open, read_json};
-use tangent_ops::Quantization;
+use tangent_ops::{FrozenMatrix, Quantization};
 use tangent_testkit::{Reference, all_logits, close, folder};
 use tempfile::TempDir;
 
@@ -135,23 +135,63 @@ fn weights_that_are_quantized_stay_as_they_are_stored() {
 /// Type, shape and bytes of tensors by name.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-/// Changes the tensors of a folder.
-fn change(dir: &Path, how: &dyn Fn(&mut Tensors)) {
-    let path = dir.join("model.safetensors");
-    let bytes = fs::read(&path).unwrap();
+/// The tensors of a file.
+fn tensors(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let mut tensors: Tensors = file
-        .iter()
+    file.iter()
         .map(|(name, view)| {
             let parts = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
             (name.to_owned(), parts)
         })
-        .collect();
+        .collect()
+}
+
+/// Changes the tensors of a folder.
+fn change(dir: &Path, how: &dyn Fn(&mut Tensors)) {
+    let path = dir.join("model.safetensors");
+    let mut tensors = tensors(&path);
     how(&mut tensors);
     let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
         (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
     });
     fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn bitsandbytes_itself_writes_the_same_codes() {
+    const MODULE: &str = "model.layers.0.mlp.down_proj";
+    let written = tensors(&folder("bitsandbytes/written.safetensors"));
+    let values = |name: &str| -> Vec<f32> {
+        let (_, _, bytes) = &written[name];
+        let numbers = bytes.as_chunks::<4>().0.iter();
+        numbers.map(|b| f32::from_le_bytes(*b)).collect()
+    };
+    let original = FrozenMatrix::from_values(values("original"), 64, 272);
+    for kind in KINDS {
+        let want = values(&format!("values.{kind}"));
+        let dir = model(kind);
+        change(dir.path(), &|tensors| {
+            tensors.retain(|name, _| !name.starts_with(MODULE));
+            for (name, parts) in &written {
+                if let Some((of, part)) = name.split_once('.')
+                    && of == kind
+                {
+                    tensors.insert(format!("{MODULE}.{part}"), parts.clone());
+                }
+            }
+        });
+        let stored = opened(dir.path(), BaseDtype::AsStored);
+        let stored = site(&stored, MODULE).weight.to_values();
+        assert!(stored == want, "{kind}");
+
+        let quantized = original.quantize(kind.parse().unwrap()).unwrap();
+        let pairs = quantized.to_values().into_iter().zip(&want);
+        let off = pairs.filter(|(got, want)| (got - *want).abs() > 1e-6);
+        // Halfway between two codes either may be chosen.
+        let off = off.count();
+        assert!(off <= 1, "{kind}: {off} values");
+    }
 }
 
 #[test]

@@ -64,7 +64,12 @@ pub struct Args {
     #[arg(long, default_value_t = 4, value_name = "N")]
     pub meter_readings: usize,
     /// Where compare.html and the ledger of finished runs go.
-    #[arg(long, alias = "output-dir", value_name = "DIR")]
+    #[arg(
+        long,
+        alias = "output-dir",
+        default_value = "out/compare",
+        value_name = "DIR"
+    )]
     pub output: PathBuf,
     /// Begin again in a folder that holds a comparison, which stays until the first run begins.
     #[arg(long, alias = "overwrite-output-dir", conflicts_with = "resume")]
@@ -104,7 +109,7 @@ struct AdapterArgs {
     dropout: f32,
     /// Modules to adapt: names, globs, attention, mlp, all-linear; each method's own default if not
     /// given.
-    #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', default_value = "all-linear", value_name = "NAMES")]
+    #[arg(long, alias = "lora-target", alias = "lora-target-modules", num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
     target_modules: Vec<String>,
     /// Modules to leave out.
     #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "NAMES")]
