@@ -16,6 +16,7 @@ pub mod parameter;
 pub mod pass;
 pub mod site;
 pub mod sublayer;
+pub mod tensor_file;
 pub mod tokenizer;
 pub mod weights;
 pub mod whole;

@@ -125,12 +125,12 @@ pub trait WeightAdapter: Send + Sync {
     /// The trained lengths `m: (d_out)` of the rows, where the definition is
     /// `W'_i = m_i V_i / |V_i|` and V is what the site's pair of factors alone would make of the
     /// frozen weight.
-    fn row_lengths(&self) -> Option<&Parameter> {
+    fn magnitudes(&self) -> Option<&Parameter> {
         None
     }
 
     /// What the site's pair of factors adds to the frozen weight to make V, where there are
-    /// [`row_lengths`](Self::row_lengths).
+    /// [`magnitudes`](Self::magnitudes).
     fn row_product(&self, _pass: &Pass) -> Option<LowRank> {
         None
     }
@@ -220,11 +220,12 @@ impl Site {
         here.zip(original)
     }
 
-    /// The weight that is here without whatever is attached.
-    pub fn detached_weight(&self) -> &FrozenMatrix {
-        self.replaced
-            .as_ref()
-            .map_or(&self.weight, |replaced| &replaced.0)
+    /// What the weight was quantized from that is here without whatever is attached.
+    pub fn detached_original(&self) -> Option<&Original> {
+        match &self.replaced {
+            Some(replaced) => replaced.1.as_ref(),
+            None => self.original.as_ref(),
+        }
     }
 
     /// Removes whatever is attached. The frozen weight is the model's again.
@@ -426,7 +427,8 @@ mod tests {
             assert_eq!(from().unwrap().to_values(), [other + 1.0; 6]);
             assert_eq!(site.weight.to_values(), [other; 6]);
             assert_eq!(read(&site), [other + 1.0; 6]);
-            assert_eq!(site.detached_weight().to_values(), [1.0; 6]);
+            let before = site.detached_original().unwrap();
+            assert_eq!(before().unwrap().to_values(), [2.0; 6]);
         }
         site.detach();
         assert_eq!(

@@ -1,6 +1,6 @@
 //! Weights quantized as bitsandbytes does: codes, and the scales that stand beside them.
 
-mod book;
+mod codebook;
 mod four_bit;
 mod int8;
 mod scales;
@@ -8,7 +8,7 @@ mod scales;
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
-pub use book::dynamic_map;
+pub use codebook::dynamic_map;
 pub use four_bit::FourBit;
 pub(crate) use four_bit::Packed;
 pub use int8::Int8Rows;

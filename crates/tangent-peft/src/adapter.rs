@@ -154,7 +154,8 @@ impl Start {
     }
 }
 
-/// The start factors of one linear site, from `evidence` as the initialization needs it.
+/// What one linear site starts with, from `evidence` as the initialization needs it; see
+/// [`Start::add`].
 ///
 /// # Errors
 /// If the initialization does not exist or cannot serve this site.
@@ -163,12 +164,12 @@ pub fn start_factors(
     site: &Site,
     seed: u64,
     evidence: &[f32],
-) -> Result<Factors, PeftError> {
+) -> Result<Started, PeftError> {
     let rank = config.rank_at(&site.path)?;
-    Ok(start_factors_of(config, site, rank, seed, evidence)?.factors)
+    start_factors_of(config, site, rank, seed, evidence)
 }
 
-/// [`start_factors`] of another rank than the settings say, with what leaves the weight for them.
+/// [`start_factors`] of another rank than the settings say.
 ///
 /// # Errors
 /// As [`start_factors`].
@@ -249,7 +250,7 @@ impl Scope<'_> {
                 needs: init.needs.words(),
             });
         }
-        start_factors(config, site, self.start.seed, &[])
+        Ok(start_factors(config, site, self.start.seed, &[])?.factors)
     }
 
     /// The site on the base that its start values give it; none if that is the one that is there.

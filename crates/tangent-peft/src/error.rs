@@ -176,6 +176,18 @@ pub enum PeftError {
         /// What it needs.
         needs: &'static str,
     },
+    /// Start values without the base that they belong to.
+    #[error(
+        "{site}: the factors that initialization {init} gives belong to a base of their own, and what \
+         leaves the weight for it is not there; give all of what adapter::start_factors returns to \
+         Start::add"
+    )]
+    FactorsAlone {
+        /// Site.
+        site: String,
+        /// Initialization.
+        init: &'static str,
+    },
     /// Start values that cannot be computed.
     #[error("{site}: {source}; choose another initialization or leave the site out")]
     Linalg {

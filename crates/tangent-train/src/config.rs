@@ -59,7 +59,8 @@ pub struct TrainConfig {
     pub lora_plus: Option<LoraPlus>,
     /// Decay of matrices.
     pub weight_decay: f32,
-    /// Largest norm of all gradients together; 0 turns clipping off.
+    /// Largest norm of all gradients together; 0 turns clipping off. A rule's own is
+    /// [`Rule::max_grad_norm`](optim::Rule::max_grad_norm()).
     pub max_grad_norm: f32,
     /// Grouping into micro-batches.
     pub batching: Batching,
@@ -95,7 +96,7 @@ impl Default for TrainConfig {
             hyper: Hyper::default(),
             lora_plus: None,
             weight_decay: 0.0,
-            max_grad_norm: 1.0,
+            max_grad_norm: optim::MAX_GRAD_NORM,
             batching: Batching::Rows(8),
             gradient_accumulation_steps: 1,
             length: Length::Epochs(3.0),

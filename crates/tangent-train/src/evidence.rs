@@ -31,6 +31,10 @@ pub use record::{START, load, save};
 /// kept. A step holds more of each token: over ten times as much without activation checkpointing.
 const ROOMY: usize = 8;
 
+/// Rows that are looked at also where the steps that limit them take fewer: an odd one among very few
+/// would decide the directions of every factor.
+const LEAST_ROWS: usize = 8;
+
 /// The rows that are looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evidence {
@@ -46,7 +50,7 @@ pub struct Evidence {
 pub struct Rows {
     /// So many at most; 0 for none.
     pub most: usize,
-    /// No more than so many steps of training take, where that is a limit.
+    /// No more than so many steps of training take, where that is a limit and they take 8 rows.
     pub steps: Option<usize>,
 }
 
@@ -63,15 +67,19 @@ impl Evidence {
     /// not as many.
     pub fn first(train: &[Example], config: &TrainConfig, rows: Rows) -> Self {
         let mut left = rows.most;
-        let mut batches = vec![];
-        let steps = epoch_steps(train, config, 0).into_iter();
-        for mut batch in steps.take(rows.steps.unwrap_or(usize::MAX)).flatten() {
-            batch.truncate(left);
-            left -= batch.len();
-            if batch.is_empty() {
+        let mut batches: Vec<Vec<usize>> = vec![];
+        for (step, micro_batches) in epoch_steps(train, config, 0).into_iter().enumerate() {
+            let is_limit = rows.steps.is_some_and(|steps| step >= steps);
+            if left == 0 || (is_limit && rows.most - left >= LEAST_ROWS) {
                 break;
             }
-            batches.push(batch);
+            for mut batch in micro_batches {
+                batch.truncate(left);
+                left -= batch.len();
+                if !batch.is_empty() {
+                    batches.push(batch);
+                }
+            }
         }
         let tokens = |batch: &Vec<usize>| -> usize {
             let lengths = batch.iter().filter_map(|&row| train.get(row));
@@ -363,9 +371,11 @@ mod tests {
             };
             Evidence::first(&rows, &config, super::rows(&adapter).unwrap()).rows()
         };
-        // Four steps, however they are cut, and no more than 32 rows.
+        // Four steps, however they are cut, no more than 32 rows, and no fewer than 8.
         for (cut, count) in [
-            ((1, 1), 4),
+            ((1, 1), 8),
+            ((1, 2), 8),
+            ((3, 1), 12),
             ((4, 1), 16),
             ((2, 2), 16),
             ((8, 1), 32),
@@ -373,6 +383,7 @@ mod tests {
         ] {
             assert_eq!(looked_at("lora-ga", None, cut), count, "{cut:?}");
             assert_eq!(looked_at("lora-ga", Some(32.0), cut), 32, "{cut:?}");
+            assert_eq!(looked_at("lora-ga", Some(3.0), cut), 3, "{cut:?}");
             assert_eq!(looked_at("eva", None, cut), 32, "{cut:?}");
             assert_eq!(looked_at("kaiming", None, cut), 0, "{cut:?}");
         }

@@ -293,7 +293,7 @@ impl<'a> Measured<'a> {
         let is_factor = |index: usize| pair.is_some_and(|pair| [pair.a, pair.b].contains(&index));
         let others = own.iter().filter(|(index, _)| !is_factor(*index));
         let others: Vec<&Parameter> = others.map(|(_, parameter)| *parameter).collect();
-        let lengths = attached.row_lengths();
+        let lengths = attached.magnitudes();
         let is_lengths = |p: &Parameter| lengths.is_some_and(|lengths| lengths.name() == p.name());
         let factors = |pair: &Pair| -> Option<Vec<&'a Parameter>> {
             let factors = [pair.a, pair.b].map(|index| adapter.parameters.get(index));

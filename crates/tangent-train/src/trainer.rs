@@ -97,9 +97,10 @@ pub fn train(run: &Run<'_>, on_event: &mut dyn FnMut(&Event)) -> Result<TrainRep
         export::check_exportable(run.opened)?;
     }
     let total = stepper.total();
+    // Before a checkpoint is read, while the parameters are those that the run began with.
+    let mut twin = Beside::open(run)?;
     let (_lock, mut progress) = begin(run, &mut stepper)?;
     let mut metrics = Metrics::open(&run.output, &progress)?;
-    let mut twin = Beside::open(run)?;
     on_event(&Event::Start {
         step: progress.global_step,
         total,

@@ -11,9 +11,10 @@
 //!
 //! While the run takes the twin's steps, `metrics.jsonl` gets a line each: `{"step", "epoch",
 //! "step_loss", "twin_loss"}`, mean losses per supervised token before the step. After the last of
-//! them every adapted matrix is compared (`change.rs`): norms of both changes of the frozen weight,
-//! the cosine between them, the largest cosine that a change of the adapter's rank could have, and
-//! the largest singular values of both.
+//! them every adapted matrix is compared (`change.rs`): norms of both changes since the first step
+//! began, the cosine between them, the largest cosine that a change of the adapter's rank could have,
+//! and the largest singular values of both. What start values add that are made for quantized bases,
+//! and a base of the adapter's own, are no part of its change.
 //!
 //! A run that is resumed reads what is there. Nothing of the run itself depends on the twin.
 
@@ -208,7 +209,7 @@ fn keep(model: &dyn Model, of: &TwinOf<'_>, record: &Record) -> Result<(), Train
     let tensors = sites.filter(|site| wanted.contains(&site.path));
     let tensors = tensors.map(|site| {
         let shape = vec![site.weight.rows(), site.weight.cols()];
-        let values = move || change::of(site, pass);
+        let values = move || change::of(site, None, pass);
         let tensor = LazyTensor::new(shape, WriteDtype::F32, values);
         (site.path.clone(), tensor)
     });

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use tangent_model::LanguageModel;
 use tangent_model::folder::{self, FolderError};
-use tangent_train::compare::{self, Data, Event, LEDGER, REPORT, Record, Setup};
+use tangent_train::compare::{self, CompareError, Data, Event, LEDGER, REPORT, Record, Setup};
 use tangent_train::data::Example;
 use tangent_train::plan::grouped;
 
@@ -80,8 +80,15 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut screen = Screen::new();
     let report = compare::compare(&mut *opened.model, &setup, &args.output, &mut |event| {
         tell(&mut screen, event);
-    })?;
+    });
     drop(screen);
+    let report = match report {
+        Err(error @ CompareError::NotBegun) => {
+            say(error);
+            return Ok(ExitCode::from(130));
+        }
+        report => report?,
+    };
     let found = match args.json {
         true => format!("{}\n", report.to_json()),
         false => report.text(),

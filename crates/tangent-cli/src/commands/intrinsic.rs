@@ -238,6 +238,7 @@ impl Args {
             },
             targets: Some(Targets::parse(&self.target_modules)),
             rank: self.rank.map(NonZeroUsize::get),
+            max_grad_norm: self.optimization.max_grad_norm,
             train: self.optimization.train_config(&self.data_args, length)?,
             ..Shared::default()
         })

@@ -136,7 +136,7 @@ fn settings(
     prepared: &Prepared,
     plan: &Plan,
 ) -> Result<Map<String, Value>, Failure> {
-    let mut settings = match prepared.settings(args, &plan.config) {
+    let mut settings = match prepared.settings(args, &plan.config)? {
         Value::Object(settings) => settings,
         _ => Map::new(),
     };

@@ -88,7 +88,7 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
         None => typed,
     };
-    let settings = prepared.settings(&args.run, &config);
+    let settings = prepared.settings(&args.run, &config)?;
     let sites = prepared.sites();
     let adapter_configs = prepared.adapter_configs();
     let along = prepared.along();

@@ -487,13 +487,19 @@ fn underscores_aliases_and_run_files_are_the_same_run() {
     let run = place.read_json("names/run.json");
     assert_eq!(run["init"], "lora-ga");
     assert_eq!(run["optim"], "lora-pro-sgd");
-    // Where none is typed the optimizer's own epsilon counts.
-    assert_eq!(run["adam_epsilon"], json!(1e-8));
+    // The rows that start values look at, which are no more than there are.
+    assert_eq!(run["start_rows"], 4);
+    // Where none is typed the optimizer's own epsilon and norm count.
+    let numbers = |run: &Value| (run["adam_epsilon"].clone(), run["max_grad_norm"].clone());
+    assert_eq!(numbers(&run), (json!(1e-8), json!(1.0)));
     place.train("own", "--optim lora_rite");
-    assert_eq!(place.read_json("own/run.json")["adam_epsilon"], json!(1e-6));
-    place.train("typed", "--optim lora_rite --adam-epsilon 1e-7");
+    let run = place.read_json("own/run.json");
+    assert_eq!(numbers(&run), (json!(1e-6), json!(0.0)));
+    assert_eq!(run["start_rows"], Value::Null);
+    let typed = "--optim lora_rite --adam-epsilon 1e-7 --max-grad-norm 0.5";
+    place.train("typed", typed);
     let run = place.read_json("typed/run.json");
-    assert_eq!(run["adam_epsilon"], json!(1e-7));
+    assert_eq!(numbers(&run), (json!(1e-7), json!(0.5)));
 }
 
 #[test]

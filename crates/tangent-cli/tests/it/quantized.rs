@@ -110,6 +110,53 @@ fn an_adapter_of_a_quantized_file_is_merged_onto_what_that_was_made_of() {
 }
 
 #[test]
+fn an_adapter_tells_of_the_file_whose_weights_were_quantized_again() {
+    let place = Place::new();
+    fs::copy(golden("gguf/tiny_q4_1.gguf"), place.path("q.gguf")).unwrap();
+    for init in ["kaiming", "qpissa"] {
+        let train =
+            "train --model q.gguf --base-dtype nf4 --data rows.jsonl --max-steps 1 --rank 4";
+        place
+            .run(&format!("{train} --init {init} --overwrite --output a"))
+            .succeeded();
+        let record = &place.read_json("a/adapter_config.json")["auto_mapping"];
+        assert_eq!(record["base_dtype"], "nf4");
+        assert_eq!(record["stored_type"], "Q4_1", "{init}");
+        assert_eq!(record["base"].is_null(), init == "kaiming");
+        let told = |base: &str| {
+            let line =
+                format!("eval --data rows.jsonl --adapter a --base-dtype nf4 --model {base}");
+            let ran = place.run(&line);
+            assert_eq!(ran.code, Some(0), "{}", ran.err);
+            ran.err
+        };
+        assert!(!told("q.gguf").contains("warning"), "{init}");
+        let other = told("tiny.gguf");
+        assert!(other.contains("stored as Q4_1, and this one is stored otherwise"));
+        // Merging with both is refused where the base was quantized again.
+        assert!(!other.contains("--original"), "{other}");
+    }
+    // One that is quantized itself is no original, either.
+    place.train("plain", "--base-dtype nf4 --rank 4");
+    let mut record = place.read_json("plain/adapter_config.json");
+    assert_eq!(
+        record["auto_mapping"]["stored_type"],
+        serde_json::Value::Null
+    );
+    record["auto_mapping"] = serde_json::json!({"stored_type": "Q8_0"});
+    place.write("plain/adapter_config.json", record.to_string());
+    let line = "eval --data rows.jsonl --adapter plain --model";
+    let told = |base: &str| place.run(&format!("{line} {base}")).err;
+    assert!(told("tiny.gguf").contains("this one as --original"));
+    let quantized = told("q.gguf");
+    assert!(
+        quantized.contains("this one is stored as Q4_1"),
+        "{quantized}"
+    );
+    assert!(!quantized.contains("--original"), "{quantized}");
+}
+
+#[test]
 fn what_cannot_be_merged_is_told_before_weights_are_asked_for() {
     let place = Place::new();
     place.train(

@@ -93,21 +93,47 @@ fn a_run_beside_its_twin_ends_in_the_same_bytes_and_tells_how_it_differs() {
 }
 
 #[test]
-fn a_run_that_is_resumed_is_compared_all_the_same() {
+fn what_start_values_give_back_of_a_quantized_base_is_no_change() {
     let place = Place::new();
-    let flags = "--batch-size 2 --rank 2 --save-steps 1 --save-total-limit 0 --twin 2";
-    place.train("run", flags);
-    let whole = place.read("run/twin.json");
-    // As if it had been killed after its first step.
-    for step in [2, 3] {
-        std::fs::remove_dir_all(place.path(&format!("run/checkpoint-{step}"))).unwrap();
+    for (method, init) in [("lora", "qpissa"), ("dora", "qpissa"), ("lora", "loftq")] {
+        // A run that hardly moves, beside a twin that does.
+        place
+            .run(&format!(
+                "train --model tiny.gguf --data rows.jsonl --base-dtype nf4 --rank 2 --twin 1 \
+                 --method {method} --init {init} --max-steps 1 --learning-rate 1e-6 \
+                 --twin-learning-rate 1e-3 --overwrite --output run"
+            ))
+            .succeeded();
+        let record = place.read_json("run/twin.json");
+        for matrix in record["matrices"].as_array().unwrap() {
+            let norm = |key: &str| matrix[key].as_f64().unwrap();
+            let (own, twin) = (norm("adapter_norm"), norm("twin_norm"));
+            assert!(own < 0.05 * twin, "{method} {init}: {matrix}");
+            let rank = &matrix["rank"];
+            assert_eq!(rank.as_u64(), (method == "lora").then_some(4), "{matrix}");
+        }
     }
-    std::fs::remove_file(place.path("run/twin.json")).unwrap();
-    place.train("run", &format!("{flags} --resume"));
-    assert!(place.read("run/twin.json") == whole);
-    let steps: Vec<Value> = lines(&place, "run")
-        .iter()
-        .map(|l| l["step"].clone())
-        .collect();
-    assert_eq!(steps, [1, 2]);
+}
+
+#[test]
+fn a_run_that_is_resumed_is_compared_all_the_same() {
+    for more in ["", "--base-dtype nf4 --init qpissa"] {
+        let place = Place::new();
+        let flags =
+            format!("--batch-size 2 --rank 2 --save-steps 1 --save-total-limit 0 --twin 2 {more}");
+        place.train("run", &flags);
+        let whole = place.read("run/twin.json");
+        // As if it had been killed after its first step.
+        for step in [2, 3] {
+            std::fs::remove_dir_all(place.path(&format!("run/checkpoint-{step}"))).unwrap();
+        }
+        std::fs::remove_file(place.path("run/twin.json")).unwrap();
+        place.train("run", &format!("{flags} --resume"));
+        assert!(place.read("run/twin.json") == whole, "{more}");
+        let steps: Vec<Value> = lines(&place, "run")
+            .iter()
+            .map(|l| l["step"].clone())
+            .collect();
+        assert_eq!(steps, [1, 2], "{more}");
+    }
 }

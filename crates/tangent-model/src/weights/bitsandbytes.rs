@@ -127,7 +127,7 @@ impl<'a> Parts<'a> {
     }
 
     /// The value of each of `N` codes.
-    fn book<const N: usize>(&mut self, name: &str) -> Result<Box<[f32; N]>, ModelError> {
+    fn codebook<const N: usize>(&mut self, name: &str) -> Result<Box<[f32; N]>, ModelError> {
         let values = self.floats(name)?;
         values.try_into().map_err(|values: Vec<f32>| {
             self.fault(format!("\"{name}\" has {} values, not {N}", values.len()))
@@ -160,7 +160,7 @@ impl<'a> Parts<'a> {
         let name = |part: &str| format!("{}.{part}", self.name);
         let [map, absmax, outer, outer_map] =
             ["quant_map", "absmax", "nested_absmax", "nested_quant_map"].map(name);
-        let book = *self.book(&map)?;
+        let codebook = *self.codebook(&map)?;
         let scales = if state.get("nested_blocksize").is_some() {
             let codes = self.tensor(&absmax)?;
             if codes.dtype != Dtype::U8 {
@@ -174,7 +174,7 @@ impl<'a> Parts<'a> {
             };
             Scales::Nested(NestedScales {
                 codes: mapped(codes),
-                book: self.book(&outer_map)?,
+                codebook: self.codebook(&outer_map)?,
                 block: self.block(&state, "nested_blocksize")?,
                 scales: self.floats(&outer)?,
                 offset,
@@ -185,7 +185,7 @@ impl<'a> Parts<'a> {
         let parts = FourBit {
             kind,
             codes: mapped(self.codes),
-            book,
+            codebook,
             block,
             scales,
         };

@@ -11,7 +11,7 @@ use crate::kernel;
 use crate::matrix::{FrozenMatrix, MatrixError};
 use crate::stored::WeightBytes;
 
-/// The parts of a weight in 4 bits. A value is `book[code]` times the scale of its block; blocks
+/// The parts of a weight in 4 bits. A value is `codebook[code]` times the scale of its block; blocks
 /// run over the values of all rows, row after row, so one may begin in a row and end in the next.
 #[derive(Clone, Debug)]
 pub struct FourBit {
@@ -20,7 +20,7 @@ pub struct FourBit {
     /// Two codes a byte, the one of the first value in the high half.
     pub codes: WeightBytes,
     /// The value of each code.
-    pub book: [f32; 16],
+    pub codebook: [f32; 16],
     /// Values in a block.
     pub block: usize,
     /// The scale of each block.
@@ -84,7 +84,7 @@ impl Packed {
     /// If a part is not of that size, or the blocks cannot be cut.
     pub(crate) fn new(parts: FourBit, rows: usize, cols: usize) -> Result<Self, MatrixError> {
         parts.check(rows, cols)?;
-        let pair = |byte: usize| [parts.book[byte >> 4], parts.book[byte & 15]];
+        let pair = |byte: usize| [parts.codebook[byte >> 4], parts.codebook[byte & 15]];
         let pairs = Box::new(std::array::from_fn(pair));
         Ok(Self { parts, pairs })
     }
@@ -121,7 +121,7 @@ impl Packed {
         let parts = FourBit {
             kind,
             codes: WeightBytes::Owned(codes),
-            book: kind.book(),
+            codebook: kind.codebook(),
             block: BLOCK,
             scales: Scales::nested(&scales),
         };
@@ -241,7 +241,7 @@ mod tests {
         FourBit {
             kind: FourBitType::Nf4,
             codes: owned(codes),
-            book: FourBitType::Nf4.book(),
+            codebook: FourBitType::Nf4.codebook(),
             block,
             scales,
         }
@@ -252,14 +252,14 @@ mod tests {
         // Two rows of three values: blocks of two end inside rows.
         let codes = [0x0f, 0x7e, 0xc1];
         let plain = parts(&codes, 2, Scales::Plain(vec![2.0, 3.0, 0.5]));
-        let book = FourBitType::Nf4.book();
+        let codebook = FourBitType::Nf4.codebook();
         let want = [
             -2.0,
             2.0,
             0.0,
-            book[14] * 3.0,
-            book[12] * 0.5,
-            book[1] * 0.5,
+            codebook[14] * 3.0,
+            codebook[12] * 0.5,
+            codebook[1] * 0.5,
         ];
         let matrix = FrozenMatrix::from_four_bit(2, 3, plain).unwrap();
         assert_eq!(matrix.to_values(), want);
@@ -272,7 +272,7 @@ mod tests {
         (map[3], map[200]) = (0.5, -0.25);
         let nested = Scales::Nested(NestedScales {
             codes: owned(&[200, 3, 3]),
-            book: map,
+            codebook: map,
             block: 2,
             scales: vec![4.0, 8.0],
             offset: 1.0,
@@ -283,7 +283,7 @@ mod tests {
         let want: Vec<f32> = codes_of
             .iter()
             .zip(scales)
-            .map(|(code, s)| book[*code] * s)
+            .map(|(code, s)| codebook[*code] * s)
             .collect();
         let matrix = FrozenMatrix::from_four_bit(3, 2, parts(&codes, 2, nested)).unwrap();
         assert_eq!(matrix.to_values(), want);
@@ -302,7 +302,7 @@ mod tests {
         let nested = |codes: usize, block, outer| {
             Scales::Nested(NestedScales {
                 codes: owned(&vec![0; codes]),
-                book: Box::new([0.0; 256]),
+                codebook: Box::new([0.0; 256]),
                 block,
                 scales: vec![1.0; outer],
                 offset: 0.0,
@@ -351,7 +351,7 @@ mod tests {
     fn codes_times_scales_come_back() {
         // Every block has the same scale, which 8 bits then hold exactly.
         for kind in [FourBitType::Nf4, FourBitType::Fp4] {
-            let values: Vec<f32> = kind.book().iter().map(|v| v * 0.75).collect();
+            let values: Vec<f32> = kind.codebook().iter().map(|v| v * 0.75).collect();
             let wide = FrozenMatrix::from_values(values.repeat(16), 4, 64);
             let narrow = wide.quantize(Quantization::FourBit(kind)).unwrap();
             assert_eq!(narrow.to_values(), wide.to_values());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::book::dynamic_map;
+use super::codebook::dynamic_map;
 use crate::stored::WeightBytes;
 
 /// A scale for every block of values.
@@ -14,13 +14,13 @@ pub enum Scales {
     Nested(NestedScales),
 }
 
-/// Scales in 8 bits: `book[code] * scale + offset`, where `scale` is that of a block of scales.
+/// Scales in 8 bits: `codebook[code] * scale + offset`, where `scale` is that of a block of scales.
 #[derive(Clone, Debug)]
 pub struct NestedScales {
     /// A code for every scale, a byte each.
     pub codes: WeightBytes,
     /// The value of each code.
-    pub book: Box<[f32; 256]>,
+    pub codebook: Box<[f32; 256]>,
     /// Scales in a block of their own.
     pub block: usize,
     /// The scale of each block of scales.
@@ -46,7 +46,7 @@ impl Scales {
         match self {
             Self::Plain(scales) => size_of_val(&scales[..]),
             Self::Nested(nested) => {
-                let parts = size_of_val(&nested.scales[..]) + size_of_val(&nested.book[..]);
+                let parts = size_of_val(&nested.scales[..]) + size_of_val(&nested.codebook[..]);
                 nested.codes.bytes().len() + parts
             }
         }
@@ -58,7 +58,7 @@ impl Scales {
         match self {
             Self::Plain(scales) => scales[index],
             Self::Nested(nested) => {
-                let value = nested.book[usize::from(nested.codes.bytes()[index])];
+                let value = nested.codebook[usize::from(nested.codes.bytes()[index])];
                 value * nested.scales[index / nested.block] + nested.offset
             }
         }
@@ -68,18 +68,22 @@ impl Scales {
     pub(super) fn nested(scales: &[f32]) -> Self {
         let sum: f64 = scales.iter().map(|s| f64::from(*s)).sum();
         let offset = (sum / scales.len().max(1) as f64) as f32;
-        let book = dynamic_map();
+        let codebook = dynamic_map();
         let mut codes = Vec::with_capacity(scales.len());
         let mut outer = Vec::with_capacity(scales.len().div_ceil(BLOCK));
         for block in scales.chunks(BLOCK) {
             let largest = block.iter().fold(0f32, |a, s| a.max((s - offset).abs()));
             let inverse = inverse(largest);
-            codes.extend(block.iter().map(|s| nearest(&book, (s - offset) * inverse)));
+            codes.extend(
+                block
+                    .iter()
+                    .map(|s| nearest(&codebook, (s - offset) * inverse)),
+            );
             outer.push(largest);
         }
         Self::Nested(NestedScales {
             codes: WeightBytes::Owned(Arc::from(codes)),
-            book,
+            codebook,
             block: BLOCK,
             scales: outer,
             offset,
@@ -95,11 +99,11 @@ pub(super) fn inverse(largest: f32) -> f32 {
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
-/// The code of the nearest value of an ascending book; halfway between two, the lower one.
-fn nearest(book: &[f32; 256], value: f32) -> u8 {
-    let above = book.partition_point(|v| *v < value).min(255);
+/// The code of the nearest value of an ascending codebook; halfway between two, the lower one.
+fn nearest(codebook: &[f32; 256], value: f32) -> u8 {
+    let above = codebook.partition_point(|v| *v < value).min(255);
     let below = above.saturating_sub(1);
-    let code = match value - book[below] <= book[above] - value {
+    let code = match value - codebook[below] <= codebook[above] - value {
         true => below,
         false => above,
     };
@@ -134,10 +138,13 @@ mod tests {
 
     #[test]
     fn codes_are_the_nearest() {
-        let book = dynamic_map();
-        for (index, value) in book.iter().enumerate() {
-            assert_eq!(usize::from(nearest(&book, *value)), index);
+        let codebook = dynamic_map();
+        for (index, value) in codebook.iter().enumerate() {
+            assert_eq!(usize::from(nearest(&codebook, *value)), index);
         }
-        assert_eq!((nearest(&book, -1.0), nearest(&book, 1.0)), (0, 255));
+        assert_eq!(
+            (nearest(&codebook, -1.0), nearest(&codebook, 1.0)),
+            (0, 255)
+        );
     }
 }

@@ -1,7 +1,7 @@
-//! ggml's blocks without a kernel of their own: codes in books, ternary numbers, points on grids.
+//! ggml's blocks without a kernel of their own: codes in codebooks, ternary numbers, points on grids.
 //!
 //! ```text
-//! IQ4_NL, IQ4_XS, MXFP4, NVFP4                    scale * book[code]
+//! IQ4_NL, IQ4_XS, MXFP4, NVFP4                    scale * codebook[code]
 //! TQ1_0, TQ2_0                                    scale * (-1, 0 or 1)
 //! IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S          scale * point * signs
 //! IQ1_S, IQ1_M                                    scale * (point + shift)
@@ -64,13 +64,13 @@ const E2M1: [f32; 16] = [
     0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
 ];
 
-/// Codes in a book: first those in the low halves of all bytes, then those in the high ones.
+/// Codes in a codebook: first those in the low halves of all bytes, then those in the high ones.
 #[inline(always)]
-fn coded(codes: &[u8], book: &[f32; 16], scale: f32, out: &mut [f32]) {
+fn coded(codes: &[u8], codebook: &[f32; 16], scale: f32, out: &mut [f32]) {
     let (low, high) = out.split_at_mut(codes.len());
     for ((low, high), code) in low.iter_mut().zip(high).zip(codes) {
-        *low = scale * book[usize::from(code & 15)];
-        *high = scale * book[usize::from(code >> 4)];
+        *low = scale * codebook[usize::from(code & 15)];
+        *high = scale * codebook[usize::from(code >> 4)];
     }
 }
 
@@ -94,7 +94,7 @@ pub(super) fn iq4_xs(block: &[u8; 136], out: &mut [f32; 256]) {
 /// An exponent 1, codes 16.
 #[inline(always)]
 pub(super) fn mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
-    // Half of 2^(e - 127), since the book has twice the values; the first two are subnormal.
+    // Half of 2^(e - 127), since the codebook has twice the values; the first two are subnormal.
     let scale = match u32::from(block[0]) {
         exponent @ 0..=1 => 0x0020_0000_u32 << exponent,
         exponent => (exponent - 1) << 23,
@@ -112,7 +112,7 @@ pub(super) fn nvfp4(block: &[u8; 36], out: &mut [f32; 64]) {
     }
 }
 
-/// Half of the number, since the book has twice the values; what stands for no number is 0.
+/// Half of the number, since the codebook has twice the values; what stands for no number is 0.
 #[inline(always)]
 fn half_of_e4m3(code: u8) -> f32 {
     let (exponent, fraction) = (u32::from(code >> 3) & 15, f32::from(code & 7));

@@ -183,7 +183,8 @@ fn prepare(
 }
 
 /// `start` with the factors that are found in what weights were before they were quantized, where
-/// these were not computed before.
+/// these were not computed before. Factors alone are refused where they come with a base of their
+/// own: beside the base that is there they mean nothing.
 fn completed<'s>(
     model: &dyn Model,
     config: &AdapterConfig,
@@ -195,9 +196,17 @@ fn completed<'s>(
     }
     let sites = model.sites();
     init::check(config, &sites)?;
+    let requantizes = init::requantizes(config)?;
     let mut completed = Cow::Borrowed(start);
     for site in chosen(config, &sites)? {
-        if !start.factors.contains_key(&site.path) {
+        if start.factors.contains_key(&site.path) {
+            if requantizes && !start.taken.contains_key(&site.path) {
+                return Err(PeftError::FactorsAlone {
+                    site: site.path.clone(),
+                    init: init.id,
+                });
+            }
+        } else {
             let original = init::original(init, site)?;
             let rank = config.rank_at(&site.path)?;
             let started = start_factors_of(config, site, rank, start.seed, &original)?;

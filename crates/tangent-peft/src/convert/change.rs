@@ -7,7 +7,7 @@ use tangent_linalg::{LinalgError, Mat, MatRef, Svd, mat, product, qr, svd, svd_l
 use tangent_model::{ModelError, Pass, Site, pass};
 use tangent_ops::LowRank;
 
-use crate::init::{Factors, less};
+use crate::init::{Factors, residual_of};
 
 /// Ranks up to which an exact form is looked for unasked.
 const SMALL_RANK: usize = 64;
@@ -237,7 +237,7 @@ impl Change {
         for (value, frozen) in values.iter_mut().zip(residual.to_values()) {
             *value -= frozen;
         }
-        let values = less(&values, (rows, cols), taken, scaling).to_values();
+        let values = residual_of(&values, (rows, cols), taken, scaling).to_values();
         Ok(Self::Dense { values, rows, cols })
     }
 

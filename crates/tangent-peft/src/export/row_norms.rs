@@ -17,9 +17,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Tensor;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use tangent_model::folder::NewFolder;
-use tangent_model::{LanguageModel, Pass, Site};
+use tangent_model::{LanguageModel, Pass, Site, tensor_file};
 use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::{LazyTensor, WriteDtype};
@@ -153,7 +153,8 @@ impl Rows {
     ) -> Result<Self, PeftError> {
         let read = |what: &str| {
             let name = format!("{}.{what}", site.path);
-            values(file, path, &name, site.weight.rows())
+            let values = tensor_file::values(file, &name, &[site.weight.rows()]);
+            values.map_err(|why| malformed(path, why))
         };
         if read(LENGTHS)? != lengths {
             return Err(PeftError::OtherMerged {
@@ -185,7 +186,7 @@ pub(crate) fn zero_length(site: &str, row: usize) -> PeftError {
 /// before.
 fn lengthened(site: &Site, pass: &Pass) -> Option<(Vec<f32>, LowRank)> {
     let adapter = site.attached()?;
-    let lengths = adapter.row_lengths()?.values();
+    let lengths = adapter.magnitudes()?.values();
     Some((lengths, adapter.row_product(pass)?))
 }
 
@@ -200,20 +201,4 @@ fn place(model: &Path) -> PathBuf {
         (false, Some(folder)) => folder.join(FILE),
         _ => model.join(FILE),
     }
-}
-
-fn values(
-    file: &SafeTensors<'_>,
-    path: &Path,
-    name: &str,
-    count: usize,
-) -> Result<Vec<f32>, PeftError> {
-    let view = file.tensor(name).map_err(|e| malformed(path, e))?;
-    if view.dtype() != Dtype::F32 || view.shape() != [count] {
-        let (shape, dtype) = (view.shape(), view.dtype());
-        let why = format!("\"{name}\" has shape {shape:?} as {dtype:?}, expected [{count}] as F32");
-        return Err(malformed(path, why));
-    }
-    let numbers = view.data().as_chunks::<4>().0.iter();
-    Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
 }

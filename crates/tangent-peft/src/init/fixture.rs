@@ -8,7 +8,7 @@ use tangent_linalg::{Mat, mat, product};
 use tangent_model::{Site, SiteKind};
 use tangent_ops::{FourBitType, FrozenMatrix, Quantization};
 
-use super::{Factors, Started, rest};
+use super::{Factors, Started};
 use crate::adapter::{start_factors, start_factors_of};
 use crate::config::AdapterConfig;
 use crate::setting::SettingValue;
@@ -71,7 +71,7 @@ pub(super) fn config(init: &str, rank: usize, own: &[(&str, SettingValue)]) -> A
 
 /// The factors of a site.
 pub(super) fn factors_of(config: &AdapterConfig, site: &Site, evidence: &[f32]) -> Factors {
-    start_factors(config, site, 7, evidence).unwrap()
+    start_factors(config, site, 7, evidence).unwrap().factors
 }
 
 /// What a site starts with.
@@ -83,7 +83,7 @@ pub(super) fn started_of(config: &AdapterConfig, site: &Site, evidence: &[f32]) 
 pub(super) fn what_is_missing(site: &Site, whole: &[f32], start: &Started) -> f64 {
     let sides = (site.weight.rows(), site.weight.cols());
     let base = match &start.taken {
-        Some(taken) => rest::base(site, taken, 2.0).unwrap().0,
+        Some(taken) => super::residual::base(site, taken, 2.0).unwrap().0,
         None => site.weight.clone(),
     };
     let lost: Vec<f32> = whole
@@ -91,7 +91,7 @@ pub(super) fn what_is_missing(site: &Site, whole: &[f32], start: &Started) -> f6
         .zip(base.to_values())
         .map(|(w, q)| w - q)
         .collect();
-    let left = rest::less(&lost, sides, &start.factors, 2.0).to_values();
+    let left = super::residual::residual_of(&lost, sides, &start.factors, 2.0).to_values();
     energy(&mat(&left, sides.0, sides.1))
 }
 

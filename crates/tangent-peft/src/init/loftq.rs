@@ -23,7 +23,7 @@
 //! the whole correction at any alpha. One iteration is PEFT's default; the authors take up to 5, and
 //! do without double quantization.
 
-use super::{Factors, Init, Needs, Setup, rest};
+use super::{Factors, Init, Needs, Setup, residual};
 use crate::error::PeftError;
 use crate::setting::{Setting, SettingValue};
 
@@ -40,15 +40,15 @@ pub const INIT: Init = Init {
         default: SettingValue::Number(1.0),
         summary: "decompositions; each but the first quantizes anew what the last one leaves",
     }],
-    check: |config, site, _| rest::check("loftq", config, site),
+    check: |config, site, _| residual::check("loftq", config, site),
     factors,
 };
 
 fn factors(setup: &mut Setup<'_>) -> Result<Factors, PeftError> {
-    let mut found = rest::of_lost(setup, &setup.site.weight)?;
-    for _ in 1..rest::iterations(setup.config)? {
-        let base = rest::quantized(setup, &found)?;
-        let next = rest::of_lost(setup, &base)?;
+    let mut found = residual::of_lost(setup, &setup.site.weight)?;
+    for _ in 1..residual::iterations(setup.config)? {
+        let base = residual::quantized(setup, &found)?;
+        let next = residual::of_lost(setup, &base)?;
         setup.taken = Some(std::mem::replace(&mut found, next));
     }
     Ok(found)

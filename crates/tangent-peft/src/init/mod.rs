@@ -25,14 +25,14 @@ pub mod orthogonal;
 pub mod pissa;
 pub mod qpissa;
 pub mod ranks;
-mod rest;
+mod residual;
 mod spectrum;
 
 #[cfg(test)]
 mod fixture;
 
 pub use kaiming::INIT as KAIMING;
-pub(crate) use rest::{base, less};
+pub(crate) use residual::{base, residual_of};
 
 /// An initialization as the rest of the program sees it.
 pub struct Init {
@@ -237,7 +237,7 @@ pub fn check(config: &AdapterConfig, sites: &[&Site]) -> Result<(), PeftError> {
 pub fn requantizes(config: &AdapterConfig) -> Result<bool, PeftError> {
     match find(&config.init)?.id {
         id if id == qpissa::INIT.id => Ok(true),
-        id if id == loftq::INIT.id => Ok(rest::iterations(config)? > 1),
+        id if id == loftq::INIT.id => Ok(residual::iterations(config)? > 1),
         _ => Ok(false),
     }
 }
@@ -257,8 +257,8 @@ pub fn rows(config: &AdapterConfig) -> Result<usize, PeftError> {
 /// to twice as long as those of training, and a start shall not take longer than ten steps.
 const STEPS_OF_GRADIENTS: usize = 4;
 
-/// Steps of training to whose rows an initialization keeps, of the [`rows`] that it looks at; `None`
-/// if it takes what the setting says.
+/// Steps of training to whose rows an initialization keeps, of the [`rows`] that it looks at, unless
+/// they are very few; `None` if it takes what the setting says.
 ///
 /// # Errors
 /// If the initialization does not exist.

@@ -25,7 +25,7 @@
 //! alpha; the authors have alpha = rank. They do without double quantization, which `--base-dtype nf4`
 //! and `fp4` have. `iterations` is 5, as in their `pissa_quant`.
 
-use super::{Factors, Init, Needs, Setup, rest};
+use super::{Factors, Init, Needs, Setup, residual};
 use crate::error::PeftError;
 use crate::setting::{Setting, SettingValue};
 
@@ -42,15 +42,15 @@ pub const INIT: Init = Init {
         default: SettingValue::Number(5.0),
         summary: "decompositions; each but the first is of what the quantized rest leaves",
     }],
-    check: |config, site, _| rest::check("qpissa", config, site),
+    check: |config, site, _| residual::check("qpissa", config, site),
     factors,
 };
 
 fn factors(setup: &mut Setup<'_>) -> Result<Factors, PeftError> {
-    let mut found = rest::principal(setup, setup.evidence)?;
-    for _ in 1..rest::iterations(setup.config)? {
-        let base = rest::quantized(setup, &found)?;
-        found = rest::of_lost(setup, &base)?;
+    let mut found = residual::principal(setup, setup.evidence)?;
+    for _ in 1..residual::iterations(setup.config)? {
+        let base = residual::quantized(setup, &found)?;
+        found = residual::of_lost(setup, &base)?;
     }
     setup.taken = Some(found.clone());
     Ok(found)

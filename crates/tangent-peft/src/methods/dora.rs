@@ -252,7 +252,7 @@ impl WeightAdapter for Dora {
         tangent_ops::gated_low_rank_linear(gate, up, base, a, b, self.pair.scaling) * ratio
     }
 
-    fn row_lengths(&self) -> Option<&Parameter> {
+    fn magnitudes(&self) -> Option<&Parameter> {
         Some(&self.magnitude)
     }
 

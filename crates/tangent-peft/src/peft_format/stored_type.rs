@@ -4,34 +4,40 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::{Value, json};
-use tangent_model::SiteKind;
+use serde_json::Value;
 use tangent_model::family::Model;
+use tangent_model::{Site, SiteKind};
+use tangent_ops::FrozenMatrix;
 
-use super::trained_on::RECORD;
+use super::trained_on::{BASE_DTYPE, RECORD};
 use super::{CONFIG, malformed, read};
 use crate::error::PeftError;
 
-const STORED_TYPE: &str = "stored_type";
+/// The key of the record.
+pub(super) const STORED_TYPE: &str = "stored_type";
 
-/// The type of blocks that most values of linear maps in layers are stored in, as GGUF calls it; none
-/// if most are plain numbers, or codes of bitsandbytes.
-fn stored_type(model: &dyn Model) -> Option<String> {
+/// The weight of a site as its file holds it: before it was quantized when the model was opened.
+fn in_file(site: &Site) -> FrozenMatrix {
+    let is_quantized = site.weight.quantization().is_some();
+    let original = site.detached_original().filter(|_| is_quantized);
+    // The files are those that the weight was quantized from; without them it tells what it is.
+    let original = original.and_then(|original| original().ok());
+    original.unwrap_or_else(|| site.weight.clone())
+}
+
+/// The type of blocks that most values of linear maps in layers are stored in, in the model's file, as
+/// GGUF calls it; none if most are plain numbers, or codes of bitsandbytes.
+pub(super) fn stored_type(model: &dyn Model) -> Option<String> {
     let mut values: BTreeMap<Option<String>, usize> = BTreeMap::new();
     let sites = model.sites().into_iter();
     for site in sites.filter(|site| site.kind == SiteKind::Linear) {
-        let weight = &site.weight;
+        let weight = in_file(site);
         let blocks = weight.stored().filter(|stored| stored.block().0 > 1);
         let blocks = blocks.map(|stored| format!("{stored:?}"));
         *values.entry(blocks).or_default() += weight.rows() * weight.cols();
     }
     let most = values.into_iter().max_by_key(|(_, values)| *values);
     most.and_then(|(blocks, _)| blocks)
-}
-
-/// The record of an adapter that trained on `model`; `null` if that is not stored in blocks.
-pub(super) fn to_json(model: &dyn Model) -> Value {
-    stored_type(model).map_or(Value::Null, |blocks| json!({STORED_TYPE: blocks}))
 }
 
 /// What there is to tell of a model that is not stored in the blocks that the adapter in the folder
@@ -42,7 +48,8 @@ pub(super) fn to_json(model: &dyn Model) -> Value {
 pub fn note(dir: &Path, model: &dyn Model) -> Result<Option<String>, PeftError> {
     let path = dir.join(CONFIG);
     let json: Value = serde_json::from_slice(&read(&path)?).map_err(|e| malformed(&path, e))?;
-    let Some(trained) = json[RECORD][STORED_TYPE].as_str() else {
+    let record = &json[RECORD];
+    let Some(trained) = record[STORED_TYPE].as_str() else {
         return Ok(None);
     };
     let held = stored_type(model);
@@ -50,9 +57,17 @@ pub fn note(dir: &Path, model: &dyn Model) -> Result<Option<String>, PeftError> 
         return Ok(None);
     }
     let held = held.map_or_else(|| "otherwise".to_owned(), |held| format!("as {held}"));
-    Ok(Some(format!(
+    let mut text = format!(
         "the adapter was trained on a base stored as {trained}, and this one is stored {held}; \
-         results are not those of training, and `merge` with that base as --model and this one as \
-         --original tells how far they are apart"
-    )))
+         results are not those of training"
+    );
+    // What `merge --original` takes: nothing quantized, below a base as its file holds it.
+    let is_original = |site: &Site| !in_file(site).is_quantized();
+    if record[BASE_DTYPE].is_null() && model.sites().into_iter().all(is_original) {
+        text.push_str(
+            ", and `merge` with that base as --model and this one as --original tells how far they \
+             are apart",
+        );
+    }
+    Ok(Some(text))
 }

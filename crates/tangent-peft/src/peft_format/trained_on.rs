@@ -6,19 +6,21 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tangent_model::SiteKind;
 use tangent_model::family::Model;
 use tangent_ops::Quantization;
 
-use super::{BASE, CONFIG, further, malformed, read, stored_type};
+use super::stored_type::{STORED_TYPE, stored_type};
+use super::{BASE, CONFIG, further, malformed, read};
 use crate::adapter::Adapter;
 use crate::error::PeftError;
 use crate::init::loftq;
 
 /// The key of PEFT's that holds the record.
 pub(super) const RECORD: &str = "auto_mapping";
-const BASE_DTYPE: &str = "base_dtype";
+/// How the linear maps of layers were held.
+pub(super) const BASE_DTYPE: &str = "base_dtype";
 const INIT: &str = "init";
 /// The folder of what left the base before it was quantized.
 const TAKEN: &str = "base";
@@ -63,18 +65,24 @@ fn words(held: Option<Quantization>) -> String {
     held.map_or_else(|| "otherwise".to_owned(), |held| format!("as {held}"))
 }
 
-/// The record of an adapter that trained on `model`; `null` if that is not quantized.
+/// The record of an adapter that trained on `model`; `null` if neither that nor its file is quantized.
 pub(super) fn to_json(adapter: &Adapter, model: &dyn Model) -> Value {
-    let Some(quantization) = quantization(model) else {
-        return stored_type::to_json(model);
-    };
-    let quantization = quantization.to_string();
-    if !adapter.taken.is_empty() {
-        return json!({BASE_DTYPE: quantization, TAKEN: BASE});
+    let mut record = Map::new();
+    let mut tell = |key: &str, value: &str| record.insert(key.to_owned(), json!(value));
+    if let Some(quantization) = quantization(model) {
+        tell(BASE_DTYPE, &quantization.to_string());
+        if !adapter.taken.is_empty() {
+            tell(TAKEN, BASE);
+        } else if adapter.config.init == loftq::INIT.id {
+            tell(INIT, loftq::INIT.id);
+        }
     }
-    match adapter.config.init == loftq::INIT.id {
-        true => json!({BASE_DTYPE: quantization, INIT: loftq::INIT.id}),
-        false => json!({BASE_DTYPE: quantization}),
+    if let Some(blocks) = stored_type(model) {
+        tell(STORED_TYPE, &blocks);
+    }
+    match record.is_empty() {
+        true => Value::Null,
+        false => Value::Object(record),
     }
 }
 

@@ -75,15 +75,15 @@ fn config(init: &Init) -> AdapterConfig {
 fn start(model: &dyn Model, config: &AdapterConfig) -> Start {
     let needs = init::find(&config.init).unwrap().needs;
     let sites = model.sites();
-    let factors = chosen(config, &sites).unwrap().into_iter().map(|site| {
-        let found = start_factors(config, site, 3, &evidence(needs, site)).unwrap();
-        (site.path.clone(), found)
-    });
-    Start {
+    let mut start = Start {
         seed: 3,
-        factors: factors.collect(),
         ..Start::default()
+    };
+    for site in chosen(config, &sites).unwrap() {
+        let found = start_factors(config, site, 3, &evidence(needs, site)).unwrap();
+        start.add(&site.path, found);
     }
+    start
 }
 
 fn attached(model: &mut dyn Model, config: &AdapterConfig) -> Adapter {
@@ -379,7 +379,7 @@ fn weights_start_as_in_the_references() {
             let own = if init == "pissa" { &own[..] } else { &[] };
             let site = site(w.clone(), (rows, cols));
             let config = referenced(init, rank, own);
-            let Factors { a, b } = start_factors(&config, &site, 0, &[]).unwrap();
+            let Factors { a, b } = start_factors(&config, &site, 0, &[]).unwrap().factors;
             let want = |what: &str| stored.values(&format!("{n}.{init}.{what}"));
             let (want_a, want_b) = (want("A"), want("B"));
             close(init, &turned(&a, &want_a, cols), &want_a, 1e-5);
@@ -410,7 +410,7 @@ fn gradients_give_the_factors_of_the_reference() {
                 let word = |text: &str| SettingValue::Text(text.to_owned().into());
                 let own = [("direction", word(direction)), ("scale", word(scale))];
                 let config = referenced("lora-ga", rank, &own);
-                let Factors { a, b } = start_factors(&config, &site, 0, &g).unwrap();
+                let Factors { a, b } = start_factors(&config, &site, 0, &g).unwrap().factors;
                 let case = format!("{n}.{direction}.{scale}");
                 let want_a = stored.values(&format!("{case}.A"));
                 let want_b = transposed(&stored.values(&format!("{case}.B")), rank);

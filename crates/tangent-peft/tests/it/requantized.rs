@@ -9,10 +9,11 @@ use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
 use tangent_model::{Pass, Site, read_json};
 use tangent_ops::{FourBitType, FrozenMatrix, Quantization};
-use tangent_peft::adapter::start_factors_of;
+use tangent_peft::adapter::{chosen, start_factors, start_factors_of};
 use tangent_peft::convert::to_lora;
 use tangent_peft::{
-    AdapterConfig, Factors, SettingValue, Targets, attach, detach, onto, peft_format,
+    AdapterConfig, Factors, SettingValue, Start, Targets, attach, attach_from, detach, init, onto,
+    peft_format,
 };
 use tangent_testkit::{Reference, all_logits, close, folder};
 
@@ -182,6 +183,42 @@ fn a_base_quantized_anew_is_nearer_to_the_original_and_leads_back_to_it() {
         assert!((1e-4..0.2).contains(&apart), "{init}: {apart}");
         onto::restore(&mut *restored).unwrap();
         close(init, &all_logits(&*restored, &batch), &converted, 1e-4);
+    }
+}
+
+#[test]
+fn factors_that_were_computed_before_come_with_the_base_they_belong_to() {
+    let batch = reference().batch();
+    for init in ["loftq", "qpissa"] {
+        let config = requantizing("lora", init);
+        let mut model = quantized_base();
+        let mut start = Start {
+            seed: 3,
+            ..Start::default()
+        };
+        let sites = model.sites();
+        for site in chosen(&config, &sites).unwrap() {
+            let whole = init::original(init::find(init).unwrap(), site).unwrap();
+            let found = start_factors(&config, site, 3, &whole).unwrap();
+            start.add(&site.path, found);
+        }
+        let alone = Start {
+            factors: start.factors.clone(),
+            seed: 3,
+            ..Start::default()
+        };
+        let error = attach_from(&mut *model, &config, &alone).err().unwrap();
+        let text = error.to_string();
+        for part in ["model.layers.0", init, "Start::add"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        attach_from(&mut *model, &config, &start).unwrap();
+        let mut want = quantized_base();
+        attach(&mut *want, &config, 3).unwrap();
+        assert!(
+            all_logits(&*model, &batch) == all_logits(&*want, &batch),
+            "{init}"
+        );
     }
 }
 

@@ -18,7 +18,7 @@ fn reference(name: &str) -> Reference {
 }
 
 fn started(config: &AdapterConfig, site: &Site, evidence: &[f32]) -> Factors {
-    start_factors(config, site, 0, evidence).unwrap()
+    start_factors(config, site, 0, evidence).unwrap().factors
 }
 
 /// Asserts that factors are `{case}.A` and `{case}.B`, up to signs of their directions.

@@ -84,6 +84,9 @@ pub enum CompareError {
     /// The comparison was asked to stop.
     #[error("the comparison was stopped; finished runs are kept, go on with --resume")]
     Stopped,
+    /// The comparison was asked to stop before it had given up what it was to overwrite.
+    #[error("stopped before the first run; what is in the folder stays as it was")]
+    NotBegun,
     /// A run.
     #[error(transparent)]
     Train(#[from] TrainError),

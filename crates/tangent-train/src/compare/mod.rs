@@ -226,8 +226,8 @@ pub fn hold_out(rows: Vec<Example>, count: usize) -> (Vec<Example>, Vec<Example>
 ///
 /// # Errors
 /// If a setting is out of its range or does not fit the model, no recipe can be compared, a run
-/// cannot be made, or files cannot be read or written. Finished runs are kept, and `compare.html`
-/// shows them.
+/// cannot be made, it was to overwrite and is stopped before that, or files cannot be read or
+/// written. Finished runs are kept, and `compare.html` shows them.
 pub fn compare(
     model: &mut dyn Model,
     setup: &Setup<'_>,
@@ -248,7 +248,9 @@ pub fn compare(
     let report = Report::new(setup, session.findings, session.skipped, &ended);
     let page = || folder::write_file(&output.join(REPORT), report.html().as_bytes());
     match ended {
-        Ok(()) | Err(CompareError::Stopped) => page()?,
+        Ok(()) => page()?,
+        Err(CompareError::Stopped) if begun || !setup.overwrite => page()?,
+        Err(CompareError::Stopped) => return Err(CompareError::NotBegun),
         Err(error) => {
             if begun {
                 // That it cannot be written, either, says less than the error.

@@ -8,7 +8,7 @@ use tangent_peft::{
 
 use super::error::CompareError;
 use crate::config::TrainConfig;
-use crate::optim::LoraPlus;
+use crate::optim::{self, LoraPlus, Rule};
 
 /// A recipe.
 #[derive(Debug)]
@@ -89,7 +89,10 @@ pub struct Shared {
     pub rank: Option<usize>,
     /// Numerator of the scaling; twice the rank, at the start where it falls, if `None`.
     pub alpha: Option<f32>,
-    /// The loop; the rate, the optimizer and the length of a run are chosen for each.
+    /// Largest norm of the gradients of a step; each rule's own if `None`.
+    pub max_grad_norm: Option<f32>,
+    /// The loop; the rate, the optimizer, the largest norm of gradients and the length of a run are
+    /// chosen for each.
     pub train: TrainConfig,
 }
 
@@ -304,6 +307,9 @@ impl Recipe {
             adapter.dropout = 0.0;
         }
         (self.change)(&mut adapter, &mut train);
+        let own_norm = optim::find(&train.optimizer).map(Rule::max_grad_norm);
+        let norm = shared.max_grad_norm.or(own_norm.ok());
+        train.max_grad_norm = norm.unwrap_or(train.max_grad_norm);
         let size = match self.size {
             _ if method.whole_model => 0,
             Size::Fixed => 0,
@@ -346,7 +352,7 @@ mod tests {
     use tangent_peft::methods::METHODS;
 
     use super::*;
-    use crate::optim::{self, RULES};
+    use crate::optim::RULES;
 
     #[test]
     fn recipes_name_what_exists() {
@@ -450,6 +456,21 @@ mod tests {
         assert_eq!((lst.size, &lst), (0, &of("lst", None)));
         let name = |name: &str| find(&[name.to_owned()]).unwrap()[0].size_name();
         assert_eq!((name("lora"), name("oft")), ("rank", "block size"));
+    }
+
+    #[test]
+    fn gradients_are_clipped_as_a_rule_s_authors_do_unless_a_norm_is_given() {
+        for (given, want) in [(None, [1.0, 0.0]), (Some(0.5), [0.5; 2])] {
+            let shared = Shared {
+                max_grad_norm: given,
+                ..Shared::default()
+            };
+            let norms = ["lora-pro", "lora-rite"].map(|name| {
+                let recipe = find(&[name.to_owned()]).unwrap()[0];
+                recipe.variant(&shared, None).unwrap().train.max_grad_norm
+            });
+            assert_eq!(norms, want);
+        }
     }
 
     #[test]

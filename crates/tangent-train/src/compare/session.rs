@@ -57,7 +57,7 @@ pub struct Session<'a, 'b> {
     /// What is left out.
     pub skipped: Vec<Skipped>,
     /// Whether everything is decided but rates, and an earlier comparison given up that was to be
-    /// overwritten.
+    /// overwritten; before that, only the pace of recipes is measured.
     pub begun: bool,
     on_event: &'a mut dyn FnMut(&Event<'_>),
 }
@@ -88,12 +88,9 @@ impl<'a, 'b> Session<'a, 'b> {
     /// # Errors
     /// If it was asked to stop, or a run cannot be made.
     pub fn run(&mut self) -> Result<(), CompareError> {
-        let prepared = self.prepare();
-        if matches!(prepared, Ok(()) | Err(CompareError::Stopped)) {
-            self.ledger.replace(&[REPORT])?;
-            self.begun = true;
-        }
-        prepared?;
+        self.prepare()?;
+        self.ledger.replace(&[REPORT])?;
+        self.begun = true;
         self.tell_unused()?;
         for index in 0..self.findings.len() {
             self.search(index)?;

@@ -8,11 +8,11 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde_json::Value;
-use tangent_model::Site;
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
+use tangent_model::{Site, tensor_file};
 use tangent_peft::adapter::chosen;
 use tangent_peft::export::{LazyTensor, WriteDtype};
 use tangent_peft::init::{self, Started, ranks};
@@ -142,14 +142,7 @@ fn factors(
     let (d_out, d_in) = (site.weight.rows(), site.weight.cols());
     let values = |name: &str, shape: [usize; 2]| -> Result<Vec<f32>, TrainError> {
         let name = format!("{}#{name}", site.path);
-        let view = file.tensor(&name).map_err(|e| fault(path, e))?;
-        if view.dtype() != Dtype::F32 || view.shape() != shape {
-            let got = (view.dtype(), view.shape());
-            let why = format!("tensor \"{name}\" is {got:?}, not F32 of {shape:?}");
-            return Err(fault(path, why));
-        }
-        let numbers = view.data().as_chunks::<4>().0.iter();
-        Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
+        tensor_file::values(file, &name, &shape).map_err(|why| fault(path, why))
     };
     if rank > d_out.min(d_in) {
         return Err(fault(path, format!("{} has rank {rank}", site.path)));

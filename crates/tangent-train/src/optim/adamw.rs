@@ -18,6 +18,7 @@ pub const RULE: Rule = Rule {
     paper: "1711.05101",
     settings: &["adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"],
     epsilon: None,
+    max_grad_norm: None,
     slots: &["exp_avg", "exp_avg_sq"],
     step,
     pair: None,

@@ -41,6 +41,7 @@ pub const RULE: Rule = Rule {
     paper: "2505.12455",
     settings: adamw::RULE.settings,
     epsilon: None,
+    max_grad_norm: None,
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {

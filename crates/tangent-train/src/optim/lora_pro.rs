@@ -53,6 +53,7 @@ pub const RULE: Rule = Rule {
     paper: "2407.18242",
     settings: adamw::RULE.settings,
     epsilon: None,
+    max_grad_norm: None,
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {
@@ -81,6 +82,7 @@ pub const SGD: Rule = Rule {
     paper: "2407.18242",
     settings: &["weight_decay"],
     epsilon: None,
+    max_grad_norm: None,
     slots: &[],
     step: plain_step,
     pair: Some(PairRule {

@@ -16,11 +16,11 @@
 //! ```
 //!
 //! Replacing A by `S A` and B by `B S^-1` leaves every `B A` of a run as it is, at any learning
-//! rate. Clipping of gradients by their global norm does not, so the authors leave it out
-//! (`--max-grad-norm 0`): u is clipped. Where nothing but factors trains and no singular value of
-//! theirs is above 1, `|u|` is at least the norm of the gradients, and clipping these to 1, the
-//! default, changes no step; only the limit on the root mean square (below) is met more rarely. With
-//! longer factors it makes steps shorter.
+//! rate. Clipping of gradients by their global norm does not, so the authors leave it out, and so do
+//! we unless `--max-grad-norm` is given: u is clipped. Where nothing but factors trains and no
+//! singular value of theirs is above 1, `|u|` is at least the norm of the gradients, and clipping
+//! these to 1 changes no step; only the limit on the root mean square (below) is met more rarely.
+//! With longer factors it makes steps shorter.
 //!
 //! State of each factor: M, V, and the other one's Q, `2 r (d_in + d_out) + 2 r^2` values a pair, as
 //! much as AdamW's.
@@ -46,6 +46,7 @@ pub const RULE: Rule = Rule {
     paper: "2410.20625",
     settings: adamw::RULE.settings,
     epsilon: Some(1e-6),
+    max_grad_norm: Some(0.0),
     slots: adamw::RULE.slots,
     step: adamw::RULE.step,
     pair: Some(PairRule {

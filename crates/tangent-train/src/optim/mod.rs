@@ -22,6 +22,9 @@ mod thin;
 pub use lora_plus::LoraPlus;
 pub use pair::{PairRule, PairShape, PairSlot, PairStep, PairView};
 
+/// The usual largest norm of a step's gradients, that of Hugging Face's Trainer.
+pub(crate) const MAX_GRAD_NORM: f32 = 1.0;
+
 /// Numbers that rules read; each rule says in its file which.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hyper {
@@ -95,6 +98,8 @@ pub struct Rule {
     pub settings: &'static [&'static str],
     /// Its authors' floor of the denominator, where that is not AdamW's.
     pub epsilon: Option<f32>,
+    /// Its authors' largest norm of a step's gradients, where that is not the usual one.
+    pub max_grad_norm: Option<f32>,
     /// Names of the state vectors.
     pub slots: &'static [&'static str],
     /// Moves one tensor.
@@ -104,6 +109,11 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Largest norm of a step's gradients where none is given; 0 does not clip.
+    pub fn max_grad_norm(&self) -> f32 {
+        self.max_grad_norm.unwrap_or(MAX_GRAD_NORM)
+    }
+
     /// Values of state that a site with so many trained values has, some of which may be a pair.
     pub fn state_values(&self, parameters: usize, pair: Option<PairShape>) -> usize {
         let (Some(rule), Some(shape)) = (&self.pair, pair) else {

@@ -14,6 +14,7 @@ pub const RULE: Rule = Rule {
     paper: "-",
     settings: &["momentum", "weight_decay"],
     epsilon: None,
+    max_grad_norm: None,
     slots: &["momentum_buffer"],
     step,
     pair: None,

@@ -1,17 +1,18 @@
 //! The run beside its twin: losses step by step, and the comparison after the twin's last step.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde_json::json;
 use tangent_model::family::Model;
-use tangent_model::{Pass, Site};
+use tangent_model::{Pass, Site, tensor_file};
 use tangent_ops::MappedFile;
-use tangent_peft::Adapter;
+use tangent_peft::init::{self, Needs};
+use tangent_peft::{Adapter, Factors, PeftError};
 
-use super::change::{self, Comparison};
+use super::change::{self, Added, Comparison};
 use super::record::{CHANGES, Record, fault, remove_changes};
 use crate::checkpoint::Progress;
 use crate::error::TrainError;
@@ -24,10 +25,12 @@ pub(crate) struct Beside<'a> {
     adapter: &'a Adapter,
     output: &'a Path,
     record: Record,
+    starts: BTreeMap<String, Added>,
 }
 
 impl<'a> Beside<'a> {
-    /// The run beside its twin, if it is to have one.
+    /// The run beside its twin, if it is to have one; the adapter's parameters are those that it
+    /// began with.
     ///
     /// # Errors
     /// If the twin has not been trained, or that of another run has.
@@ -47,6 +50,7 @@ impl<'a> Beside<'a> {
             adapter: run.adapter,
             output: &run.output,
             record,
+            starts: starts(run.adapter)?,
         }))
     }
 
@@ -76,60 +80,66 @@ impl<'a> Beside<'a> {
         }))?;
         // A resumed run may take the step again.
         if step == self.record.steps && self.record.matrices.is_none() {
-            let matrices = compared(self.model, self.adapter, self.output)?;
-            self.record.matrices = Some(matrices);
+            self.record.matrices = Some(self.compared()?);
             self.record.write(self.output)?;
             remove_changes(self.output)?;
         }
         Ok(())
     }
+
+    /// Compares what the adapter has changed by now with the twin's changes.
+    fn compared(&self) -> Result<Vec<Comparison>, TrainError> {
+        let path = self.output.join(CHANGES);
+        let file = MappedFile::open(&path).map_err(io("read", &path))?;
+        let tensors = SafeTensors::deserialize(&file).map_err(|error| fault(&path, error))?;
+        let adapted: BTreeSet<&String> = self.adapter.sites.iter().collect();
+        let sites = self.model.sites().into_iter();
+        let sites: Vec<&Site> = sites.filter(|site| adapted.contains(&site.path)).collect();
+        let pass = Pass::inference(&self.model.device());
+        let compare = |site: &&Site| {
+            let shape = (site.weight.rows(), site.weight.cols());
+            let twin = tensor_file::values(&tensors, &site.path, &[shape.0, shape.1]);
+            let twin = twin.map_err(|why| fault(&path, why))?;
+            let start = self.starts.get(&site.path);
+            let own = change::of(site, start, &pass);
+            let rank = rank(self.adapter, site, start.is_some());
+            let compared = change::compare(&site.path, shape, rank, &own, &twin);
+            compared.map_err(|error| fault(&path, format!("{}: {error}", site.path)))
+        };
+        sites.par_iter().map(compare).collect()
+    }
 }
 
-/// Compares what the adapter has changed by now with the twin's changes.
-fn compared(
-    model: &dyn Model,
-    adapter: &Adapter,
-    output: &Path,
-) -> Result<Vec<Comparison>, TrainError> {
-    let path = output.join(CHANGES);
-    let file = MappedFile::open(&path).map_err(io("read", &path))?;
-    let tensors = SafeTensors::deserialize(&file).map_err(|error| fault(&path, error))?;
-    let adapted: BTreeSet<&String> = adapter.sites.iter().collect();
-    let sites = model.sites().into_iter();
-    let sites: Vec<&Site> = sites.filter(|site| adapted.contains(&site.path)).collect();
-    let pass = Pass::inference(&model.device());
-    let compare = |site: &&Site| {
-        let shape = (site.weight.rows(), site.weight.cols());
-        let twin = stored(&tensors, site).map_err(|why| fault(&path, why))?;
-        let own = change::of(site, &pass);
-        let compared = change::compare(&site.path, shape, rank(adapter, site), &own, &twin);
-        compared.map_err(|error| fault(&path, format!("{}: {error}", site.path)))
-    };
-    sites.par_iter().map(compare).collect()
+/// What parts of an adapter add to weights before the first step, where that is not taken out of the
+/// base: start values that take back what quantization loses. Both they and the base of its own that
+/// some of them have are there before anything is trained.
+fn starts(adapter: &Adapter) -> Result<BTreeMap<String, Added>, PeftError> {
+    let mut starts = BTreeMap::new();
+    for part in adapter.each() {
+        if init::find(&part.config.init)?.needs != Needs::Original {
+            continue;
+        }
+        for pair in &part.pairs {
+            let [a, b] = [pair.a, pair.b].map(|index| part.parameters[index].values());
+            let added = Added {
+                factors: Factors { a, b },
+                scaling: pair.scaling,
+            };
+            starts.insert(pair.site.clone(), added);
+        }
+    }
+    Ok(starts)
 }
 
-/// The rank that a site's change can have, if it is a product of two factors.
-fn rank(adapter: &Adapter, site: &Site) -> Option<usize> {
+/// The rank that a site's change can have, if it is a product of two factors; `began` says whether the
+/// adapter added something before the first step.
+fn rank(adapter: &Adapter, site: &Site, began: bool) -> Option<usize> {
     let pair = adapter.pairs.iter().find(|pair| pair.site == site.path)?;
     let rank = adapter.parameters.get(pair.a)?.shape().first()?;
-    // What is taken out of the base is a product, too.
-    let products = if pair.offset.is_some() { 2 } else { 1 };
-    // A base of its own differs from the model's by a matrix of any rank.
-    let is_product = site.attached()?.is_additive() && site.rebased().is_none();
-    is_product.then_some(products * rank)
-}
-
-/// The twin's change of a site.
-fn stored(tensors: &SafeTensors<'_>, site: &Site) -> Result<Vec<f32>, String> {
-    let view = tensors.tensor(&site.path).map_err(|e| e.to_string())?;
-    let shape = [site.weight.rows(), site.weight.cols()];
-    if view.dtype() != Dtype::F32 || view.shape() != shape {
-        let got = (view.dtype(), view.shape());
-        return Err(format!(
-            "tensor \"{}\" is {got:?}, not F32 of {shape:?}",
-            site.path
-        ));
-    }
-    let numbers = view.data().as_chunks::<4>().0.iter();
-    Ok(numbers.map(|b| f32::from_le_bytes(*b)).collect())
+    // What is taken out of the base, or was there before the first step, is a product, too.
+    let products = match pair.offset.is_some() || began {
+        true => 2,
+        false => 1,
+    };
+    site.attached()?.is_additive().then_some(products * rank)
 }

@@ -1,4 +1,4 @@
-//! What a weight has changed by, and how two changes of it compare.
+//! What a weight has changed by since the first step began, and how two changes of it compare.
 //!
 //! ```text
 //! cosine       <D, F> / (||D|| ||F||)            D: the adapter's change      F: the twin's
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tangent_linalg::{LinalgError, MatRef, mat, svd, svd_lowrank};
 use tangent_model::site::dense;
 use tangent_model::{Pass, Site};
+use tangent_peft::Factors;
 
 /// Singular values that are told.
 const SINGULAR_VALUES: usize = 16;
@@ -45,28 +46,38 @@ pub struct Comparison {
     pub twin_singular_values: Vec<f64>,
 }
 
-/// What a site's effective weight differs by from its frozen one without an adapter, row-major.
-pub fn of(site: &Site, pass: &Pass) -> Vec<f32> {
+/// What an adapter added to a weight before the first step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Added {
+    /// The factors of the product.
+    pub factors: Factors,
+    /// Scaling of the product.
+    pub scaling: f32,
+}
+
+/// What a site's effective weight differs by from what it was before the first step, row-major. That
+/// is the frozen weight, and what the adapter added to it by then; mostly nothing.
+pub fn of(site: &Site, start: Option<&Added>, pass: &Pass) -> Vec<f32> {
+    let (rows, cols) = (site.weight.rows(), site.weight.cols());
+    let Some(adapter) = site.attached() else {
+        return vec![0.0; rows * cols];
+    };
     let base = dense(&site.weight, pass);
-    if site.rebased().is_some() {
-        // The adapter brought a base of its own.
-        let before = dense(site.detached_weight(), pass);
-        return tangent_ops::values(site.effective_weight(pass) - before);
-    }
-    match site.attached() {
-        None => vec![0.0; site.weight.rows() * site.weight.cols()],
-        // Without the weight, beside which a small change would be rounded.
-        Some(adapter) if adapter.is_additive() => {
-            tangent_ops::values(adapter.weight(base.zeros_like(), pass))
+    // Without the weight, beside which a small change would be rounded.
+    let base = match adapter.is_additive() {
+        true => base.zeros_like(),
+        false => base,
+    };
+    let before = match start {
+        None => base.clone(),
+        Some(Added { factors, scaling }) => {
+            let rank = factors.b.len() / rows.max(1);
+            let a = tangent_ops::tensor(factors.a.clone(), rank, cols, &pass.device);
+            let b = tangent_ops::tensor(factors.b.clone(), rows, rank, &pass.device);
+            base.clone() + b.matmul(a) * *scaling
         }
-        Some(adapter) => {
-            let mut weight = tangent_ops::values(adapter.weight(base.clone(), pass));
-            for (w, base) in weight.iter_mut().zip(tangent_ops::values(base)) {
-                *w -= base;
-            }
-            weight
-        }
-    }
+    };
+    tangent_ops::values(adapter.weight(base, pass) - before)
 }
 
 /// Compares two changes of a matrix `(d_out, d_in)`, of which the adapter's has at most this rank.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use serde_json::{Value, json};
 use tangent_model::Pass;
-use tangent_peft::{AdapterConfig, Targets, attach};
+use tangent_peft::{AdapterConfig, Factors, Targets, attach};
 use tangent_testkit::{Reference, close, folder, model};
 use tangent_train::TrainConfig;
 use tangent_train::config::{Batching, Length, TwinConfig, Warmup};
@@ -15,7 +15,8 @@ use tangent_train::data::Example;
 use tangent_train::gradients::{clip, global_norm, of_step};
 use tangent_train::optim::{Optimizer, find};
 use tangent_train::sampler::{epoch_steps, total_steps};
-use tangent_train::twin::{CHANGES, RECORD, Readiness, Record, TwinOf, TwinStep, change, prepare};
+use tangent_train::twin::change::{self, Added};
+use tangent_train::twin::{CHANGES, RECORD, Readiness, Record, TwinOf, TwinStep, prepare};
 
 use crate::rows::examples;
 
@@ -258,11 +259,28 @@ fn changes_are_those_of_the_effective_weight() {
             let pairs = after.iter().zip(site.weight.to_values());
             let want: Vec<f32> = pairs.map(|(after, before)| after - before).collect();
             assert!(want.iter().any(|v| *v != 0.0));
-            close(method, &change::of(site, &pass), &want, 1e-5);
+            close(method, &change::of(site, None, &pass), &want, 1e-5);
+            // Of what the adapter added before the first step, nothing is a change.
+            let (rows, cols) = (site.weight.rows(), site.weight.cols());
+            let added = Added {
+                factors: Factors {
+                    a: (0..2 * cols).map(|i| (i as f32 * 0.7).cos()).collect(),
+                    b: (0..2 * rows).map(|i| (i as f32 * 0.9).sin()).collect(),
+                },
+                scaling: 0.5,
+            };
+            let (a, b) = (&added.factors.a, &added.factors.b);
+            let product = |at: usize| -> f32 {
+                let (row, col) = (at / cols, at % cols);
+                (0..2).map(|k| b[row * 2 + k] * a[k * cols + col]).sum()
+            };
+            let want = want.iter().enumerate();
+            let want: Vec<f32> = want.map(|(at, v)| v - 0.5 * product(at)).collect();
+            close(method, &change::of(site, Some(&added), &pass), &want, 1e-5);
         }
     }
     let model = model(&folder(BASE));
     let pass = Pass::inference(&model.device());
-    let plain = change::of(model.sites()[0], &pass);
+    let plain = change::of(model.sites()[0], None, &pass);
     assert!(plain.iter().all(|v| *v == 0.0));
 }

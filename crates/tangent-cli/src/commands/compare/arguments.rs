@@ -131,9 +131,9 @@ pub struct OptimizationArgs {
     /// Micro-batches of a step.
     #[arg(long, default_value_t = 1, value_name = "N")]
     gradient_accumulation_steps: usize,
-    /// Largest norm of the gradient; 0 does not clip.
-    #[arg(long, default_value_t = 1.0)]
-    max_grad_norm: f32,
+    /// Largest norm of the gradient; 0 does not clip. If not given 1, with lora-rite its authors' 0.
+    #[arg(long, value_name = "NORM")]
+    pub max_grad_norm: Option<f32>,
     /// Decay of matrices.
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f32,
@@ -245,17 +245,18 @@ impl OptimizationArgs {
     /// # Errors
     /// If one is out of its range.
     pub fn train_config(&self, data: &DataArgs, length: Length) -> Result<TrainConfig, Failure> {
+        let usual = TrainConfig::default();
         let train = TrainConfig {
             schedule: self.lr_scheduler_type,
             warmup: Warmup::Ratio(self.warmup_ratio),
             weight_decay: self.weight_decay,
-            max_grad_norm: self.max_grad_norm,
+            max_grad_norm: self.max_grad_norm.unwrap_or(usual.max_grad_norm),
             batching: data.batching(),
             gradient_accumulation_steps: self.gradient_accumulation_steps,
             length,
             activation_checkpointing: self.activation_checkpointing,
             seed: self.seed,
-            ..TrainConfig::default()
+            ..usual
         };
         train.validate()?;
         Ok(train)
@@ -314,6 +315,7 @@ impl Args {
             targets: (!a.target_modules.is_empty()).then(|| Targets::parse(&a.target_modules)),
             rank: a.rank.map(NonZeroUsize::get),
             alpha: a.alpha,
+            max_grad_norm: o.max_grad_norm,
             train,
         })
     }

@@ -169,9 +169,9 @@ pub struct OptimizationArgs {
     /// Micro-batches of a step.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub gradient_accumulation_steps: usize,
-    /// Largest norm of the gradient; 0 does not clip.
-    #[arg(long, default_value_t = 1.0)]
-    pub max_grad_norm: f32,
+    /// Largest norm of the gradient; 0 does not clip. If not given 1, with lora-rite its authors' 0.
+    #[arg(long, value_name = "NORM")]
+    pub max_grad_norm: Option<f32>,
     /// Optimizer: adamw, sgd, and some for the factors of LoRA; see `tangent methods`.
     #[arg(long, alias = "optimizer", default_value = "adamw")]
     pub optim: String,
@@ -359,6 +359,9 @@ impl RunArgs {
 
     fn resolve(&self) -> TrainConfig {
         let o = &self.optimization;
+        let rule = optim::find(&o.optim);
+        let usual = TrainConfig::default().max_grad_norm;
+        let own_norm = rule.as_ref().map_or(usual, |rule| rule.max_grad_norm());
         TrainConfig {
             learning_rate: o.learning_rate,
             schedule: o.lr_scheduler_type,
@@ -369,7 +372,7 @@ impl RunArgs {
                 (_, steps) => Warmup::Steps(steps as usize),
             },
             // Checked later; as the list has it, however it was typed.
-            optimizer: optim::find(&o.optim).map_or_else(|_| o.optim.clone(), |r| r.id.into()),
+            optimizer: rule.map_or_else(|_| o.optim.clone(), |r| r.id.into()),
             hyper: Hyper {
                 beta1: o.adam_beta1,
                 beta2: o.adam_beta2,
@@ -381,7 +384,7 @@ impl RunArgs {
                 embedding_rate: o.loraplus_lr_embedding.unwrap_or(LoraPlus::EMBEDDING_RATE),
             }),
             weight_decay: o.weight_decay,
-            max_grad_norm: o.max_grad_norm,
+            max_grad_norm: o.max_grad_norm.unwrap_or(own_norm),
             batching: self.data_args.batching(),
             gradient_accumulation_steps: o.gradient_accumulation_steps,
             length: match usize::try_from(o.max_steps) {

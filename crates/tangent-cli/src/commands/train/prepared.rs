@@ -11,6 +11,7 @@ use tangent_peft::{
 };
 use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
+use tangent_train::evidence::{self, Evidence};
 use tangent_train::meter;
 use tangent_train::plan::{Draft, Plan, TrainedSite, megabytes, memory_size};
 use tangent_train::trainer;
@@ -139,7 +140,7 @@ impl Prepared {
     }
 
     /// The settings that a resumed run must repeat.
-    pub fn settings(&self, args: &RunArgs, config: &TrainConfig) -> Value {
+    pub fn settings(&self, args: &RunArgs, config: &TrainConfig) -> Result<Value, Failure> {
         let mut settings = config.to_json();
         let run = json!({
             "model": args.model.model.to_string_lossy(),
@@ -149,10 +150,18 @@ impl Prepared {
             "eval_data": trainer::fingerprint(&self.eval),
             "train_on": args.data_args.train_on.to_string(),
         });
-        let method = method_settings(&self.adapter_config, &self.sites_of(0));
-        let also = self.also.iter().enumerate();
-        let also = also.map(|(index, config)| method_settings(config, &self.sites_of(index + 1)));
-        let also: Vec<Value> = also.collect();
+        let of_part = |(part, adapter): (usize, &AdapterConfig)| -> Result<Value, Failure> {
+            let mut settings = method_settings(adapter, &self.sites_of(part));
+            let rows = evidence::rows(adapter)?;
+            if rows.most > 0 {
+                let looked_at = Evidence::first(&self.train, config, rows).rows();
+                settings["start_rows"] = json!(looked_at);
+            }
+            Ok(settings)
+        };
+        let method = of_part((0, &self.adapter_config))?;
+        let also = (1..).zip(&self.also).map(of_part);
+        let also = also.collect::<Result<Vec<Value>, Failure>>()?;
         if let Value::Object(all) = &mut settings {
             for part in [method, run] {
                 if let Value::Object(part) = part {
@@ -163,7 +172,7 @@ impl Prepared {
                 all.insert("also".into(), Value::Array(also));
             }
         }
-        settings
+        Ok(settings)
     }
 
     /// Paths of the sites that the method adapts of one of the adapters.

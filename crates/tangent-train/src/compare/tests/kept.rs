@@ -88,6 +88,19 @@ fn an_earlier_comparison_is_there_until_another_one_begins() {
         |_, _| {},
     );
     assert!(matches!(refused, Err(CompareError::Rows { .. })));
+    // While the pace of recipes is measured, nothing is given up.
+    let measured = place.compare(
+        |setup| {
+            again(setup);
+            setup.budget = Budget::Minutes(10.0);
+        },
+        |event, stop| {
+            let is_second = matches!(event, Event::Begin { recipe: "full", .. });
+            stop.store(is_second, Ordering::Relaxed);
+        },
+    );
+    assert!(matches!(measured, Err(CompareError::NotBegun)));
+    place.stop.store(false, Ordering::Relaxed);
     assert_eq!([LEDGER, REPORT].map(|name| place.read(name)), files);
     let stopped = place.compare(again, |event, stop| {
         stop.store(matches!(event, Event::Begin { .. }), Ordering::Relaxed);

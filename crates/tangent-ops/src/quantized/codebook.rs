@@ -1,4 +1,4 @@
-//! Code books: the value that each code stands for, to be multiplied by its block's scale.
+//! Codebooks: the value that each code stands for, to be multiplied by its block's scale.
 
 use super::FourBitType;
 
@@ -69,7 +69,7 @@ const FP4_THRESHOLDS: [f32; 7] = [
 
 impl FourBitType {
     /// The value of each code, between -1 and 1.
-    pub fn book(self) -> [f32; 16] {
+    pub fn codebook(self) -> [f32; 16] {
         match self {
             Self::Nf4 => NF4,
             Self::Fp4 => std::array::from_fn(|code| match code {
@@ -166,7 +166,7 @@ mod tests {
             0.7229568362236023,
             1.0,
         ];
-        assert_eq!(FourBitType::Nf4.book(), published.map(|v| v as f32));
+        assert_eq!(FourBitType::Nf4.codebook(), published.map(|v| v as f32));
         for (threshold, pair) in NF4_THRESHOLDS.iter().zip(NF4.windows(2)) {
             assert_eq!(*threshold, (pair[0] + pair[1]) / 2.0);
         }
@@ -175,25 +175,25 @@ mod tests {
     #[test]
     fn fp4_has_its_values() {
         let twelfths = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0];
-        let book = FourBitType::Fp4.book();
+        let codebook = FourBitType::Fp4.codebook();
         for (code, value) in twelfths.into_iter().enumerate() {
-            assert_eq!(book[code], value / 12.0);
-            assert_eq!(book[code + 8], -value / 12.0);
+            assert_eq!(codebook[code], value / 12.0);
+            assert_eq!(codebook[code + 8], -value / 12.0);
         }
     }
 
     #[test]
     fn every_value_has_the_nearest_code() {
         for kind in [FourBitType::Nf4, FourBitType::Fp4] {
-            let book = kind.book();
-            for (index, value) in book.iter().enumerate() {
+            let codebook = kind.codebook();
+            for (index, value) in codebook.iter().enumerate() {
                 // The two zeros of FP4 are one.
-                assert_eq!(book[usize::from(code(kind, *value))], *value, "{index}");
+                assert_eq!(codebook[usize::from(code(kind, *value))], *value, "{index}");
             }
             for step in -1000..=1000 {
                 let value = step as f32 / 1000.0;
-                let off = (book[usize::from(code(kind, value))] - value).abs();
-                let least = book.iter().map(|v| (v - value).abs());
+                let off = (codebook[usize::from(code(kind, value))] - value).abs();
+                let least = codebook.iter().map(|v| (v - value).abs());
                 let least = least.fold(f32::INFINITY, f32::min);
                 // The thresholds of FP4 have few digits.
                 assert!(off - least < 1e-6, "{kind:?} {value}: {off} {least}");

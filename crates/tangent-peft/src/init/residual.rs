@@ -1,4 +1,4 @@
-//! What is left of a weight without a product of two factors, quantized in its place.
+//! The residual of a weight without a product of two factors, quantized in its place.
 
 use std::sync::Arc;
 
@@ -48,20 +48,20 @@ pub(super) fn of_lost(setup: &Setup<'_>, base: &FrozenMatrix) -> Result<Factors,
 
 /// `Q(W - s B A)`, W being the weight before it was quantized.
 pub(super) fn quantized(setup: &Setup<'_>, taken: &Factors) -> Result<FrozenMatrix, PeftError> {
-    let left = less(setup.evidence, setup.sides(), taken, setup.scaling);
-    quantize(&left, setup.site)
+    let residual = residual_of(setup.evidence, setup.sides(), taken, setup.scaling);
+    quantize(&residual, setup.site)
 }
 
 /// `W - s B A` of a row-major `(rows, cols)` weight. Every element is summed in `f64` in the order of
 /// the rank, so that every processor makes the same codes of it.
-pub(crate) fn less(
+pub(crate) fn residual_of(
     weight: &[f32],
     (rows, cols): (usize, usize),
     taken: &Factors,
     scaling: f32,
 ) -> FrozenMatrix {
     let rank = taken.b.len() / rows.max(1);
-    let mut left = weight.to_vec();
+    let mut residual = weight.to_vec();
     let of_row = |(row, b): (&mut [f32], &[f32])| {
         let mut product = vec![0f64; cols];
         for (b, a) in b.iter().zip(taken.a.chunks(cols.max(1))) {
@@ -73,10 +73,11 @@ pub(crate) fn less(
             *value = (f64::from(*value) - f64::from(scaling) * product) as f32;
         }
     };
-    left.par_chunks_mut(cols.max(1))
+    residual
+        .par_chunks_mut(cols.max(1))
         .zip(taken.b.par_chunks(rank.max(1)))
         .for_each(of_row);
-    FrozenMatrix::from_values(left, rows, cols)
+    FrozenMatrix::from_values(residual, rows, cols)
 }
 
 /// The base of a site without what was taken: `Q(W - s B A)`, and a way to what is quantized there.
@@ -96,9 +97,9 @@ pub(crate) fn base(
     let residual: Original = Arc::new(move || {
         let whole = original()?;
         let sides = (whole.rows(), whole.cols());
-        let left = less(&whole.to_values(), sides, &taken, scaling);
+        let residual = residual_of(&whole.to_values(), sides, &taken, scaling);
         whole.leave();
-        Ok(left)
+        Ok(residual)
     });
     let weight = quantize(&residual()?, site)?;
     Ok((weight, residual))
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rest_is_the_weight_without_the_product() {
+    fn the_residual_is_the_weight_without_the_product() {
         let (rows, cols, rank) = (7, 11, 3);
         let (w, a, b) = (
             random(rows * cols, 1),
@@ -132,7 +133,7 @@ mod tests {
         let moved = product(mat(&b, rows, rank).as_ref(), mat(&a, rank, cols).as_ref());
         let whole = mat(&w, rows, cols);
         let want = Mat::from_fn(rows, cols, |i, j| whole[(i, j)] - 1.5 * moved[(i, j)]);
-        let got = less(&w, (rows, cols), &Factors { a, b }, 1.5).to_values();
+        let got = residual_of(&w, (rows, cols), &Factors { a, b }, 1.5).to_values();
         close("W - s B A", &mat(&got, rows, cols), &want, 1e-6);
         assert_ne!(got, to_rows(whole.as_ref()));
     }
@@ -147,7 +148,7 @@ mod tests {
         let held = quantized(rows, cols, 5);
         let (weight, residual) = base(&held, &taken, 2.0).unwrap();
         let whole = held.original.as_ref().unwrap()().unwrap().to_values();
-        let want = less(&whole, (rows, cols), &taken, 2.0);
+        let want = residual_of(&whole, (rows, cols), &taken, 2.0);
         assert_eq!(residual().unwrap().to_values(), want.to_values());
         assert_eq!(weight.quantization(), held.weight.quantization());
         let kind = held.weight.quantization().unwrap();
