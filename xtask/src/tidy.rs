@@ -29,6 +29,10 @@ const LISTED: [&str; 4] = [
 /// Functions that compile a closure for the widest SIMD of the CPU, which takes its being inlined.
 const KERNELS: &str = "crates/tangent-ops/src/";
 const DISPATCHERS: [&str; 3] = ["simd(", "fill_rows(", "fill_rows_of("];
+/// Calls that put an operation with a derivative of its own into the graph.
+const GRAPH: [&str; 2] = ["custom::apply(", "several::apply("];
+/// Where every operation is timed.
+const BENCHES: &str = "crates/tangent-ops/benches";
 
 /// Reads every Rust file under `crates/` and `xtask/` and lists all faults at once.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
@@ -47,6 +51,7 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     for folder in LISTED {
         faults.extend(unlisted(root, folder)?);
     }
+    faults.extend(untimed(root)?);
     if faults.is_empty() {
         println!("{} Rust files are tidy.", files.len());
         return Ok(());
@@ -220,6 +225,51 @@ fn unlisted(root: &Path, folder: &str) -> Result<Vec<String>, Failure> {
         .collect())
 }
 
+/// Faults for operations that no row of the benchmarks calls.
+fn untimed(root: &Path) -> Result<Vec<String>, Failure> {
+    let (mut benches, mut kernels) = (Vec::new(), Vec::new());
+    rust_files(&root.join(BENCHES), &mut benches)?;
+    rust_files(&root.join(KERNELS), &mut kernels)?;
+    kernels.sort();
+    let mut rows = String::new();
+    for file in benches {
+        rows += &fs::read_to_string(&file).map_err(file_failure(&file, "read"))?;
+    }
+    let mut faults = Vec::new();
+    for file in kernels {
+        let text = fs::read_to_string(&file).map_err(file_failure(&file, "read"))?;
+        let path = file.strip_prefix(root).unwrap_or(&file).display();
+        for (number, name) in operations(&text) {
+            if !rows.contains(&format!("tangent_ops::{name}(")) {
+                faults.push(format!(
+                    "{path}:{number}: no row in {BENCHES} times `{name}`; add one"
+                ));
+            }
+        }
+    }
+    Ok(faults)
+}
+
+/// Lines and names of the public functions that put an operation into the graph. Relies on the
+/// layout of rustfmt.
+fn operations(text: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let mut function = None;
+    for (number, line) in (1..).zip(text.lines()) {
+        if let Some(rest) = line.strip_prefix("pub fn ") {
+            let name = rest
+                .split(|c: char| !c.is_alphanumeric() && c != '_')
+                .next();
+            function = name.map(|name| (number, name));
+        } else if line.starts_with('}') {
+            function = None;
+        } else if GRAPH.iter().any(|call| line.contains(call)) {
+            found.extend(function.take());
+        }
+    }
+    found
+}
+
 /// The names whose stem is nowhere in the code of `list`.
 fn unnamed<'a>(list: &str, names: &'a [String]) -> Vec<&'a str> {
     let is_listed = |name: &str| {
@@ -343,6 +393,46 @@ fn h() {}
             assert!(root.join(folder).is_dir(), "{folder}");
             assert_eq!(unlisted(&root, folder).unwrap(), Vec::<String>::new());
         }
+    }
+
+    #[test]
+    fn operations_are_public_functions_that_apply_one() {
+        let text = "\
+pub fn one<const N: usize>(x: T) -> T {
+    if has_kernels(&x) {
+        return custom::apply(One, [x]);
+    }
+    custom::apply(Other, [x])
+}
+pub(crate) fn two(x: T) -> T {
+    custom::apply(Two, [x])
+}
+pub fn three(x: T) -> T {
+    definition(x)
+}
+fn four(x: T) -> T {
+    several::apply(Four, [x])
+}
+pub fn five_5(
+    x: T,
+) -> T {
+    several::apply(Five, [x])
+}
+";
+        assert_eq!(operations(text), [(1, "one"), (16, "five_5")]);
+    }
+
+    #[test]
+    fn every_operation_is_timed() {
+        let root = crate::repository_root();
+        assert_eq!(untimed(&root).unwrap(), Vec::<String>::new());
+        let text = fs::read_to_string(root.join(KERNELS).join("low_rank.rs")).unwrap();
+        let names: Vec<&str> = operations(&text)
+            .into_iter()
+            .map(|(_, name)| name)
+            .collect();
+        let expected = ["low_rank_linear", "gated_low_rank_linear", "low_rank_delta"];
+        assert_eq!(names, expected);
     }
 
     #[test]

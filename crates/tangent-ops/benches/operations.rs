@@ -6,6 +6,8 @@
 //! the machine can do. "forward + backward" times both passes, with a gradient of ones that is
 //! written within the time.
 
+mod adapters;
+mod frozen;
 mod harness;
 mod roofline;
 
@@ -16,25 +18,21 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
-use tangent_ops::{
-    AttentionShape, FrozenMatrix, Head, LowRank, MonarchShape, NormedLinear, Projection, Rotary,
-    Segments, StoredType, Target, WeightBytes,
-};
+use tangent_ops::{AttentionShape, Head, Rotary, Segments, StoredType, Target};
 
+use frozen::weight;
 use harness::{median, numbers};
 use roofline::{Measured, Roofline, Work};
 
 const TOKENS: usize = 1024;
-const LAYERS: usize = 30;
 const HIDDEN: usize = 576;
 const KEY_VALUE: usize = 192;
 const FEED_FORWARD: usize = 1536;
 const VOCABULARY: usize = 49_152;
-const RANK: usize = 8;
-/// Blocks of a Monarch product, and their rank.
-const BLOCKS: usize = 4;
-/// Numbers that are projected to weights.
-const DIMENSION: usize = 1000;
+/// Outputs and inputs of gate and up.
+const WIDENING: (usize, usize) = (FEED_FORWARD, HIDDEN);
+/// Outputs and inputs of down.
+const NARROWING: (usize, usize) = (HIDDEN, FEED_FORWARD);
 const ATTENTION: AttentionShape = AttentionShape {
     heads: 9,
     kv_heads: 3,
@@ -96,11 +94,11 @@ impl Row {
     }
 
     /// `f` without a graph.
-    fn forward(
+    fn forward<R>(
         name: &str,
         work: Work,
         inputs: &[Input],
-        f: impl Fn(&[Tensor<2>]) -> Tensor<2> + 'static,
+        f: impl Fn(&[Tensor<2>]) -> R + 'static,
     ) -> Self {
         let seeded = inputs.iter().zip(1..);
         let tensors: Vec<Tensor<2>> = seeded.map(|(input, seed)| input.tensor(seed)).collect();
@@ -150,40 +148,10 @@ fn work(flops: usize, floats: usize, stored: usize) -> Work {
     }
 }
 
-fn stored_bytes(stored: StoredType, rows: usize, cols: usize) -> usize {
-    rows * stored.row_bytes(cols).expect("rows are whole blocks")
-}
-
-/// A frozen weight; of the quantized types only `Q4_1` is there.
-fn frozen(stored: StoredType, rows: usize, cols: usize, seed: u64) -> FrozenMatrix {
-    if stored != StoredType::Q4_1 {
-        return FrozenMatrix::from_values(numbers(rows * cols, seed), rows, cols).convert(stored);
-    }
-    // A block is a scale, its smallest value, and 32 codes of four bits.
-    let scale = half::f16::from_f32(0.1).to_le_bytes();
-    let smallest = half::f16::from_f32(-0.75).to_le_bytes();
-    let mut bytes = Vec::with_capacity(stored_bytes(stored, rows, cols));
-    for codes in numbers(rows * cols / 2, seed).chunks_exact(16) {
-        bytes.extend(scale);
-        bytes.extend(smallest);
-        bytes.extend(codes.iter().map(|code| (code * 127.0) as i8 as u8));
-    }
-    FrozenMatrix::new(rows, cols, stored, WeightBytes::Owned(bytes.into()))
-        .expect("rows are whole blocks")
-}
-
 /// Every operation of the crate.
 fn rows() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for stored in [StoredType::F32, StoredType::BF16, StoredType::Q4_1] {
-        rows.extend(frozen_linear(stored));
-        rows.push(decoded_linear(stored));
-    }
-    rows.extend(low_rank());
-    rows.extend(normed_linears());
-    rows.extend(monarch());
-    rows.extend(project());
-    rows.extend(projected_linear());
+    let mut rows = frozen::rows();
+    rows.extend(adapters::rows());
     rows.extend(linear());
     rows.extend(rms_norm());
     rows.push(rotary());
@@ -196,145 +164,6 @@ fn rows() -> Vec<Row> {
     rows.extend(linear_cross_entropy());
     rows.push(log_softmax_at());
     rows
-}
-
-fn frozen_linear(stored: StoredType) -> [Row; 2] {
-    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
-    let weight = frozen(stored, d_out, d_in, 0);
-    // The backward pass is the same product the other way round.
-    let pass = work(
-        2 * n * d_out * d_in,
-        n * (d_in + d_out),
-        stored_bytes(stored, d_out, d_in),
-    );
-    let name = format!("frozen_linear {stored:?}");
-    Row::both(&name, [pass, pass], &[tracked(n, d_in)], move |t| {
-        tangent_ops::frozen_linear(t[0].clone(), &weight)
-    })
-}
-
-fn decoded_linear(stored: StoredType) -> Row {
-    let (d_out, d_in) = (FEED_FORWARD, HIDDEN);
-    // Decoding goes through all layers for each token; one weight alone would stay in cache.
-    let weights: Vec<FrozenMatrix> = (0..LAYERS as u64)
-        .map(|layer| frozen(stored, d_out, d_in, layer))
-        .collect();
-    let work = work(
-        2 * d_out * d_in,
-        d_in + d_out,
-        stored_bytes(stored, d_out, d_in),
-    );
-    let x = constant(1, d_in).tensor(1);
-    let mut layer = 0;
-    Row::new(
-        format!("frozen_linear {stored:?}, 1 token"),
-        work,
-        move || {
-            layer = (layer + 1) % LAYERS;
-            black_box(tangent_ops::frozen_linear(x.clone(), &weights[layer]));
-        },
-    )
-}
-
-fn low_rank() -> Vec<Row> {
-    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
-    let weight = frozen(StoredType::F32, d_out, d_in, 0);
-    let thin = RANK * (d_in + d_out);
-    let delta = [
-        work(2 * n * thin, n * (d_in + d_out) + thin, 0),
-        work(4 * n * thin, n * (2 * d_in + d_out) + 2 * thin, 0),
-    ];
-    let base = work(2 * n * d_out * d_in, d_out * d_in, 0);
-    let whole = delta.map(|delta| base + delta);
-    let inputs = [tracked(n, d_in), tracked(RANK, d_in), tracked(d_out, RANK)];
-    let linear = Row::both("low_rank_linear F32", whole, &inputs, move |t| {
-        let (a, b) = (t[1].clone(), t[2].clone());
-        tangent_ops::low_rank_linear(t[0].clone(), &weight, a, b, 2.0)
-    });
-    let delta = Row::both("low_rank_delta", delta, &inputs, |t| {
-        tangent_ops::low_rank_delta(t[0].clone(), t[1].clone(), t[2].clone(), 2.0)
-    });
-    linear.into_iter().chain(delta).collect()
-}
-
-/// Gate and up with their low-rank parts, after a normalization.
-fn normed_linears() -> [Row; 2] {
-    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
-    let weights = [0, 1].map(|seed| frozen(StoredType::F32, d_out, d_in, seed));
-    let scale = frozen(StoredType::F32, 1, d_in, 2);
-    let thin = RANK * (d_in + d_out);
-    let map = 2 * n * d_out * d_in;
-    let work = [
-        work(2 * (map + 2 * n * thin), n * (d_in + 2 * d_out), 0),
-        work(2 * (map + 4 * n * thin), n * (2 * d_in + 2 * d_out), 0),
-    ];
-    let (a, b) = (tracked(RANK, d_in), tracked(d_out, RANK));
-    let inputs = [tracked(n, d_in), a, b, a, b];
-    Row::both("normed_linears F32", work, &inputs, move |t| {
-        let maps = [0, 1].map(|i| NormedLinear {
-            weight: &weights[i],
-            product: Some(LowRank {
-                a: t[1 + 2 * i].clone(),
-                b: t[2 + 2 * i].clone(),
-                scaling: 2.0,
-            }),
-            tap: None,
-        });
-        let [gate, up] = tangent_ops::normed_linears(t[0].clone(), &scale, 1e-5, maps);
-        gate + up
-    })
-}
-
-fn monarch() -> [Row; 2] {
-    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
-    let shape = MonarchShape::new(d_in, d_out, BLOCKS, BLOCKS);
-    let ([a, b], [c, d]) = (shape.first(), shape.second());
-    let factors = a * b + c * d;
-    let passes = [
-        work(2 * n * factors, n * (d_in + d_out) + factors, 0),
-        work(4 * n * factors, n * (2 * d_in + d_out) + 2 * factors, 0),
-    ];
-    let inputs = [tracked(n, d_in), tracked(a, b), tracked(c, d)];
-    Row::both("monarch", passes, &inputs, move |t| {
-        tangent_ops::monarch(t[0].clone(), t[1].clone(), t[2].clone(), shape)
-    })
-}
-
-/// A Fastfood projection to a weight of the feed-forward, and the sums of its transforms.
-fn fastfood() -> (Projection, usize) {
-    let projection = Projection::fastfood(1, DIMENSION, (FEED_FORWARD, HIDDEN));
-    let size = (FEED_FORWARD * HIDDEN).next_power_of_two();
-    (projection, 2 * size * size.ilog2() as usize)
-}
-
-fn project() -> [Row; 2] {
-    let (projection, sums) = fastfood();
-    let pass = work(sums, DIMENSION + FEED_FORWARD * HIDDEN, 0);
-    let inputs = [tracked(1, DIMENSION)];
-    Row::both("project", [pass; 2], &inputs, move |t| {
-        tangent_ops::project(t[0].clone(), &projection)
-    })
-}
-
-fn projected_linear() -> [Row; 2] {
-    let (n, d_out, d_in) = (TOKENS, FEED_FORWARD, HIDDEN);
-    let (projection, sums) = fastfood();
-    let (stored, products) = (StoredType::BF16, 2 * n * d_out * d_in);
-    let bytes = stored_bytes(stored, d_out, d_in);
-    let passes = [
-        work(products + sums, n * (d_in + d_out) + DIMENSION, bytes),
-        work(
-            2 * (products + sums),
-            n * (2 * d_in + d_out) + DIMENSION,
-            bytes,
-        ),
-    ];
-    let weight = frozen(stored, d_out, d_in, 0);
-    let inputs = [tracked(n, d_in), tracked(1, DIMENSION), constant(1, 1)];
-    Row::both("projected_linear", passes, &inputs, move |t| {
-        let [x, theta, scale] = [0, 1, 2].map(|i| t[i].clone());
-        tangent_ops::projected_linear(x, &weight, theta, scale, &projection)
-    })
 }
 
 fn linear() -> [Row; 2] {
@@ -430,8 +259,9 @@ fn ids(len: usize) -> Vec<u32> {
 
 fn frozen_embedding() -> Row {
     let stored = StoredType::BF16;
-    let work = work(0, TOKENS * HIDDEN, stored_bytes(stored, TOKENS, HIDDEN));
-    let (table, ids) = (frozen(stored, VOCABULARY, HIDDEN, 0), ids(TOKENS));
+    let (table, ids) = (weight(stored, (VOCABULARY, HIDDEN), 0), ids(TOKENS));
+    let row_bytes = table.stored_bytes() / VOCABULARY;
+    let work = work(0, TOKENS * HIDDEN, TOKENS * row_bytes);
     let device = Device::flex();
     Row::new(format!("frozen_embedding {stored:?}"), work, move || {
         black_box(tangent_ops::frozen_embedding(&ids, &table, &device));
@@ -463,7 +293,7 @@ fn linear_cross_entropy() -> Vec<Row> {
         .collect();
     let factor = 1.0 / n as f32;
     let (inputs, wanted) = ([tracked(n, d), tracked(VOCABULARY, d)], targets.clone());
-    let weight = frozen(StoredType::F32, VOCABULARY, d, 0);
+    let weight = weight(StoredType::F32, (VOCABULARY, d), 0);
     let name = "linear_cross_entropy";
     let fixed = Row::both(name, [forward, d_x], &inputs[..1], move |t| {
         let head = Head::Frozen(weight.clone());

@@ -535,6 +535,24 @@ mod tests {
     }
 
     #[test]
+    fn threads_change_no_bit() {
+        let segment = |start, len, parent| Segment { start, len, parent };
+        // Rows of several blocks of queries, of which two share their beginning.
+        let segments = Arc::new(Segments::new(vec![
+            segment(0, 120, None),
+            segment(120, 60, Some(0)),
+            segment(180, 70, Some(0)),
+            segment(250, 100, None),
+        ]));
+        let rotary = rotary();
+        for window in [None, Some(50)] {
+            check::same_in_every_pool(&[(350, 16), (350, 8), (350, 8)], |t| {
+                attention_of(t, &segments, &rotary, window)
+            });
+        }
+    }
+
+    #[test]
     fn cached_steps_equal_the_whole_row() {
         let (n, rotary) = (11, rotary());
         let segments = Arc::new(Segments::rows(&[n]));

@@ -1,6 +1,10 @@
 //! Holds a kernel to its definition and to finite differences.
 
+use std::cell::Cell;
+use std::sync::LazyLock;
+
 use burn::tensor::{Device, Tensor};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// A kernel and its definition on inputs of the given `(rows, cols)`.
 pub(crate) struct Case<'a, F, D>
@@ -39,6 +43,36 @@ pub(crate) fn close(got: &[f32], want: &[f32], tolerance: f32) {
     }
 }
 
+/// The values' bits, which are equal only if the values are the same.
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Runs `f` in a pool of its own.
+pub(crate) fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.expect("threads start").install(f)
+}
+
+thread_local! {
+    static BASELINE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether kernels on this thread run as on a CPU without wide instructions.
+pub(crate) fn is_baseline() -> bool {
+    BASELINE.get()
+}
+
+/// Runs `f` as on a CPU without wide instructions, on one thread.
+pub(crate) fn on_baseline<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    static POOL: LazyLock<ThreadPool> = LazyLock::new(|| {
+        let pool = ThreadPoolBuilder::new().num_threads(1);
+        let pool = pool.start_handler(|_| BASELINE.set(true)).build();
+        pool.expect("a thread starts")
+    });
+    POOL.install(f)
+}
+
 type Inputs = Vec<Vec<f32>>;
 
 /// Input values of the given shapes.
@@ -74,19 +108,40 @@ fn cotangent(len: usize) -> Vec<f32> {
     values(len, 99)
 }
 
-/// Kernel and definition agree in outputs and gradients.
+/// Kernel and definition agree in outputs and gradients, by the widest instructions of this CPU and
+/// without them.
 #[track_caller]
 pub(crate) fn equal<F, D>(case: Case<'_, F, D>)
 where
-    F: Fn(&[Tensor<2>]) -> Tensor<2>,
+    F: Fn(&[Tensor<2>]) -> Tensor<2> + Sync,
     D: Fn(&[Tensor<2>]) -> Tensor<2>,
 {
     let inputs = inputs(case.shapes, 10);
-    let (output, gradients) = run(&case.fused, case.shapes, &inputs);
     let (want_output, want_gradients) = run(&case.definition, case.shapes, &inputs);
-    close(&output, &want_output, 2e-5);
-    for (got, want) in gradients.iter().zip(&want_gradients) {
-        close(got, want, 2e-5);
+    let fused = || run(&case.fused, case.shapes, &inputs);
+    for (output, gradients) in [fused(), on_baseline(fused)] {
+        close(&output, &want_output, 2e-5);
+        for (got, want) in gradients.iter().zip(&want_gradients) {
+            close(got, want, 2e-5);
+        }
+    }
+}
+
+/// Output and gradients of a kernel are the same to the bit in pools of one, two and three threads.
+#[track_caller]
+pub(crate) fn same_in_every_pool(
+    shapes: &[(usize, usize)],
+    fused: impl Fn(&[Tensor<2>]) -> Tensor<2> + Sync,
+) {
+    let inputs = inputs(shapes, 30);
+    let on = |threads: usize| -> Vec<Vec<u32>> {
+        let (output, gradients) = on_threads(threads, || run(&fused, shapes, &inputs));
+        let all = gradients.iter().chain([&output]);
+        all.map(|values| bits(values)).collect()
+    };
+    let want = on(1);
+    for threads in [2, 3] {
+        assert!(on(threads) == want, "{threads} threads");
     }
 }
 
@@ -94,7 +149,7 @@ where
 #[track_caller]
 pub(crate) fn operation<F, D>(case: Case<'_, F, D>)
 where
-    F: Fn(&[Tensor<2>]) -> Tensor<2>,
+    F: Fn(&[Tensor<2>]) -> Tensor<2> + Sync,
     D: Fn(&[Tensor<2>]) -> Tensor<2>,
 {
     let inputs = inputs(case.shapes, 20);

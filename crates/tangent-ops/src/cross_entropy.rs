@@ -7,6 +7,8 @@
 //! `factor / s_i * (e_ij - s_i [j = target_i])`. The factor of a row is left out of the many logits
 //! and multiplied into the few features on either side of them.
 
+mod logits;
+
 use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
@@ -14,8 +16,9 @@ use rayon::prelude::*;
 
 use crate::custom::{self, CpuOp, Matrix};
 use crate::frozen_linear;
-use crate::kernel::{self, Into, LaneSum, Threads, View, ViewMut};
+use crate::kernel::{self, Into, Threads, View, ViewMut};
 use crate::matrix::FrozenMatrix;
+use logits::{Block, Logits, blocks_of, max_and_sum};
 
 /// A supervised position: the token whose output predicts `id`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +38,11 @@ pub enum Head {
     Trained(Tensor<2>),
 }
 
-/// The loss `(1, 1)` of `x: (tokens, d)`, `factor` times the summed negative log-likelihood.
+/// The loss `(1, 1)` of `x: (tokens, d)`, `factor` times the summed negative log-likelihood; zero
+/// without targets.
+///
+/// # Panics
+/// If a target's token or id does not exist.
 pub fn linear_cross_entropy(
     x: Tensor<2>,
     head: Head,
@@ -79,13 +86,16 @@ pub fn definition(x: Tensor<2>, head: Head, targets: &[Target], factor: f32) -> 
 }
 
 /// `log softmax(logits)[id]` of each row of `logits: (rows, vocabulary)`.
+///
+/// # Panics
+/// If an id does not exist.
 pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
     let vocabulary = logits.len() / ids.len().max(1);
     logits
         .par_chunks(vocabulary.max(1))
         .zip(ids)
         .map(|(row, &id)| {
-            let (max, sum) = max_and_sum(row);
+            let (max, sum) = max_and_sum(&[row]);
             row[id as usize] - max - sum.ln()
         })
         .collect()
@@ -110,40 +120,38 @@ impl Weight<'_> {
 
     /// `x W^T` for `x: (m, d)`.
     fn forward(&self, x: &[f32], m: usize) -> Logits {
-        let part = |part: Range<usize>| {
+        let block = |ids: Range<usize>| {
             let values = match self {
-                Self::Frozen(weight) => frozen_linear::forward_part(x, m, weight, &part),
-                Self::Trained(w) => {
-                    let mut y = kernel::buffer(m * part.len());
-                    kernel::matmul(
-                        ViewMut::dense(&mut y, m, part.len()),
-                        Into::Overwrite,
-                        1.0,
-                        View::dense(x, m, w.cols()),
-                        rows_of(w, &part).t(),
-                        Threads::Pool,
-                    );
+                Self::Frozen(weight) => frozen_linear::forward_part(x, m, weight, ids.clone()),
+                Self::Trained(weight) => {
+                    let mut y = kernel::buffer(m * ids.len());
+                    let dst = ViewMut::dense(&mut y, m, ids.len());
+                    let x = View::dense(x, m, weight.cols());
+                    let rows = rows_of(weight, &ids).t();
+                    kernel::matmul(dst, Into::Overwrite, 1.0, x, rows, Threads::Pool);
                     y
                 }
             };
-            (part, values)
+            Block { ids, values }
         };
-        Logits(parts(self.rows(), m).map(part).collect())
+        let blocks = blocks_of(self.rows(), m).map(block).collect();
+        Logits { blocks }
     }
 
-    /// `dy W` for `dy: (m, vocabulary)`.
+    /// `dy W` for `dy: (m, vocabulary)`, whose blocks go one by one.
     fn backward(&self, dy: Logits, m: usize, d: usize) -> Vec<f32> {
         let mut dx = kernel::buffer(m * d);
         let mut mode = Into::Overwrite;
-        for (part, dy) in dy.0 {
+        for Block { ids, values } in dy.blocks {
             match self {
                 Self::Frozen(weight) => {
-                    frozen_linear::backward_part(&mut dx, mode, &dy, m, (weight, part));
+                    frozen_linear::backward_part(&mut dx, mode, &values, m, weight, ids);
                 }
-                Self::Trained(w) => {
+                Self::Trained(weight) => {
                     let dst = ViewMut::dense(&mut dx, m, d);
-                    let dy = View::dense(&dy, m, part.len());
-                    kernel::matmul(dst, mode, 1.0, dy, rows_of(w, &part), Threads::Pool);
+                    let dy = View::dense(&values, m, ids.len());
+                    let rows = rows_of(weight, &ids);
+                    kernel::matmul(dst, mode, 1.0, dy, rows, Threads::Pool);
                 }
             }
             mode = Into::Add;
@@ -153,134 +161,18 @@ impl Weight<'_> {
 }
 
 /// Some rows of a matrix.
-fn rows_of<'a>(m: &'a Matrix, part: &Range<usize>) -> View<'a> {
-    let values = &m.values()[part.start * m.cols()..part.end * m.cols()];
-    View::dense(values, part.len(), m.cols())
+fn rows_of<'a>(m: &'a Matrix, rows: &Range<usize>) -> View<'a> {
+    let values = &m.values()[rows.start * m.cols()..rows.end * m.cols()];
+    View::dense(values, rows.len(), m.cols())
 }
 
-/// Logits of a chunk, or their gradient, in blocks of the vocabulary: `(m, part.len())` of each
-/// part. Allocators have no room at hand for all of them in one piece; blocks go where activations
-/// were.
-struct Logits(Vec<(Range<usize>, Vec<f32>)>);
-
-/// Values of a block, at most.
-const BLOCK_VALUES: usize = 512 * 1024;
-
-/// The parts of the vocabulary that are blocks for `m` tokens, all of one width but the last.
-fn parts(vocabulary: usize, m: usize) -> impl Iterator<Item = Range<usize>> {
-    let width = match m * vocabulary <= BLOCK_VALUES {
-        true => vocabulary.max(1),
-        // Whole lanes, so that sums are those of whole rows.
-        false => (BLOCK_VALUES / m / 16).max(1) * 16,
-    };
-    (0..vocabulary)
-        .step_by(width)
-        .map(move |first| first..vocabulary.min(first + width))
-}
-
-impl Logits {
-    /// The pieces of each of `m` rows.
-    fn rows(&mut self, m: usize) -> Vec<Vec<&mut [f32]>> {
-        let mut rows: Vec<Vec<&mut [f32]>> = Vec::new();
-        rows.resize_with(m, || Vec::with_capacity(self.0.len()));
-        for (part, values) in &mut self.0 {
-            let pieces = values.chunks_exact_mut(part.len());
-            for (row, piece) in rows.iter_mut().zip(pieces) {
-                row.push(piece);
-            }
-        }
-        rows
+/// The rows of `x` that make the predictions, `(targets, d)`.
+fn predicting(x: &Matrix, targets: &[Target]) -> Vec<f32> {
+    let mut rows = Vec::with_capacity(targets.len() * x.cols());
+    for target in targets {
+        rows.extend_from_slice(&x.values()[target.token * x.cols()..][..x.cols()]);
     }
-}
-
-/// The value at `id` in the pieces of a row.
-fn at<'a>(pieces: &'a mut [&mut [f32]], id: usize) -> &'a mut f32 {
-    let width = pieces[0].len();
-    &mut pieces[id / width][id % width]
-}
-
-/// The largest value of the pieces of a row.
-#[inline(always)]
-fn largest(pieces: &[&mut [f32]]) -> f32 {
-    let all = pieces.iter().map(|piece| kernel::largest(piece));
-    // A NaN stays.
-    all.fold(
-        f32::NEG_INFINITY,
-        |a, b| if b > a || b.is_nan() { b } else { a },
-    )
-}
-
-/// The largest logit of a row, and the sum of `exp(logit - largest)`.
-fn max_and_sum(row: &[f32]) -> (f32, f32) {
-    kernel::simd(
-        #[inline(always)]
-        || {
-            let max = kernel::largest(row);
-            let mut sum = LaneSum::default();
-            kernel::add_exp_minus(row, max, &mut sum);
-            (max, sum.total())
-        },
-    )
-}
-
-/// `-log softmax` at the target.
-fn negative_log_likelihood(logit: f32, max: f32, sum: f32) -> f64 {
-    f64::from(sum).ln() + f64::from(max) - f64::from(logit)
-}
-
-/// The loss of a chunk without the factor.
-fn loss(mut logits: Logits, targets: &[Target]) -> f64 {
-    let losses: Vec<f64> = logits
-        .rows(targets.len())
-        .into_par_iter()
-        .zip(targets)
-        .map(|(mut row, target)| {
-            let logit = *at(&mut row, target.id as usize);
-            let (max, sum) = kernel::simd(
-                #[inline(always)]
-                || {
-                    let max = largest(&row);
-                    let mut sum = LaneSum::default();
-                    for piece in &row {
-                        kernel::add_exp_minus(piece, max, &mut sum);
-                    }
-                    (max, sum.total())
-                },
-            );
-            negative_log_likelihood(logit, max, sum)
-        })
-        .collect();
-    // A fixed order, so that the sum does not depend on threads.
-    losses.iter().sum()
-}
-
-/// Turns each row of a chunk's logits into `sum * (softmax - one_hot)`, `sum` being that of its
-/// exponentials. Returns the loss of the chunk without the factor, and the sums.
-fn gradient_in_place(logits: &mut Logits, targets: &[Target]) -> (f64, Vec<f32>) {
-    let (losses, sums): (Vec<f64>, Vec<f32>) = logits
-        .rows(targets.len())
-        .into_par_iter()
-        .zip(targets)
-        .map(|(mut row, target)| {
-            let id = target.id as usize;
-            let logit = *at(&mut row, id);
-            let (max, sum) = kernel::simd(
-                #[inline(always)]
-                || {
-                    let max = largest(&row);
-                    let mut sum = LaneSum::default();
-                    for piece in &mut row {
-                        kernel::exp_minus(piece, max, &mut sum);
-                    }
-                    (max, sum.total())
-                },
-            );
-            *at(&mut row, id) -= sum;
-            (negative_log_likelihood(logit, max, sum), sum)
-        })
-        .unzip();
-    // A fixed order, so that the sum does not depend on threads.
-    (losses.iter().sum(), sums)
+    rows
 }
 
 /// Multiplies each row by its scale.
@@ -313,6 +205,16 @@ fn scatter_scaled(d_x: &mut [f32], rows: &[f32], scales: &[f32], targets: &[Targ
     );
 }
 
+/// Adds `d_logits^T x` to the gradient of the head, for `x: (m, d)`.
+fn add_head_gradient(d_head: &mut [f32], d_logits: &Logits, x: &[f32], (m, d): (usize, usize)) {
+    for Block { ids, values } in &d_logits.blocks {
+        let dst = ViewMut::dense(&mut d_head[ids.start * d..ids.end * d], ids.len(), d);
+        let d_logits = View::dense(values, m, ids.len()).t();
+        let x = View::dense(x, m, d);
+        kernel::matmul(dst, Into::Add, 1.0, d_logits, x, Threads::Pool);
+    }
+}
+
 #[derive(Debug)]
 struct LinearCrossEntropy {
     frozen: Option<FrozenMatrix>,
@@ -339,30 +241,18 @@ impl CpuOp for LinearCrossEntropy {
         let mut total = 0f64;
         for targets in self.targets.chunks(CHUNK) {
             let m = targets.len();
-            let mut rows = Vec::with_capacity(m * d);
-            for target in targets {
-                rows.extend_from_slice(&x.values()[target.token * d..][..d]);
-            }
+            let mut rows = predicting(x, targets);
             let mut logits = head.forward(&rows, m);
             if !tracked {
-                total += loss(logits, targets);
+                total += logits.loss(targets);
                 continue;
             }
-            let (loss, sums) = gradient_in_place(&mut logits, targets);
+            let (loss, sums) = logits.loss_and_gradient(targets);
             total += loss;
             let scales: Vec<f32> = sums.iter().map(|sum| self.factor / sum).collect();
             if want_head {
                 scale_rows(&mut rows, &scales);
-                for (part, values) in &logits.0 {
-                    kernel::matmul(
-                        ViewMut::dense(&mut d_head[part.start * d..part.end * d], part.len(), d),
-                        Into::Add,
-                        1.0,
-                        View::dense(values, m, part.len()).t(),
-                        View::dense(&rows, m, d),
-                        Threads::Pool,
-                    );
-                }
+                add_head_gradient(&mut d_head, &logits, &rows, (m, d));
             }
             let d_rows = head.backward(logits, m, d);
             scatter_scaled(&mut d_x, &d_rows, &scales, targets);
@@ -402,11 +292,21 @@ mod tests {
     use super::*;
     use crate::StoredType;
     use crate::check::{self, Case};
+    use crate::frozen_linear::FEW_TOKENS;
 
     fn targets() -> Vec<Target> {
         [(0, 4), (2, 0), (2, 7), (5, 8)]
             .map(|(token, id)| Target { token, id })
             .to_vec()
+    }
+
+    /// `len` targets of a vocabulary, one a token.
+    fn spread(len: usize, vocabulary: usize) -> Vec<Target> {
+        let target = |token: usize| Target {
+            token,
+            id: (token * 131 % vocabulary) as u32,
+        };
+        (0..len).map(target).collect()
     }
 
     #[test]
@@ -432,12 +332,7 @@ mod tests {
     #[test]
     fn chunks_add_up() {
         let n = 2 * CHUNK + 3;
-        let targets: Vec<Target> = (0..n)
-            .map(|token| Target {
-                token,
-                id: (token * 7 % 9) as u32,
-            })
-            .collect();
+        let targets = spread(n, 9);
         check::equal(Case {
             shapes: &[(n, 5), (9, 5)],
             fused: |t| {
@@ -448,34 +343,84 @@ mod tests {
         });
     }
 
-    /// More values than a block has, in stored types that come in panels and in one that does not.
+    /// One block and several, in stored types that come in panels and in one that does not.
     #[test]
     fn blocks_of_the_vocabulary_equal_the_definition() {
-        let (n, d, vocabulary) = (CHUNK, 3, 4_099);
-        assert!(parts(vocabulary, n).count() > 2);
-        let targets: Vec<Target> = (0..n)
-            .map(|token| Target {
-                token,
-                id: (token * 131 % vocabulary) as u32,
-            })
-            .collect();
-        let weight = FrozenMatrix::from_values(check::values(vocabulary * d, 2), vocabulary, d);
-        for stored in [StoredType::F32, StoredType::BF16] {
-            let head = Head::Frozen(weight.convert(stored));
+        let d = 3;
+        for (n, vocabulary, blocks) in [
+            (1, 83, 1),
+            (FEW_TOKENS, 65_600, 1),
+            (FEW_TOKENS + 1, 58_300, 2),
+            (CHUNK, 4_099, 3),
+        ] {
+            assert_eq!(blocks_of(vocabulary, n).count(), blocks);
+            let targets = spread(n, vocabulary);
+            let weight = FrozenMatrix::from_values(check::values(vocabulary * d, 2), vocabulary, d);
+            for stored in [StoredType::F32, StoredType::BF16] {
+                let head = Head::Frozen(weight.convert(stored));
+                check::equal(Case {
+                    shapes: &[(n, d)],
+                    fused: |t| {
+                        linear_cross_entropy(t[0].clone(), head.clone(), targets.clone(), 0.3)
+                    },
+                    definition: |t| definition(t[0].clone(), head.clone(), &targets, 0.3),
+                });
+            }
             check::equal(Case {
-                shapes: &[(n, d)],
-                fused: |t| linear_cross_entropy(t[0].clone(), head.clone(), targets.clone(), 0.3),
-                definition: |t| definition(t[0].clone(), head.clone(), &targets, 0.3),
+                shapes: &[(n, d), (vocabulary, d)],
+                fused: |t| {
+                    let head = Head::Trained(t[1].clone());
+                    linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.3)
+                },
+                definition: |t| {
+                    let head = Head::Trained(t[1].clone());
+                    definition(t[0].clone(), head, &targets, 0.3)
+                },
             });
         }
-        check::equal(Case {
-            shapes: &[(n, d), (vocabulary, d)],
-            fused: |t| {
-                let head = Head::Trained(t[1].clone());
-                linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.3)
-            },
-            definition: |t| definition(t[0].clone(), Head::Trained(t[1].clone()), &targets, 0.3),
+    }
+
+    #[test]
+    fn threads_change_no_bit() {
+        let (n, d, vocabulary) = (CHUNK + 9, 24, 4_099);
+        let targets = spread(n, vocabulary);
+        let weight = FrozenMatrix::from_values(check::values(vocabulary * d, 2), vocabulary, d);
+        let frozen = Head::Frozen(weight.convert(StoredType::BF16));
+        check::same_in_every_pool(&[(n, d)], |t| {
+            linear_cross_entropy(t[0].clone(), frozen.clone(), targets.clone(), 0.3)
         });
+        check::same_in_every_pool(&[(n, d), (vocabulary, d)], |t| {
+            let head = Head::Trained(t[1].clone());
+            linear_cross_entropy(t[0].clone(), head, targets.clone(), 0.3)
+        });
+    }
+
+    #[test]
+    fn without_targets_loss_and_gradients_are_zero() {
+        let device = Device::flex().autodiff();
+        let leaf = |rows, seed| {
+            crate::tensor(check::values(rows * 5, seed), rows, 5, &device).require_grad()
+        };
+        let (x, weight) = (leaf(6, 1), leaf(9, 2));
+        let loss = linear_cross_entropy(x.clone(), Head::Trained(weight.clone()), vec![], 0.3);
+        let gradients = loss.backward();
+        assert_eq!(crate::values(loss), [0.0]);
+        for (leaf, len) in [(x, 6 * 5), (weight, 9 * 5)] {
+            let gradient = crate::values(leaf.grad(&gradients).unwrap());
+            assert_eq!(gradient, vec![0.0; len]);
+        }
+    }
+
+    #[test]
+    fn a_logit_that_is_no_number_is_seen_in_the_loss() {
+        for at in [0, 20, 42] {
+            let mut weight = check::values(43 * 5, 2);
+            weight[at * 5] = f32::NAN;
+            let head = Head::Frozen(FrozenMatrix::from_values(weight, 43, 5));
+            let x = crate::tensor(check::values(6 * 5, 3), 6, 5, &Device::flex());
+            let loss = crate::values(linear_cross_entropy(x, head, targets(), 0.3));
+            assert!(loss[0].is_nan(), "{at}");
+        }
     }
 
     /// Rows of several SIMD widths and a rest, with some confident predictions.

@@ -85,7 +85,7 @@ fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
             }
         };
         for (x, first) in several.iter().zip((0..).step_by(TOGETHER)) {
-            pulp::Arch::new().dispatch(Rows::<B, TOGETHER> {
+            kernel::arch().dispatch(Rows::<B, TOGETHER> {
                 bytes,
                 d_out,
                 rows: rows.clone(),
@@ -96,7 +96,7 @@ fn product<B: Block>(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
             });
         }
         if let Some(x) = &alone {
-            pulp::Arch::new().dispatch(Rows::<B, 1> {
+            kernel::arch().dispatch(Rows::<B, 1> {
                 bytes,
                 d_out,
                 rows,
@@ -292,14 +292,16 @@ mod tests {
         }
     }
 
+    /// By the widest vectors of this CPU, and without any.
     #[track_caller]
     fn check_products(what: &str, weight: &FrozenMatrix) {
         let (d_out, d_in) = (weight.rows(), weight.cols());
         let values = weight.to_values();
         for n in [1, 3, 5, 8] {
             let x = check::values(n * d_in, 11);
-            let y = run(&x, n, weight);
-            for (i, got) in y.iter().enumerate() {
+            let product = || run(&x, n, weight);
+            let both = [product(), check::on_baseline(product)];
+            for (i, got) in both.iter().flat_map(|y| y.iter().enumerate()) {
                 let (x, w) = (&x[i / d_out * d_in..], &values[i % d_out * d_in..]);
                 let terms = x.iter().zip(w).take(d_in);
                 let terms = terms.map(|(x, w)| f64::from(*x) * f64::from(*w));
@@ -343,6 +345,74 @@ mod tests {
                 assert_eq!(bits(run(x, 1, &weight)), want, "{stored:?}");
             }
         }
+    }
+
+    /// Products with a weight of blocks `B` by vectors of one kind, as bits.
+    struct ByVectors<'a, B> {
+        weight: &'a FrozenMatrix,
+        x: &'a [f32],
+        block: PhantomData<B>,
+    }
+
+    impl<B: Block> WithSimd for ByVectors<'_, B> {
+        type Output = Vec<u32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<u32> {
+            let (d_out, d_in) = (self.weight.rows(), self.weight.cols());
+            let (stored, bytes) = self.weight.stored_rows().unwrap();
+            assert_eq!(stored, B::STORED);
+            let mut y = vec![f32::NAN; TOGETHER * d_out];
+            Rows::<B, TOGETHER> {
+                rows: 0..d_out,
+                bytes,
+                d_out,
+                x: &side_by_side::<TOGETHER>(self.x, d_in),
+                tokens: 0..TOGETHER,
+                y: SharedMut::new(&mut y),
+                block: PhantomData,
+            }
+            .with_simd(simd);
+            check::bits(&y)
+        }
+    }
+
+    #[test]
+    fn vector_widths_change_no_bit() {
+        fn same<B: Block>() {
+            let d_in = if B::PLAIN { 45 } else { 768 };
+            let (weight, x) = (
+                weight(B::STORED, 5, d_in),
+                check::values(TOGETHER * d_in, 11),
+            );
+            let products = || ByVectors::<B> {
+                weight: &weight,
+                x: &x,
+                block: PhantomData,
+            };
+            let want = products().with_simd(pulp::Scalar128b);
+            let others = [
+                products().with_simd(pulp::Scalar256b),
+                products().with_simd(pulp::Scalar512b),
+            ];
+            assert!(others.iter().all(|got| *got == want), "{:?}", B::STORED);
+            // The oldest CPUs round between multiplication and addition.
+            if !matches!(pulp::Arch::new(), pulp::Arch::Scalar) {
+                let got = pulp::Arch::new().dispatch(products());
+                assert!(got == want, "{:?}", B::STORED);
+            }
+        }
+        same::<blocks::F32>();
+        same::<blocks::F16>();
+        same::<blocks::BF16>();
+        same::<blocks::Q8_0>();
+        same::<blocks::Q4_0>();
+        same::<blocks::Q4_1>();
+        same::<blocks::Q5_0>();
+        same::<blocks::Q5_1>();
+        same::<blocks::Q4K>();
+        same::<blocks::Q5K>();
+        same::<blocks::Q6K>();
     }
 
     #[test]

@@ -26,27 +26,11 @@ pub fn definition(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
 
 /// Up to this many tokens the weight is widened in registers, which is what decoding needs; above
 /// it panels go through the matrix product.
-const FEW_TOKENS: usize = 8;
+pub(crate) const FEW_TOKENS: usize = 8;
 
 /// `x W^T` for row-major `x: (n, d_in)`.
 pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
-    let (d_out, d_in) = (weight.rows(), weight.cols());
-    let mut y = kernel::buffer(n * d_out);
-    if n <= FEW_TOKENS {
-        few_tokens::forward(x, n, weight, &mut y);
-    } else {
-        weight.for_each_panel(|first, rows, panel| {
-            kernel::matmul(
-                ViewMut::new(&mut y[first..], n, rows, d_out),
-                Into::Overwrite,
-                1.0,
-                View::dense(x, n, d_in),
-                View::dense(panel, rows, d_in).t(),
-                Threads::Pool,
-            );
-        });
-    }
-    y
+    forward_part(x, n, weight, 0..weight.rows())
 }
 
 /// [`forward`] of the outputs `part` alone, `(n, part.len())`.
@@ -54,16 +38,17 @@ pub(crate) fn forward_part(
     x: &[f32],
     n: usize,
     weight: &FrozenMatrix,
-    part: &Range<usize>,
+    part: Range<usize>,
 ) -> Vec<f32> {
-    if *part == (0..weight.rows()) {
-        return forward(x, n, weight);
-    }
-    let (width, d_in) = (part.len(), weight.cols());
+    let (start, width, d_in) = (part.start, part.len(), weight.cols());
     let mut y = kernel::buffer(n * width);
-    weight.for_each_panel_of(part.clone(), |first, rows, panel| {
+    if n <= FEW_TOKENS && width == weight.rows() {
+        few_tokens::forward(x, n, weight, &mut y);
+        return y;
+    }
+    weight.for_each_panel_of(part, |first, rows, panel| {
         kernel::matmul(
-            ViewMut::new(&mut y[first - part.start..], n, rows, width),
+            ViewMut::new(&mut y[first - start..], n, rows, width),
             Into::Overwrite,
             1.0,
             View::dense(x, n, d_in),
@@ -89,7 +74,7 @@ pub(crate) fn backward_into(
     n: usize,
     weight: &FrozenMatrix,
 ) {
-    backward_part(dx, mode, dy, n, (weight, 0..weight.rows()));
+    backward_part(dx, mode, dy, n, weight, 0..weight.rows());
 }
 
 /// [`backward_into`] of the outputs `part` alone, whose gradient is `dy: (n, part.len())`.
@@ -98,15 +83,16 @@ pub(crate) fn backward_part(
     mut mode: Into,
     dy: &[f32],
     n: usize,
-    (weight, part): (&FrozenMatrix, Range<usize>),
+    weight: &FrozenMatrix,
+    part: Range<usize>,
 ) {
-    let (width, d_in) = (part.len(), weight.cols());
-    weight.for_each_panel_of(part.clone(), |first, rows, panel| {
+    let (start, width, d_in) = (part.start, part.len(), weight.cols());
+    weight.for_each_panel_of(part, |first, rows, panel| {
         kernel::matmul(
             ViewMut::dense(dx, n, d_in),
             mode,
             1.0,
-            View::new(&dy[first - part.start..], n, rows, width),
+            View::new(&dy[first - start..], n, rows, width),
             View::dense(panel, rows, d_in),
             Threads::Pool,
         );
@@ -197,5 +183,32 @@ mod tests {
         let dy = check::values(n * d_out, 6);
         check::close(&forward(&x, n, &wide), &forward(&x, n, &dense), 1e-4);
         check::close(&backward(&dy, n, &wide), &backward(&dy, n, &dense), 1e-4);
+    }
+
+    #[test]
+    fn parts_are_those_of_the_whole() {
+        // Parts that begin and end inside of panels, for few tokens as well as many.
+        let (d_out, d_in) = (150, 4_096);
+        let wide = FrozenMatrix::from_values(check::values(d_out * d_in, 3), d_out, d_in);
+        for weight in [wide.convert(StoredType::BF16), wide] {
+            for n in [3, 11] {
+                let (x, dy) = (check::values(n * d_in, 4), check::values(n * d_out, 6));
+                let y = forward(&x, n, &weight);
+                let mut dx = vec![f32::NAN; n * d_in];
+                let mut mode = Into::Overwrite;
+                for part in [0..5, 5..140, 140..150] {
+                    let columns = |values: &[f32]| -> Vec<f32> {
+                        let rows = values.chunks_exact(d_out);
+                        rows.flat_map(|row| row[part.clone()].to_vec()).collect()
+                    };
+                    let got = forward_part(&x, n, &weight, part.clone());
+                    check::close(&got, &columns(&y), 1e-5);
+                    let dy = columns(&dy);
+                    backward_part(&mut dx, mode, &dy, n, &weight, part.clone());
+                    mode = Into::Add;
+                }
+                check::close(&dx, &backward(&dy, n, &weight), 1e-5);
+            }
+        }
     }
 }

@@ -172,6 +172,16 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
     values
 }
 
+/// The instructions that kernels run with: the widest of this CPU.
+#[inline(always)]
+pub(crate) fn arch() -> pulp::Arch {
+    #[cfg(test)]
+    if crate::check::is_baseline() {
+        return pulp::Arch::Scalar;
+    }
+    pulp::Arch::new()
+}
+
 /// Runs `f` compiled for the widest SIMD of this CPU, provided that `f` is inlined: a closure is
 /// marked `#[inline(always)]`, otherwise one of some size stays a function of the baseline.
 #[inline(always)]
@@ -185,7 +195,7 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
             (self.0)()
         }
     }
-    pulp::Arch::new().dispatch(Run(f))
+    arch().dispatch(Run(f))
 }
 
 /// Fills the rows of a `(rows, cols)` buffer in parallel, `f(row, output)`, under SIMD dispatch.
@@ -321,7 +331,7 @@ pub(crate) fn exp_minus_max(row: &mut [f32]) -> (f32, f32) {
 /// Turns `row` into `exp(row - max)` and adds that to `sum`.
 #[inline(always)]
 pub(crate) fn exp_minus(row: &mut [f32], max: f32, sum: &mut LaneSum) {
-    let mut chunks = row.chunks_exact_mut(16);
+    let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
         for (lane, v) in sum.lanes.iter_mut().zip(chunk) {
             *v = exp(*v - max);
@@ -337,7 +347,7 @@ pub(crate) fn exp_minus(row: &mut [f32], max: f32, sum: &mut LaneSum) {
 /// [`exp_minus`] that leaves `row` as it is.
 #[inline(always)]
 pub(crate) fn add_exp_minus(row: &[f32], max: f32, sum: &mut LaneSum) {
-    let chunks = row.chunks_exact(16);
+    let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
         for (lane, v) in sum.lanes.iter_mut().zip(chunk) {
@@ -349,10 +359,14 @@ pub(crate) fn add_exp_minus(row: &[f32], max: f32, sum: &mut LaneSum) {
     }
 }
 
-/// A sum in sixteen interleaved lanes, which pieces of a row can be added to one after another.
+/// Values that a [`LaneSum`] adds side by side.
+pub(crate) const LANES: usize = 16;
+
+/// A sum in interleaved lanes, which pieces of a row can be added to one after another. It is that
+/// of the whole row if all pieces but the last are whole [`LANES`].
 #[derive(Default)]
 pub(crate) struct LaneSum {
-    lanes: [f32; 16],
+    lanes: [f32; LANES],
     /// Of what fills no lanes.
     rest: f32,
 }
@@ -396,6 +410,7 @@ impl SharedMut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check;
 
     #[test]
     fn exp_is_accurate_over_its_range() {
@@ -462,5 +477,47 @@ mod tests {
             }
             assert_eq!(c[i * 5 + 3], 1.0, "outside the view is untouched");
         }
+    }
+
+    #[test]
+    fn threads_change_no_bit_of_a_product() {
+        // Several steps of the inner sum, and far more work than one thread is given alone.
+        let (m, n, k) = (100, 90, 1_100);
+        let (a, b) = (check::values(m * k, 1), check::values(k * n, 2));
+        let before = check::values(m * n, 3);
+        for lhs in [View::dense(&a, m, k), View::dense(&a, k, m).t()] {
+            for rhs in [View::dense(&b, k, n), View::dense(&b, n, k).t()] {
+                let product = || {
+                    let mut out = before.clone();
+                    let dst = ViewMut::dense(&mut out, m, n);
+                    matmul(dst, Into::Add, 0.3, lhs, rhs, Threads::Pool);
+                    check::bits(&out)
+                };
+                let want = check::on_threads(1, product);
+                for threads in [2, 3] {
+                    let got = check::on_threads(threads, product);
+                    assert!(got == want, "{threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_row_have_its_sum() {
+        let row = check::values(83, 1);
+        let max = largest(&row);
+        let sum = |pieces: &[&[f32]]| {
+            let (mut added, mut replaced) = (LaneSum::default(), LaneSum::default());
+            for piece in pieces {
+                add_exp_minus(piece, max, &mut added);
+                exp_minus(&mut piece.to_vec(), max, &mut replaced);
+            }
+            assert_eq!(added.total(), replaced.total());
+            added.total()
+        };
+        assert_eq!(
+            sum(&[&row[..16], &row[16..64], &row[64..]]),
+            sum(&[&row[..]])
+        );
     }
 }

@@ -272,6 +272,16 @@ mod tests {
     }
 
     #[test]
+    fn threads_change_no_bit() {
+        let weight = FrozenMatrix::from_values(check::values(90 * 110, 5), 90, 110);
+        let shapes = &[(150, 110), (150, 110), (8, 110), (90, 8)];
+        check::same_in_every_pool(shapes, |t| {
+            let [gate, up, a, b] = [0, 1, 2, 3].map(|i| t[i].clone());
+            gated_low_rank_linear(gate, up, &weight, a, b, 1.7)
+        });
+    }
+
+    #[test]
     fn few_tokens_and_high_ranks_equal_definitions() {
         for (n, rank) in [(3, 3), (FEW_TOKENS + 1, 64), (11, thin::MAX_RANK + 1)] {
             check::equal(Case {

@@ -240,7 +240,7 @@ mod tests {
     use pulp::{Simd, WithSimd};
 
     use super::*;
-    use crate::check::values;
+    use crate::check::{self, values};
 
     /// Asserts that each element is the sum of its terms.
     #[track_caller]
@@ -305,6 +305,13 @@ mod tests {
                     equal_loops(rank, d, n);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn products_without_wide_vectors_equal_plain_loops() {
+        for (rank, d, n) in [(1, 7, 1), (8, 33, 5), (11, 53, 64), (64, 16, 50)] {
+            check::on_baseline(|| equal_loops(rank, d, n));
         }
     }
 

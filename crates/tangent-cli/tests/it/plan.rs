@@ -194,12 +194,7 @@ fn predicted_peaks_are_those_of_runs() {
         return;
     };
     let place = Place::new();
-    let words = |row: usize| -> String {
-        let words = (0..300).map(|word| format!("{} ", (word * 37 + row * 101) % 997));
-        words.collect()
-    };
-    let rows = (0..8).map(|row| format!("{{\"text\": \"{}\"}}\n", words(row)));
-    place.write("long.jsonl", rows.collect::<String>());
+    place.write("long.jsonl", crate::real_model::long_rows(8));
     for run in REAL_RUNS {
         let model = model.display();
         let line = format!("--model {model} --data long.jsonl --max-steps 2 {run} --json");

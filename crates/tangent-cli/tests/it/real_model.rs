@@ -8,6 +8,8 @@ use tangent_model::{BaseDtype, Batch, LanguageModel, Pass, forward};
 use tangent_peft::{AdapterConfig, PeftError, attach, methods};
 use tangent_train::plan::TrainedSite;
 
+use crate::Place;
+
 /// The file that the values belong to, or a loud note that these tests did not run.
 pub fn path() -> Option<PathBuf> {
     let path = std::env::var_os("TANGENT_MODEL").map(PathBuf::from);
@@ -20,6 +22,16 @@ pub fn path() -> Option<PathBuf> {
         return None;
     };
     Some(path)
+}
+
+/// Rows of some hundred tokens each.
+pub fn long_rows(count: usize) -> String {
+    let words = |row: usize| -> String {
+        let words = (0..300).map(|word| format!("{} ", (word * 37 + row * 101) % 997));
+        words.collect()
+    };
+    let rows = (0..count).map(|row| format!("{{\"text\": \"{}\"}}\n", words(row)));
+    rows.collect()
 }
 
 fn open() -> Option<LanguageModel> {
@@ -132,4 +144,22 @@ fn methods_train_as_many_parameters_as_the_readme_says() {
         };
         assert_eq!(count, row.parameters, "{}", row.id);
     }
+}
+
+/// Its products are large enough for several threads.
+#[test]
+fn threads_change_no_byte_of_an_adapter() {
+    let Some(model) = path() else { return };
+    let place = Place::new();
+    place.write("long.jsonl", long_rows(4));
+    let trained = |threads: usize| {
+        let line = format!(
+            "train --model {} --data long.jsonl --max-length 64 --batch-size 2 --max-steps 2 \
+             --output on-{threads} --threads {threads}",
+            model.display()
+        );
+        place.run(&line).succeeded();
+        place.read(&format!("on-{threads}/adapter_model.safetensors"))
+    };
+    assert!(trained(1) == trained(2));
 }

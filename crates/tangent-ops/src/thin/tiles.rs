@@ -21,7 +21,7 @@ pub(super) trait Kernel {
 
 /// Runs a kernel by the widest vectors of this CPU.
 pub(super) fn run(kernel: impl Kernel) {
-    pulp::Arch::new().dispatch(Run(kernel));
+    kernel::arch().dispatch(Run(kernel));
 }
 
 /// A kernel with as many ranks at a time as there are registers for.
