@@ -6,7 +6,7 @@
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
-pub(super) const PROCESS_BYTES: u64 = 62_000_000;
+pub(super) const PROCESS_BYTES: u64 = 82_000_000;
 
 /// Resident bytes of the tokenizer for every token of the vocabulary.
 pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
@@ -16,10 +16,10 @@ pub(super) const ROW_BYTES: u64 = 160;
 
 /// Bytes of activations and logits that the allocator takes for every byte asked of it: large
 /// buffers are rounded up to its classes of sizes.
-pub(super) const ALLOCATOR_SHARE: f64 = 1.08;
+pub(super) const ALLOCATOR_SHARE: f64 = 1.055;
 
 /// The same for trained tensors, their gradients and moments, which are smaller and live longer.
-pub(super) const TRAINED_SHARE: f64 = 1.03;
+pub(super) const TRAINED_SHARE: f64 = 1.015;
 
 /// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
 /// leaves this share free.
