@@ -249,6 +249,10 @@ fn message(payload: &(dyn Any + Send)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+
+    use clap::Parser;
+
     use super::*;
 
     const ALL: [DeviceName; 4] = [
@@ -285,6 +289,23 @@ mod tests {
         let text = DeviceError::NotFound { device }.to_string();
         for part in ["--device wgpu", "Vulkan", "mesa-vulkan-drivers"] {
             assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn another_process_of_this_binary_tries_the_device() {
+        for device in ALL {
+            let command = device.probe().unwrap();
+            let program = env::current_exe().unwrap();
+            assert_eq!(command.get_program(), program.as_os_str());
+            let name = device.to_string();
+            let words: Vec<&OsStr> = command.get_args().collect();
+            assert_eq!(words, ["probe-device", name.as_str()]);
+            // The command line knows the command and takes the name.
+            let line = [OsStr::new("tangent")].into_iter().chain(words);
+            let parsed = crate::Cli::try_parse_from(line).unwrap();
+            let command = parsed.command;
+            assert!(matches!(command, crate::commands::Command::ProbeDevice(_)));
         }
     }
 

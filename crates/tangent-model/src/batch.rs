@@ -137,7 +137,8 @@ fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Counts the tokens that a batch of some rows computes, row by row.
+/// Counts the tokens that a batch of some rows computes, row by row. It is given of each row what is
+/// computed: its [`inputs`](Batch::inputs) for [`Batch::for_targets`], else the whole row.
 #[derive(Clone, Debug, Default)]
 pub struct DistinctTokens<'a> {
     sorted: Vec<&'a [u32]>,
@@ -150,7 +151,7 @@ impl<'a> DistinctTokens<'a> {
         self.count
     }
 
-    /// Tokens that `row` would add.
+    /// Tokens that `row`, as far as it is computed, would add.
     pub fn added_by(&self, row: &[u32]) -> usize {
         let at = self.sorted.partition_point(|other| *other < row);
         let neighbors = self.sorted[..at]
@@ -161,7 +162,7 @@ impl<'a> DistinctTokens<'a> {
         row.len() - shared.unwrap_or(0)
     }
 
-    /// Adds a row.
+    /// Adds a row, as far as it is computed.
     pub fn add(&mut self, row: &'a [u32]) {
         let added = self.added_by(row);
         // A row that adds nothing is the beginning of another one, which stands for both.

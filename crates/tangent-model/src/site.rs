@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_ops::{FrozenMatrix, Head, LowRank, NormedLinear, Tap};
+use tangent_ops::{FrozenMatrix, Head, LowRank, NormedLinear, StoredType, Tap};
 
 use crate::error::ModelError;
 use crate::parameter::Parameter;
@@ -156,6 +156,9 @@ pub struct Site {
     pub weight: FrozenMatrix,
     /// What the weight was quantized from, where that was done when the model was opened or since.
     pub original: Option<Original>,
+    /// The type in which the model's file holds the weight, where it was quantized when the model was
+    /// opened.
+    pub quantized_from: Option<StoredType>,
     /// The frozen bias, `(1, d_out)`.
     pub bias: Option<FrozenMatrix>,
     /// Path of the site whose weight this one shares (a tied head).
@@ -185,6 +188,7 @@ impl Site {
             layer,
             weight,
             original: None,
+            quantized_from: None,
             bias: None,
             tied_to: None,
             adapter: None,
@@ -218,14 +222,6 @@ impl Site {
         let original = self.original.clone();
         let here = self.replaced.is_some().then(|| self.weight.clone());
         here.zip(original)
-    }
-
-    /// What the weight was quantized from that is here without whatever is attached.
-    pub fn detached_original(&self) -> Option<&Original> {
-        match &self.replaced {
-            Some(replaced) => replaced.1.as_ref(),
-            None => self.original.as_ref(),
-        }
     }
 
     /// Removes whatever is attached. The frozen weight is the model's again.
@@ -427,8 +423,6 @@ mod tests {
             assert_eq!(from().unwrap().to_values(), [other + 1.0; 6]);
             assert_eq!(site.weight.to_values(), [other; 6]);
             assert_eq!(read(&site), [other + 1.0; 6]);
-            let before = site.detached_original().unwrap();
-            assert_eq!(before().unwrap().to_values(), [2.0; 6]);
         }
         site.detach();
         assert_eq!(

@@ -13,7 +13,7 @@ use safetensors::{Dtype, SafeTensors};
 use tangent_ops::{FrozenMatrix, MappedFile, MatrixError, Quantization, StoredType, WeightBytes};
 
 use crate::error::ModelError;
-use crate::gguf::{GgufFile, gguf_name, unpermute_rows};
+use crate::gguf::{GgufFile, TensorInfo, gguf_name, unpermute_rows};
 use crate::site::Original;
 
 pub(crate) use bitsandbytes::take_config;
@@ -145,19 +145,20 @@ impl Weights {
         })
     }
 
-    /// A way to what [`Weights::matrix`] quantizes; `None` where it does not, or where the file
-    /// itself has quantized weights of bitsandbytes.
-    pub fn original(&self, name: &str, rows: usize, cols: usize) -> Option<Original> {
-        let quantizes = matches!(self.base_dtype, BaseDtype::Quantized(_));
-        let is_quantized = match &*self.source {
-            Source::Safetensors(tensors) => bitsandbytes::is_quantized(tensors, name),
-            Source::Gguf { .. } => false,
-        };
-        if !quantizes || is_quantized {
+    /// The type in which the file holds what [`Weights::matrix`] quantizes, and a way to it; `None`
+    /// where it does not, or where the file itself has quantized weights of bitsandbytes.
+    pub fn original(&self, name: &str, rows: usize, cols: usize) -> Option<(StoredType, Original)> {
+        let BaseDtype::Quantized(_) = self.base_dtype else {
             return None;
-        }
+        };
+        let stored = match &*self.source {
+            Source::Safetensors(tensors) if bitsandbytes::is_quantized(tensors, name) => None,
+            Source::Safetensors(tensors) => numbers(tensors.get(name)?.dtype),
+            Source::Gguf { file, .. } => gguf_tensor(file, name).map(|tensor| tensor.kind),
+        }?;
         let (weights, name) = (self.clone(), name.to_owned());
-        Some(Arc::new(move || weights.stored(&name, &[rows, cols])))
+        let read: Original = Arc::new(move || weights.stored(&name, &[rows, cols]));
+        Some((stored, read))
     }
 
     /// The vector `name` of `len` values as a `(1, len)` matrix of `f32`.
@@ -269,18 +270,11 @@ impl Weights {
             read.used.iter().for_each(|part| self.mark(part));
             return Ok(read.matrix);
         }
-        let stored = match tensor.dtype {
-            Dtype::F32 => StoredType::F32,
-            Dtype::F16 => StoredType::F16,
-            Dtype::BF16 => StoredType::BF16,
-            other => {
-                return Err(ModelError::StoredType {
-                    path: tensor.file.to_path_buf(),
-                    tensor: name.to_owned(),
-                    got: format!("{other:?}"),
-                });
-            }
-        };
+        let stored = numbers(tensor.dtype).ok_or_else(|| ModelError::StoredType {
+            path: tensor.file.to_path_buf(),
+            tensor: name.to_owned(),
+            got: format!("{:?}", tensor.dtype),
+        })?;
         let bytes = WeightBytes::Mapped(tensor.map.clone(), tensor.range.clone());
         self.build(&tensor.file, name, shape, &tensor.shape, stored, bytes)
     }
@@ -292,9 +286,7 @@ impl Weights {
         name: &str,
         shape: &[usize],
     ) -> Result<FrozenMatrix, ModelError> {
-        let tensor = gguf_name(name)
-            .and_then(|n| file.tensors().get(&n))
-            .ok_or_else(|| self.missing(name))?;
+        let tensor = gguf_tensor(file, name).ok_or_else(|| self.missing(name))?;
         self.mark(&tensor.name);
         let range = tensor.start..tensor.start + tensor.len;
         // llama.cpp interleaves the two halves of each query and key head; put them back.
@@ -312,6 +304,21 @@ impl Weights {
         };
         self.build(&file.path, name, shape, &tensor.shape, tensor.kind, bytes)
     }
+}
+
+/// The type of a safetensors file's numbers, if weights can have it.
+fn numbers(dtype: Dtype) -> Option<StoredType> {
+    match dtype {
+        Dtype::F32 => Some(StoredType::F32),
+        Dtype::F16 => Some(StoredType::F16),
+        Dtype::BF16 => Some(StoredType::BF16),
+        _ => None,
+    }
+}
+
+/// The tensor `name`, in Hugging Face's naming, of a GGUF file.
+fn gguf_tensor<'f>(file: &'f GgufFile, name: &str) -> Option<&'f TensorInfo> {
+    file.tensors().get(&gguf_name(name)?)
 }
 
 /// The weight files of a folder: the one file, or else the shards that the index names.

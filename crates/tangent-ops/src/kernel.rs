@@ -259,8 +259,8 @@ pub(crate) fn sum(mut lanes: [f32; 16]) -> f32 {
 /// and the loop still vectorizes.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let mut lanes = [0f32; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let tail: f32 = a_chunks
         .remainder()
         .iter()
@@ -268,7 +268,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
         .map(|(x, y)| x * y)
         .sum();
     for (x, y) in a_chunks.zip(b_chunks) {
-        for i in 0..16 {
+        for i in 0..LANES {
             lanes[i] += x[i] * y[i];
         }
     }
@@ -300,11 +300,11 @@ pub(crate) fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn largest(row: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = row.chunks_exact(16);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
-        for i in 0..16 {
+        for i in 0..LANES {
             lanes[i] = if chunk[i] > lanes[i] {
                 chunk[i]
             } else {
@@ -318,8 +318,8 @@ pub(crate) fn largest(row: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
 }
 
-/// Turns `row` into `exp(row - max)` and returns `(max, sum)`. Lengths that are multiples of 16
-/// have no slow remainder.
+/// Turns `row` into `exp(row - max)` and returns `(max, sum)`. Lengths that are multiples of
+/// [`LANES`] have no slow remainder.
 #[inline(always)]
 pub(crate) fn exp_minus_max(row: &mut [f32]) -> (f32, f32) {
     let max = largest(row);
@@ -359,7 +359,7 @@ pub(crate) fn add_exp_minus(row: &[f32], max: f32, sum: &mut LaneSum) {
     }
 }
 
-/// Values that a [`LaneSum`] adds side by side.
+/// Values that loops over a row take side by side, so that they vectorize.
 pub(crate) const LANES: usize = 16;
 
 /// A sum in interleaved lanes, which pieces of a row can be added to one after another. It is that

@@ -23,6 +23,7 @@ use tangent_peft::{AdapterConfig, Attach, Factors, PeftError, Start, detach, met
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
+use crate::plan::batch_tokens;
 use crate::sampler::epoch_steps;
 
 pub use record::{START, load, save};
@@ -33,15 +34,15 @@ const ROOMY: usize = 8;
 
 /// Rows that are looked at also where the steps that limit them take fewer: an odd one among very few
 /// would decide the directions of every factor.
-const LEAST_ROWS: usize = 8;
+const LEAST_ROWS: usize = 5;
 
 /// The rows that are looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// Micro-batches, each a list of rows.
     pub batches: Vec<Vec<usize>>,
-    /// Whether to keep the inputs of every few layers only and to compute the others again, so that
-    /// the pass needs little more memory than a step.
+    /// Whether a pass for gradients keeps the inputs of every few layers only and computes the others
+    /// again, so that it needs little more memory than a step.
     pub sparse: bool,
 }
 
@@ -50,11 +51,11 @@ pub struct Evidence {
 pub struct Rows {
     /// So many at most; 0 for none.
     pub most: usize,
-    /// No more than so many steps of training take, where that is a limit and they take 8 rows.
+    /// No more than so many steps of training take, where that is a limit and they take 5 rows.
     pub steps: Option<usize>,
 }
 
-/// A micro-batch of the pass and the rows that it was made of.
+/// A micro-batch of whole rows, and the rows.
 pub struct MicroBatch<'r> {
     /// What the model computes.
     pub batch: Batch,
@@ -81,16 +82,17 @@ impl Evidence {
                 }
             }
         }
-        let tokens = |batch: &Vec<usize>| -> usize {
-            let lengths = batch.iter().filter_map(|&row| train.get(row));
-            lengths.map(|row| row.tokens.len()).sum()
-        };
-        let all: usize = batches.iter().map(tokens).sum();
-        let largest = batches.iter().map(tokens).max().unwrap_or(0);
-        Self {
-            sparse: config.activation_checkpointing || all > ROOMY * largest,
+        let mut evidence = Self {
             batches,
-        }
+            sparse: false,
+        };
+        // What a pass for gradients computes of each of them.
+        let tokens = evidence.rows_of(train).map(|rows| batch_tokens(&rows));
+        let tokens: Vec<usize> = tokens.collect();
+        let largest = tokens.iter().max().copied().unwrap_or(0);
+        let is_large = tokens.iter().sum::<usize>() > ROOMY * largest;
+        evidence.sparse = config.activation_checkpointing || is_large;
+        evidence
     }
 
     /// Number of rows.
@@ -98,13 +100,30 @@ impl Evidence {
         self.batches.iter().map(Vec::len).sum()
     }
 
-    /// The micro-batches out of `rows`.
+    /// The rows of each micro-batch, out of `rows`.
+    fn rows_of<'r>(&self, rows: &'r [Example]) -> impl Iterator<Item = Vec<&'r Example>> {
+        let of_batch = move |batch: &Vec<usize>| -> Vec<&'r Example> {
+            batch.iter().filter_map(|&row| rows.get(row)).collect()
+        };
+        self.batches.iter().map(of_batch)
+    }
+
+    /// The micro-batches out of `rows`, whole, as moments of inputs need them.
     pub fn micro_batches<'r>(&self, rows: &'r [Example]) -> Vec<MicroBatch<'r>> {
-        let batches = self.batches.iter().map(|batch| {
-            let rows: Vec<&Example> = batch.iter().filter_map(|&row| rows.get(row)).collect();
-            MicroBatch::new(rows)
+        self.rows_of(rows).map(MicroBatch::new).collect()
+    }
+
+    /// What the targets of the micro-batches out of `rows` depend on; nothing of a micro-batch
+    /// without a target.
+    pub fn for_targets(&self, model: &dyn Model, rows: &[Example]) -> Vec<Batch> {
+        let batches = self.rows_of(rows).map(|rows| {
+            let rows = rows.into_iter();
+            Batch::for_targets(
+                model,
+                rows.map(|row| (&row.tokens[..], &row.supervised[..])),
+            )
         });
-        batches.collect()
+        batches.filter(|batch| !batch.targets.is_empty()).collect()
     }
 }
 
@@ -189,7 +208,6 @@ pub fn start(
     init::check(config, &sites)?;
     let wanted = chosen(config, &sites)?;
     let mut found = Found::new(config, seed, init.redistributes);
-    let batches = settings.micro_batches(rows);
     match init.needs {
         Needs::Nothing => found.add(wanted.iter().map(|site| (*site, vec![])).collect())?,
         Needs::Original => {
@@ -200,12 +218,13 @@ pub fn start(
             }
         }
         Needs::Gradient => {
-            let sparse = settings.sparse;
-            gradient::gradients(model, &batches, &wanted, sparse, &mut |layer| {
+            let batches = settings.for_targets(model, rows);
+            gradient::gradients(model, &batches, &wanted, settings.sparse, &mut |layer| {
                 found.add(layer)
             })?;
         }
         Needs::Inputs(kind) => {
+            let batches = settings.micro_batches(rows);
             moments::moments(model, &batches, &wanted, kind, &mut |layer| {
                 found.add(layer)
             })?;
@@ -318,11 +337,12 @@ mod tests {
     use crate::config::Batching;
     use crate::data::Origin;
 
+    /// Rows without a common beginning; all tokens but the first are targets.
     fn rows(lengths: &[usize]) -> Vec<Example> {
         let file = Arc::new("rows.jsonl".into());
         let row = |(line, &length): (usize, &usize)| Example {
             tokens: vec![line as u32; length],
-            supervised: vec![false; length],
+            supervised: (0..length).map(|t| t > 0).collect(),
             origin: Origin {
                 file: Arc::clone(&file),
                 line: line + 1,
@@ -371,9 +391,9 @@ mod tests {
             };
             Evidence::first(&rows, &config, super::rows(&adapter).unwrap()).rows()
         };
-        // Four steps, however they are cut, no more than 32 rows, and no fewer than 8.
+        // Four steps, however they are cut, no more than 32 rows, and no fewer than 5.
         for (cut, count) in [
-            ((1, 1), 8),
+            ((1, 1), 5),
             ((1, 2), 8),
             ((3, 1), 12),
             ((4, 1), 16),
@@ -391,17 +411,41 @@ mod tests {
 
     #[test]
     fn inputs_are_kept_sparsely_where_memory_would_grow() {
-        let rows = rows(&[5; 20]);
-        let sparse = |batch, activation_checkpointing| {
+        let mut rows = rows(&[5; 16]);
+        let sparse = |rows: &[Example], batch, activation_checkpointing| {
             let config = TrainConfig {
                 batching: Batching::Rows(batch),
                 activation_checkpointing,
                 ..TrainConfig::default()
             };
-            Evidence::first(&rows, &config, at_most(16)).sparse
+            Evidence::first(rows, &config, at_most(16)).sparse
         };
-        assert!(!sparse(2, false));
-        assert!(sparse(1, false));
-        assert!(sparse(2, true));
+        assert!(!sparse(&rows, 2, false));
+        assert!(sparse(&rows, 1, false));
+        assert!(sparse(&rows, 2, true));
+        // A long tail, which is not computed, is no large micro-batch.
+        rows[3].tokens.resize(100, 7);
+        rows[3].supervised.resize(100, false);
+        assert!(sparse(&rows, 1, false));
+    }
+
+    #[test]
+    fn gradients_are_those_of_what_targets_depend_on() {
+        let mut rows = rows(&[5; 4]);
+        rows[0].supervised = vec![false, true, false, true, false];
+        rows[1].supervised.fill(false);
+        rows[2].supervised.fill(false);
+        let evidence = Evidence {
+            batches: vec![vec![0, 1], vec![2], vec![3]],
+            sparse: false,
+        };
+        let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let batches = evidence.for_targets(&*model, &rows);
+        let sizes = batches.iter().map(|b| (b.ids.len(), b.targets.len()));
+        assert_eq!(sizes.collect::<Vec<_>>(), [(3, 2), (4, 4)]);
+        // Moments are those of all tokens.
+        let whole = evidence.micro_batches(&rows);
+        let sizes: Vec<usize> = whole.iter().map(|micro| micro.batch.ids.len()).collect();
+        assert_eq!(sizes, [10, 5, 5]);
     }
 }

@@ -123,19 +123,29 @@ mod tests {
         for (base, method) in [
             ("llama/tied_gqa", None),
             ("llama/mistral_window", None),
-            ("llama/tied_gqa", Some("prompt-tuning")),
-            ("llama/tied_gqa", Some("prefix-tuning")),
+            (
+                "llama/tied_gqa",
+                Some(("prompt-tuning", "num_virtual_tokens")),
+            ),
+            (
+                "llama/tied_gqa",
+                Some(("prefix-tuning", "num_virtual_tokens")),
+            ),
+            ("llama/tied_gqa", Some(("lst", "reduction_factor"))),
         ] {
             let mut model = model(&folder(base));
-            if let Some(method) = method {
-                let tokens = ("num_virtual_tokens".to_owned(), SettingValue::Number(5.0));
+            if let Some((method, setting)) = method {
                 let config = AdapterConfig {
                     method: method.into(),
-                    own: [tokens].into(),
+                    own: [(setting.to_owned(), SettingValue::Number(5.0))].into(),
                     ..AdapterConfig::default()
                 };
-                attach(&mut *model, &config, 5).unwrap();
-                assert_eq!(model.whole().virtual_tokens(), 5);
+                let adapter = attach(&mut *model, &config, 5).unwrap();
+                for parameter in &adapter.parameters {
+                    parameter.update(|values| values.iter_mut().for_each(|v| *v += 0.1));
+                }
+                let tokens = if method == "lst" { 0 } else { 5 };
+                assert_eq!(model.whole().virtual_tokens(), tokens);
             }
             let mut told = vec![];
             let all: Result<(), ()> = for_each_row(&*model, &rows, |row, scores| {

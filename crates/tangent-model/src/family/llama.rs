@@ -67,13 +67,13 @@ impl Llama {
                 let path = format!("model.layers.{index}.{name}");
                 let name = format!("{path}.weight");
                 let weight = weights.matrix(&name, rows, cols)?;
-                let original = weights.original(&name, rows, cols);
+                let (stored, original) = weights.original(&name, rows, cols).unzip();
                 let bias = match bias {
                     true => Some(weights.vector(&format!("{path}.bias"), rows)?),
                     false => None,
                 };
                 let mut site = Site::new(path, SiteKind::Linear, Some(index), weight);
-                (site.original, site.bias) = (original, bias);
+                (site.quantized_from, site.original, site.bias) = (stored, original, bias);
                 Ok(site)
             };
             let (d, ff) = (c.hidden_size, c.intermediate_size);

@@ -101,6 +101,8 @@ fn linear_maps_of_layers_are_quantized_when_asked_for() {
                 site.path
             );
             assert_eq!(site.original.is_some(), is_linear, "{}", site.path);
+            let in_file = before.weight.stored().filter(|_| is_linear);
+            assert_eq!(site.quantized_from, in_file, "{}", site.path);
             let (got, want) = (site.weight.to_values(), before.weight.to_values());
             close(&site.path, &got, &want, 0.2);
             // The query and key rows of a GGUF file are in another order.
@@ -125,11 +127,11 @@ fn weights_that_are_quantized_stay_as_they_are_stored() {
     assert!(again.weight.is_mapped());
     assert!(again.weight.to_values() == stored.weight.to_values());
     // What it was before nobody has.
-    assert!(again.original.is_none());
+    assert!(again.original.is_none() && again.quantized_from.is_none());
     let other = opened(dir.path(), BaseDtype::Quantized(Quantization::Int8));
     let other = site(&other, q_proj);
     assert_eq!(other.weight.quantization(), Some(Quantization::Int8));
-    assert!(other.original.is_none());
+    assert!(other.original.is_none() && other.quantized_from.is_none());
 }
 
 /// Type, shape and bytes of tensors by name.

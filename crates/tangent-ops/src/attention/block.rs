@@ -1,11 +1,12 @@
 //! A block of tokens with the query heads that share a key head: scores, probabilities, outputs.
+//!
+//! Rows of scores are formed whole: there is no online softmax over tiles of keys. Memory is linear in
+//! the length all the same, since the rows of one block exist at a time and the backward pass forms
+//! them again. Tiles would bound the rows of that one block, at the price of rescaling between products.
 
 use super::AttentionShape;
-use crate::kernel::{self, Into, SharedMut, Threads, View, ViewMut};
+use crate::kernel::{self, Into, LANES, SharedMut, Threads, View, ViewMut};
 use crate::rotary::Rotary;
-
-/// Keys that a row of scores is rounded up to, so that loops over it have no remainder.
-const LANES: usize = 16;
 
 /// Query rows, all heads of a group together, whose scores exist at one time.
 pub(super) const BLOCK_ROWS: usize = 96;
@@ -97,6 +98,7 @@ impl Block {
         (self.low, self.keys) = (low, keys);
         let d = self.shape.head_dim;
         let q = View::dense(&self.q[..self.rows * d], self.rows, d);
+        // Loops over a row have no remainder.
         self.stride = keys.next_multiple_of(LANES);
         let stride = self.stride;
         let p = room(&mut self.p, self.rows * stride);

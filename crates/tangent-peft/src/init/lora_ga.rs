@@ -21,7 +21,7 @@
 //! layer's gradients at a time, and `10 q d_out d_in` multiply-adds a site, `q = min(4 rank, d_out,
 //! d_in)`: as the authors we take 4 power iterations. Where `rows` is not given, the pass ends with
 //! the rows of the fourth step, which take it about as long as seven steps of training, or with the
-//! step that takes the eighth row. Paper: 2407.05000.
+//! step that takes the fifth row. Paper: 2407.05000.
 //!
 //! With `norm_clip`, A and B are multiplied by `sqrt(max |W| / max |s B A|)` where that is below 1, so
 //! that no entry of what leaves the base is larger than the largest of the base.
@@ -56,7 +56,7 @@ pub const INIT: Init = Init {
             name: "rows",
             default: SettingValue::Number(32.0),
             summary: "rows of training data to look at, the first ones in the order of training; \
-                      if not given no more than the first four steps take, 8 at least",
+                      if not given no more than the first four steps take, 5 at least",
         },
         Setting {
             name: "direction",

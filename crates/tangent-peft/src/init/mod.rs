@@ -254,7 +254,8 @@ pub fn rows(config: &AdapterConfig) -> Result<usize, PeftError> {
 }
 
 /// Steps to whose rows a pass for gradients keeps where `rows` is not given. Its micro-batches take up
-/// to twice as long as those of training, and a start shall not take longer than ten steps.
+/// to twice as long as those of training, and a start shall not take longer than ten steps: neither
+/// the rows of four steps do, nor five rows of a step each.
 const STEPS_OF_GRADIENTS: usize = 4;
 
 /// Steps of training to whose rows an initialization keeps, of the [`rows`] that it looks at, unless

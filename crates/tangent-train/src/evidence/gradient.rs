@@ -22,19 +22,19 @@ use tangent_model::{Batch, Pass, Site, SiteKind, forward};
 use tangent_ops::cross_entropy::CHUNK;
 use tangent_ops::{Tap, add_weight_gradient, weight_gradient};
 
-use super::{Done, MicroBatch};
+use super::Done;
 use crate::error::TrainError;
 use crate::gradients::{add, backward};
 
 /// Calls `done` with the gradients of those of the `wanted` sites that belong to the head, then to
-/// one layer after another, the last one first. Nothing but linear maps may be wanted, and nothing
-/// attached. With `sparse` the inputs of few layers are kept.
+/// one layer after another, the last one first. Nothing but linear maps may be wanted, nothing
+/// attached, and no batch without a target. With `sparse` the inputs of few layers are kept.
 ///
 /// # Errors
 /// Those of `done`.
 pub fn gradients<'a>(
     model: &dyn Model,
-    batches: &[MicroBatch<'_>],
+    batches: &[Batch],
     wanted: &[&'a Site],
     sparse: bool,
     done: &mut Done<'a, '_>,
@@ -61,12 +61,12 @@ pub fn gradients<'a>(
         let collector = Arc::new(Collector::of(&own));
         let tapped = pass.clone().with_tap(collector.clone());
         let inputs = inputs.take(index);
-        for ((micro, x), d_output) in batches.iter().zip(inputs).zip(&mut d_outputs) {
+        for ((batch, x), d_output) in batches.iter().zip(inputs).zip(&mut d_outputs) {
             let Some(d_y) = d_output.take() else {
                 continue;
             };
             let x = leaf(x);
-            let y = forward::layer(model, index, x.clone(), &micro.batch, &tapped);
+            let y = forward::layer(model, index, x.clone(), batch, &tapped);
             *d_output = x.grad_remove(&mut backward(y, d_y));
         }
         if !own.is_empty() {
@@ -84,30 +84,25 @@ fn leaf(x: Tensor<2>) -> Tensor<2> {
     x.autodiff().require_grad()
 }
 
-/// The gradients of the hidden states after the last layer, by micro-batch (`None` without a
-/// target), and that of the head if it is wanted.
+/// The gradients of the hidden states after the last layer, by batch, and that of the head if it is
+/// wanted.
 fn top_gradients(
     model: &dyn Model,
-    batches: &[MicroBatch<'_>],
+    batches: &[Batch],
     top: Vec<Tensor<2>>,
     head: bool,
 ) -> (Vec<Option<Tensor<2>>>, Option<Vec<f32>>) {
-    let supervised: usize = batches.iter().map(|micro| micro.batch.targets.len()).sum();
+    let supervised: usize = batches.iter().map(|batch| batch.targets.len()).sum();
     let factor = 1.0 / supervised.max(1) as f32;
     let pass = Pass::inference(&model.device());
     let mut d_head = None;
     let mut d_hidden = vec![];
-    for (micro, x) in batches.iter().zip(top) {
-        let targets = &micro.batch.targets;
-        if targets.is_empty() {
-            d_hidden.push(None);
-            continue;
-        }
+    for (batch, x) in batches.iter().zip(top) {
         if head {
-            add_head_gradient(model, x.clone(), &micro.batch, factor, &mut d_head);
+            add_head_gradient(model, x.clone(), batch, factor, &mut d_head);
         }
         let x = leaf(x);
-        let loss = forward::loss(model, x.clone(), targets, factor, &pass);
+        let loss = forward::loss(model, x.clone(), &batch.targets, factor, &pass);
         d_hidden.push(x.grad_remove(&mut loss.backward()));
     }
     (d_hidden, d_head)
@@ -143,10 +138,10 @@ fn add_head_gradient(
     }
 }
 
-/// Inputs of layers, of every micro-batch.
+/// Inputs of layers, of every batch.
 struct Inputs<'m> {
     model: &'m dyn Model,
-    batches: &'m [MicroBatch<'m>],
+    batches: &'m [Batch],
     pass: Pass,
     /// By layer.
     kept: BTreeMap<usize, Vec<Tensor<2>>>,
@@ -157,14 +152,14 @@ impl<'m> Inputs<'m> {
     /// need it, and gives the hidden states after the last one.
     fn new(
         model: &'m dyn Model,
-        batches: &'m [MicroBatch<'m>],
+        batches: &'m [Batch],
         lowest: usize,
         stride: usize,
     ) -> (Self, Vec<Tensor<2>>) {
         let pass = Pass::inference(&model.device());
         let embedded = batches
             .iter()
-            .map(|micro| forward::embed(model, &micro.batch, &pass).without_autodiff());
+            .map(|batch| forward::embed(model, batch, &pass).without_autodiff());
         let mut x: Vec<Tensor<2>> = embedded.collect();
         let mut inputs = Self {
             model,
@@ -183,8 +178,8 @@ impl<'m> Inputs<'m> {
 
     /// What layer `index` makes of its inputs `x`.
     fn after(&self, index: usize, x: Vec<Tensor<2>>) -> Vec<Tensor<2>> {
-        let layer = |(micro, x): (&MicroBatch<'_>, Tensor<2>)| {
-            forward::layer(self.model, index, x, &micro.batch, &self.pass)
+        let layer = |(batch, x): (&Batch, Tensor<2>)| {
+            forward::layer(self.model, index, x, batch, &self.pass)
         };
         self.batches.iter().zip(x).map(layer).collect()
     }

@@ -1,5 +1,7 @@
 //! The micro-batches of a run, counted.
 
+use tangent_model::DistinctTokens;
+
 use super::{batch_tokens, calibration};
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -99,6 +101,27 @@ impl Survey {
         survey
     }
 
+    /// The micro-batches, tokens and pairs of these where rows are computed whole, whether they have
+    /// targets or not.
+    pub fn of_whole_rows(train: &[Example], batches: &StepRows) -> Self {
+        let mut survey = Self::default();
+        for rows in batches {
+            let rows = rows.iter().filter_map(|&row| train.get(row));
+            let rows: Vec<&[u32]> = rows.map(|row| &row.tokens[..]).collect();
+            let mut distinct = DistinctTokens::default();
+            for row in &rows {
+                distinct.add(row);
+            }
+            let all: usize = rows.iter().map(|row| row.len()).sum();
+            let share = distinct.count() as f64 / all.max(1) as f64;
+            let squares = rows.iter().map(|row| (row.len() as f64).powi(2));
+            survey.micro_batches += 1;
+            survey.tokens += distinct.count();
+            survey.pairs += squares.sum::<f64>() * share;
+        }
+        survey
+    }
+
     fn add(&mut self, train: &[Example], step: &StepRows, virtual_tokens: usize) {
         let before = self.micro_batches;
         for rows in step {
@@ -177,5 +200,20 @@ mod tests {
             row.supervised.extend([false; 2]);
         }
         assert_eq!(Survey::new(&rows, &config, 4), after);
+    }
+
+    #[test]
+    fn whole_rows_count_what_no_target_depends_on() {
+        let mut rows = fixture::rows(&[3, 3, 5]);
+        // The second row differs from the first one in its last token, and nothing is supervised.
+        rows[1].tokens = vec![0, 1, 2, 90];
+        rows[1].supervised.fill(false);
+        rows[2].supervised.fill(false);
+        let batches = vec![vec![0, 1], vec![2]];
+        let whole = Survey::of_whole_rows(&rows, &batches);
+        assert_eq!((whole.micro_batches, whole.tokens), (2, 5 + 6));
+        assert_eq!(whole.pairs, 32.0 * 5.0 / 8.0 + 36.0);
+        let needed = Survey::of(&rows, &batches);
+        assert_eq!((needed.micro_batches, needed.tokens), (1, 3));
     }
 }

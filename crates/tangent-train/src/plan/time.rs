@@ -216,7 +216,6 @@ impl Work {
             return Ok(self.of_importances(draft.model, looked_at));
         }
         let needs = init::find(&adapter.init)?.needs;
-        let survey = Survey::of(draft.train, &evidence.batches);
         let sum = |of: fn((usize, usize)) -> usize| -> f64 {
             let adapted = linear_maps(draft.trained);
             let adapted = adapted.filter(|site| site.part == part);
@@ -226,8 +225,10 @@ impl Work {
         if needs == Needs::Gradient {
             // As with activation checkpointing; where few inputs are kept, once more.
             let again = if evidence.sparse { 2.0 } else { 1.0 };
+            let survey = Survey::of(draft.train, &evidence.batches);
             return Ok(self.passes(&survey, again, sum(|(d_out, d_in)| d_out * d_in)));
         }
+        let survey = Survey::of_whole_rows(draft.train, &evidence.batches);
         let weights = self.layers + sum(|(_, d_in)| d_in * d_in);
         let tokens = tokens(survey.tokens, survey.micro_batches);
         Ok(2.0 * (tokens * weights + self.queries * survey.pairs))

@@ -25,6 +25,7 @@ pub(crate) struct Beside<'a> {
     adapter: &'a Adapter,
     output: &'a Path,
     record: Record,
+    /// What the adapter began with, as long as it is to be compared.
     starts: BTreeMap<String, Added>,
 }
 
@@ -49,8 +50,8 @@ impl<'a> Beside<'a> {
             model: &*run.opened.model,
             adapter: run.adapter,
             output: &run.output,
+            starts: starts(&record, run.adapter)?,
             record,
-            starts: starts(run.adapter)?,
         }))
     }
 
@@ -81,6 +82,7 @@ impl<'a> Beside<'a> {
         // A resumed run may take the step again.
         if step == self.record.steps && self.record.matrices.is_none() {
             self.record.matrices = Some(self.compared()?);
+            self.starts.clear();
             self.record.write(self.output)?;
             remove_changes(self.output)?;
         }
@@ -112,9 +114,13 @@ impl<'a> Beside<'a> {
 
 /// What parts of an adapter add to weights before the first step, where that is not taken out of the
 /// base: start values that take back what quantization loses. Both they and the base of its own that
-/// some of them have are there before anything is trained.
-fn starts(adapter: &Adapter) -> Result<BTreeMap<String, Added>, PeftError> {
+/// some of them have are there before anything is trained. Nothing where a resumed run was compared
+/// already.
+fn starts(record: &Record, adapter: &Adapter) -> Result<BTreeMap<String, Added>, PeftError> {
     let mut starts = BTreeMap::new();
+    if record.matrices.is_some() {
+        return Ok(starts);
+    }
     for part in adapter.each() {
         if init::find(&part.config.init)?.needs != Needs::Original {
             continue;
@@ -142,4 +148,64 @@ fn rank(adapter: &Adapter, site: &Site, began: bool) -> Option<usize> {
         false => 1,
     };
     site.attached()?.is_additive().then_some(products * rank)
+}
+
+#[cfg(test)]
+mod tests {
+    use tangent_peft::export::{LazyTensor, WriteDtype};
+    use tangent_peft::{AdapterConfig, Targets, attach};
+    use tangent_testkit::{folder, model};
+
+    use super::*;
+    use crate::twin::record;
+
+    #[test]
+    fn start_values_are_kept_until_they_are_compared() {
+        let site = "model.layers.0.self_attn.k_proj";
+        let mut model = model(&folder("llama/tied_gqa"));
+        let config = AdapterConfig {
+            rank: 2,
+            targets: Targets::parse(&[site.to_owned()]),
+            ..AdapterConfig::default()
+        };
+        let mut adapter = attach(&mut *model, &config, 3).unwrap();
+        // As if its factors gave back what quantization lost.
+        adapter.config.init = "loftq".into();
+        let record = Record {
+            steps: 1,
+            learning_rate: 1e-3,
+            losses: vec![2.0],
+            matrices: None,
+            settings: json!({}),
+        };
+        let weight = model.sites().into_iter().find(|s| s.path == site);
+        let shape = weight.map(|s| vec![s.weight.rows(), s.weight.cols()]);
+        let shape = shape.unwrap();
+        let values = vec![0.5; shape[0] * shape[1]];
+        let change = LazyTensor::new(shape, WriteDtype::F32, || values.clone());
+        let dir = tempfile::tempdir().unwrap();
+        record::save(dir.path(), &record, vec![(site.to_owned(), change)]).unwrap();
+        let mut beside = Beside {
+            model: &*model,
+            adapter: &adapter,
+            output: dir.path(),
+            starts: starts(&record, &adapter).unwrap(),
+            record,
+        };
+        assert_eq!(beside.starts.len(), 1);
+        for parameter in &adapter.parameters {
+            parameter.update(|values| values.iter_mut().for_each(|v| *v += 0.1));
+        }
+        let metrics = Metrics::open(dir.path(), &Progress::default()).unwrap();
+        let progress = Progress {
+            global_step: 1,
+            ..Progress::default()
+        };
+        beside.after_step(&progress, 2.0, &metrics).unwrap();
+        let compared = Record::read(dir.path()).unwrap().unwrap();
+        assert_eq!(compared.matrices.map(|all| all.len()), Some(1));
+        assert!(beside.starts.is_empty());
+        // A run that is resumed after that.
+        assert!(starts(&beside.record, &adapter).unwrap().is_empty());
+    }
 }

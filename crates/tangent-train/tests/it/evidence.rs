@@ -15,7 +15,7 @@ use tangent_peft::{
 use tangent_testkit::{all_logits, close, folder, model, quantized};
 use tangent_train::data::Example;
 use tangent_train::evidence::gradient::gradients;
-use tangent_train::evidence::{self, Evidence, MicroBatch};
+use tangent_train::evidence::{self, Evidence};
 use tangent_train::gradients::{Accumulated, accumulate};
 use tangent_train::optim::{Hyper, Optimizer, find};
 
@@ -72,9 +72,12 @@ fn of_the_pass(
     wanted: &[&Site],
     sparse: bool,
 ) -> Vec<Vec<(String, Vec<f32>)>> {
-    let chunks = rows.chunks(sizes);
-    let batches = chunks.map(|chunk| MicroBatch::new(chunk.iter().collect()));
-    let batches: Vec<MicroBatch<'_>> = batches.collect();
+    let order: Vec<usize> = (0..rows.len()).collect();
+    let evidence = Evidence {
+        batches: order.chunks(sizes).map(<[usize]>::to_vec).collect(),
+        sparse,
+    };
+    let batches = evidence.for_targets(model, rows);
     let mut found = vec![];
     gradients(model, &batches, wanted, sparse, &mut |layer| {
         let named = layer.into_iter().map(|(site, g)| (site.path.clone(), g));
@@ -88,6 +91,9 @@ fn of_the_pass(
 #[test]
 fn gradients_of_weights_are_those_of_full_fine_tuning() {
     let mut rows = examples();
+    // Something that nothing is predicted from.
+    rows[0].tokens.extend([2, 11]);
+    rows[0].supervised.extend([false; 2]);
     // A micro-batch of its own without a supervised token.
     rows.push(Example {
         supervised: vec![false; rows[1].tokens.len()],
@@ -112,6 +118,29 @@ fn gradients_of_weights_are_those_of_full_fine_tuning() {
             }
         }
     }
+}
+
+#[test]
+fn gradients_compute_nothing_from_the_last_target_on() {
+    let rows = examples();
+    let mut longer = rows.clone();
+    // Tokens that no vocabulary has: nothing can be computed of them.
+    for row in &mut longer {
+        row.tokens.push(u32::MAX);
+        row.supervised.push(false);
+    }
+    longer.push(Example {
+        tokens: vec![u32::MAX; 3],
+        supervised: vec![false; 3],
+        ..rows[0].clone()
+    });
+    let factors = |rows: &[Example]| {
+        let mut model = model(&folder(UNTIED));
+        let mut config = config("lora-ga", &[]);
+        let start = evidence::start(&mut *model, &mut config, rows, &all_rows(rows), 5);
+        start.unwrap().factors
+    };
+    assert!(factors(&longer) == factors(&rows), "the same to the bit");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::Device;
+use tangent_model::batch::Row;
 use tangent_model::family::Model;
 use tangent_model::{Batch, Pass};
 use tangent_ops::{Segments, Tap, Target};
@@ -34,8 +35,10 @@ fn cases() -> Vec<(&'static str, AdapterConfig)> {
     let untied = configs().into_iter().map(|c| ("llama/everything", c));
     let windowed = [lora(&["all-linear"])].into_iter().chain(prompts());
     let windowed = windowed.map(|c| ("llama/mistral_window", c));
-    // A tied parameter gets its gradient in two parts.
-    let tied = [("llama/tied_gqa", full())];
+    // A tied parameter gets its gradient in two parts; layers beside a network run row by row.
+    let half = ("reduction_factor", SettingValue::Number(2.0));
+    let tied = [full(), of("lst", &[half])];
+    let tied = tied.into_iter().map(|c| ("llama/tied_gqa", c));
     untied.chain(tied).chain(windowed).collect()
 }
 
@@ -175,20 +178,27 @@ fn without_sharing(rows: &[(Vec<u32>, Vec<bool>)]) -> Batch {
     let alone = rows.iter().map(|(ids, s)| Batch::new([(&ids[..], &s[..])]));
     let alone: Vec<Batch> = alone.collect();
     let lengths: Vec<usize> = rows.iter().map(|(ids, _)| ids.len()).collect();
-    let (mut start, mut targets) = (0, vec![]);
+    let (mut start, mut targets, mut placed) = (0, vec![], vec![]);
     for row in &alone {
+        let first = targets.len();
         targets.extend(row.targets.iter().map(|t| Target {
             token: start + t.token,
             id: t.id,
         }));
-        start += row.ids.len();
+        let end = start + row.ids.len();
+        placed.push(Row {
+            places: (start..end).collect(),
+            tokens: row.ids.len(),
+            targets: first..targets.len(),
+        });
+        start = end;
     }
     Batch {
         ids: rows.iter().flat_map(|(ids, _)| ids.clone()).collect(),
         virtual_tokens: 0,
         segments: Arc::new(Segments::rows(&lengths)),
         targets,
-        rows: vec![],
+        rows: placed,
     }
 }
 

@@ -284,9 +284,12 @@ fn start_values_see_the_data_first() {
     let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
     let queries = 2.0 * 1024.0;
     let (pairs, head) = (200.0 * 64.0, f64::from(96 * 32 * 18));
-    // A forward pass, and second moments.
-    let want = 2.0 * tokens * (layers + queries) + 2.0 * pairs;
-    assert!((start("eva") / want - 1.0).abs() < 1e-12);
+    // A forward pass, and second moments, of whole rows: 11 tokens each.
+    let (whole, whole_pairs) = (tokens + 2.0, 242.0 * 64.0);
+    let want = 2.0 * whole * (layers + queries) + 2.0 * whole_pairs;
+    for init in ["eva", "corda"] {
+        assert!((start(init) / want - 1.0).abs() < 1e-12, "{init}");
+    }
     // Two, the gradients of inputs, and those of the weights.
     let want = 2.0 * tokens * (3.0 * layers + queries) + 4.0 * head + 9.0 * pairs;
     assert!((start("lora-ga") / want - 1.0).abs() < 1e-12);
