@@ -35,6 +35,8 @@ struct Case {
 enum Data {
     /// Long texts, every token supervised, cut to so many tokens.
     Texts(usize),
+    /// The same, all of which are held out besides.
+    HeldOut(usize),
     /// Conversations with a shared beginning, and held-out ones.
     Sections,
     /// Conversations of very different lengths.
@@ -45,6 +47,11 @@ const CASES: &[Case] = &[
     case("f32", Data::Texts(256), "--base-dtype f32 --batch-size 4"),
     limited("as stored", Data::Texts(256), "--batch-size 4"),
     case("one short row", Data::Texts(64), "--batch-size 1"),
+    case(
+        "many targets held out",
+        Data::HeldOut(64),
+        "--batch-size 1 --activation-checkpointing",
+    ),
     case(
         "f32, many short rows",
         Data::Texts(128),
@@ -398,10 +405,13 @@ impl Case {
 impl Data {
     /// The words after `--data`.
     fn words(&self, texts: &str) -> Vec<String> {
+        let steps = "--max-steps 2 --save-steps 0";
         let text = match self {
             Self::Texts(length) => {
-                let steps = "--max-steps 2 --save-steps 0";
                 format!("{texts} --train-on all --max-length {length} {steps}")
+            }
+            Self::HeldOut(length) => {
+                format!("{texts} --eval-data {texts} --train-on all --max-length {length} {steps}")
             }
             Self::Sections => format!(
                 "{SECTIONS}/train.jsonl --eval-data {SECTIONS}/test.jsonl --eval-rows 50 \

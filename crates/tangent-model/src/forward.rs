@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use tangent_ops::cross_entropy::CHUNK;
-use tangent_ops::{AttentionShape, Target, linear_cross_entropy, log_softmax_at};
+use tangent_ops::{
+    AttentionShape, Target, linear_cross_entropy, linear_log_softmax_at, log_softmax_at,
+};
 
 use crate::batch::Batch;
 use crate::family::Model;
@@ -231,33 +233,41 @@ pub fn logits(model: &dyn Model, batch: &Batch, rows: &[usize], pass: &Pass) -> 
 }
 
 pub(crate) fn logits_of(model: &dyn Model, x: Tensor<2>, rows: &[usize], pass: &Pass) -> Tensor<2> {
+    let x = head_input(model, rows_of(x, rows, pass), pass);
+    model.head().linear(x, pass)
+}
+
+/// Some rows of `x`.
+fn rows_of(x: Tensor<2>, rows: &[usize], pass: &Pass) -> Tensor<2> {
     let indices: Vec<i32> = rows.iter().map(|&r| r as i32).collect();
     let indices = TensorData::new(indices, [rows.len()]);
-    let x = x.select(0, Tensor::<1, Int>::from_data(indices, &pass.device));
-    model.head().linear(head_input(model, x, pass), pass)
+    x.select(0, Tensor::<1, Int>::from_data(indices, &pass.device))
 }
 
-/// Calls `f(targets, logits)` for chunks of the batch's supervised positions, the logits
-/// row-major `(targets, vocabulary)`.
-pub fn for_each_logits(model: &dyn Model, batch: &Batch, mut f: impl FnMut(&[Target], &[f32])) {
-    let pass = Pass::inference(&model.device());
+/// For every supervised token its log-probability given its predecessors, in nats, and then the
+/// logits that the ids `also` have in its place: row-major `(targets, 1 + also)`, in the batch's
+/// order.
+pub fn target_scores(model: &dyn Model, batch: &Batch, also: &[u32]) -> Vec<f32> {
     if batch.targets.is_empty() {
-        return;
+        return vec![];
     }
-    let x = hidden(model, batch, &pass);
-    for targets in batch.targets.chunks(CHUNK) {
+    let pass = Pass::inference(&model.device());
+    let x = head_input(model, hidden(model, batch, &pass), &pass);
+    if let Some(head) = model.head().head(&pass) {
+        let scores = linear_log_softmax_at(x, head, &batch.targets, also);
+        return tangent_ops::values(scores);
+    }
+    let of_chunk = |targets: &[Target]| {
         let rows: Vec<usize> = targets.iter().map(|t| t.token).collect();
-        let logits = logits_of(model, x.clone(), &rows, &pass);
-        f(targets, &tangent_ops::values(logits));
-    }
+        let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
+        let x = rows_of(x.clone(), &rows, &pass);
+        let logits = tangent_ops::values(model.head().linear(x, &pass));
+        log_softmax_at(&logits, &ids, also)
+    };
+    batch.targets.chunks(CHUNK).flat_map(of_chunk).collect()
 }
 
-/// Log-probability of every supervised token given its predecessors, in the batch's order.
+/// Log-probability of every supervised token given its predecessors, in nats, in the batch's order.
 pub fn log_probabilities(model: &dyn Model, batch: &Batch) -> Vec<f32> {
-    let mut all = Vec::with_capacity(batch.targets.len());
-    for_each_logits(model, batch, |targets, logits| {
-        let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
-        all.extend(log_softmax_at(logits, &ids));
-    });
-    all
+    target_scores(model, batch, &[])
 }

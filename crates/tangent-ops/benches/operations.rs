@@ -162,6 +162,7 @@ fn rows() -> Vec<Row> {
     rows.push(frozen_embedding());
     rows.extend(embedding());
     rows.extend(linear_cross_entropy());
+    rows.push(linear_log_softmax_at());
     rows.push(log_softmax_at());
     rows
 }
@@ -279,6 +280,12 @@ fn embedding() -> [Row; 2] {
     })
 }
 
+/// A target for each of so many tokens.
+fn targets(len: usize) -> Vec<Target> {
+    let ids = ids(len).into_iter().enumerate();
+    ids.map(|(token, id)| Target { token, id }).collect()
+}
+
 fn linear_cross_entropy() -> Vec<Row> {
     let (n, d) = (TOKENS, HIDDEN);
     let head = VOCABULARY * d;
@@ -286,11 +293,7 @@ fn linear_cross_entropy() -> Vec<Row> {
     let forward = work(product + 3 * logits, n * d + head, 0);
     let d_x = work(product + 2 * logits, n * d + head, 0);
     let d_head = work(product, head, 0);
-    let targets: Vec<Target> = ids(n)
-        .into_iter()
-        .enumerate()
-        .map(|(token, id)| Target { token, id })
-        .collect();
+    let targets = targets(n);
     let factor = 1.0 / n as f32;
     let (inputs, wanted) = ([tracked(n, d), tracked(VOCABULARY, d)], targets.clone());
     let weight = weight(StoredType::F32, (VOCABULARY, d), 0);
@@ -307,12 +310,24 @@ fn linear_cross_entropy() -> Vec<Row> {
     fixed.into_iter().chain([trained]).collect()
 }
 
+fn linear_log_softmax_at() -> Row {
+    let (n, head) = (TOKENS, VOCABULARY * HIDDEN);
+    let flops = 2 * n * head + 3 * n * VOCABULARY;
+    let weight = weight(StoredType::F32, (VOCABULARY, HIDDEN), 0);
+    let (targets, inputs) = (targets(n), [constant(n, HIDDEN)]);
+    let work = work(flops, n * HIDDEN + head, 0);
+    Row::forward("linear_log_softmax_at", work, &inputs, move |t| {
+        let head = Head::Frozen(weight.clone());
+        tangent_ops::linear_log_softmax_at(t[0].clone(), head, &targets, &[])
+    })
+}
+
 fn log_softmax_at() -> Row {
     let values = SCORED * VOCABULARY;
     let (logits, ids) = (numbers(values, 1), ids(SCORED));
     let name = format!("log_softmax_at, {SCORED} tokens");
     Row::new(name, work(4 * values, values, 0), move || {
-        black_box(tangent_ops::log_softmax_at(&logits, &ids));
+        black_box(tangent_ops::log_softmax_at(&logits, &ids, &[]));
     })
 }
 

@@ -7,18 +7,20 @@
 //! `factor / s_i * (e_ij - s_i [j = target_i])`. The factor of a row is left out of the many logits
 //! and multiplied into the few features on either side of them.
 
+mod log_softmax;
 mod logits;
 
 use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
-use rayon::prelude::*;
 
 use crate::custom::{self, CpuOp, Matrix};
 use crate::frozen_linear;
 use crate::kernel::{self, Into, Threads, View, ViewMut};
 use crate::matrix::FrozenMatrix;
-use logits::{Block, Logits, blocks_of, max_and_sum};
+use logits::{Block, Logits, blocks_of};
+
+pub use log_softmax::{linear_log_softmax_at, log_softmax_at};
 
 /// A supervised position: the token whose output predicts `id`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +72,14 @@ pub fn linear_cross_entropy(
 
 /// The definition in plain tensor operations.
 pub fn definition(x: Tensor<2>, head: Head, targets: &[Target], factor: f32) -> Tensor<2> {
+    let (logits, ids) = logits_and_ids(x, head, targets);
+    let picked = activation::log_softmax(logits, 1).gather(1, ids);
+    (picked.sum() * -factor).reshape([1, 1])
+}
+
+/// Logits of the tokens that make the predictions, `(targets, vocabulary)`, and the ids to be
+/// predicted, `(targets, 1)`.
+fn logits_and_ids(x: Tensor<2>, head: Head, targets: &[Target]) -> (Tensor<2>, Tensor<2, Int>) {
     let device = x.device().without_autodiff();
     let m = targets.len();
     let ints = |values: Vec<i32>| TensorData::new(values, [m]);
@@ -81,24 +91,7 @@ pub fn definition(x: Tensor<2>, head: Head, targets: &[Target], factor: f32) -> 
         Head::Trained(weight) => x.matmul(weight.transpose()),
     };
     let ids = Tensor::<1, Int>::from_data(ids, &device).unsqueeze_dim::<2>(1);
-    let picked = activation::log_softmax(logits, 1).gather(1, ids);
-    (picked.sum() * -factor).reshape([1, 1])
-}
-
-/// `log softmax(logits)[id]` of each row of `logits: (rows, vocabulary)`.
-///
-/// # Panics
-/// If an id does not exist.
-pub fn log_softmax_at(logits: &[f32], ids: &[u32]) -> Vec<f32> {
-    let vocabulary = logits.len() / ids.len().max(1);
-    logits
-        .par_chunks(vocabulary.max(1))
-        .zip(ids)
-        .map(|(row, &id)| {
-            let (max, sum) = max_and_sum(&[row]);
-            row[id as usize] - max - sum.ln()
-        })
-        .collect()
+    (logits, ids)
 }
 
 /// Supervised positions whose logits exist at one time.
@@ -110,7 +103,15 @@ enum Weight<'a> {
     Trained(&'a Matrix),
 }
 
-impl Weight<'_> {
+impl<'a> Weight<'a> {
+    /// The frozen weight, or else the trained one, which is the second input.
+    fn of(frozen: Option<&'a FrozenMatrix>, inputs: &'a [Matrix]) -> Self {
+        match frozen {
+            Some(weight) => Self::Frozen(weight),
+            None => Self::Trained(&inputs[1]),
+        }
+    }
+
     fn rows(&self) -> usize {
         match self {
             Self::Frozen(weight) => weight.rows(),
@@ -230,10 +231,7 @@ impl CpuOp for LinearCrossEntropy {
 
     fn forward(&self, inputs: &[Matrix], tracked: bool) -> (Matrix, Vec<Matrix>) {
         let x = &inputs[0];
-        let head = match &self.frozen {
-            Some(weight) => Weight::Frozen(weight),
-            None => Weight::Trained(&inputs[1]),
-        };
+        let head = Weight::of(self.frozen.as_ref(), inputs);
         let (n, d, vocabulary) = (x.rows(), x.cols(), head.rows());
         let mut d_x = vec![0f32; if tracked { n * d } else { 0 }];
         let want_head = tracked && self.d_head;
@@ -450,12 +448,5 @@ mod tests {
         let x = |device: &Device| crate::tensor(check::values(6 * 5, 3), 6, 5, device);
         let tracked = loss(x(&device.clone().autodiff()).require_grad());
         assert_eq!(loss(x(&device)), tracked);
-    }
-
-    #[test]
-    fn log_softmax_at_normalizes() {
-        let logits = [1.0, 2.0, 3.0, 0.0, 0.0, 0.0];
-        let got = log_softmax_at(&logits, &[2, 1]);
-        check::close(&got, &[-0.407_605_95, -(3f32.ln())], 1e-6);
     }
 }

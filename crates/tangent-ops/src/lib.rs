@@ -38,7 +38,9 @@ pub mod thin_matrix;
 mod check;
 
 pub use attention::{AttentionShape, attend, attention};
-pub use cross_entropy::{Head, Target, linear_cross_entropy, log_softmax_at};
+pub use cross_entropy::{
+    Head, Target, linear_cross_entropy, linear_log_softmax_at, log_softmax_at,
+};
 pub use dropout::dropout;
 pub use embedding::{embedding, frozen_embedding};
 pub use frozen_linear::frozen_linear;

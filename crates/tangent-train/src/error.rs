@@ -83,7 +83,7 @@ pub enum TrainError {
         /// Rows of the step, as `file:line`.
         rows: String,
     },
-    /// An evaluation with a score that is not a finite number.
+    /// A score of a row that is not a finite number.
     #[error("{row}: the model's score is not finite; its weights or the adapter's are broken")]
     ScoreNotFinite {
         /// The row, as `file:line`.

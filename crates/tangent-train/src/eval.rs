@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tangent_model::family::Model;
 use tangent_model::{Batch, DistinctTokens, forward};
-use tangent_ops::log_softmax_at;
 
 use crate::data::Example;
 use crate::error::TrainError;
@@ -85,19 +84,36 @@ pub fn unseen_labels<'e>(train: &[Example], held_out: &'e [Example]) -> Vec<&'e 
     held_out.iter().filter(is_unseen).collect()
 }
 
-/// Groups of consecutive examples that take about [`TOKENS`] tokens to compute.
-pub(crate) fn groups(examples: &[Example]) -> Vec<&[Example]> {
+/// Consecutive examples that are computed together.
+pub(crate) struct Group<'e> {
+    pub examples: &'e [Example],
+    /// Tokens that they take to compute.
+    pub tokens: usize,
+}
+
+/// Groups of about [`TOKENS`] tokens, where `inputs` are those that an example takes to compute.
+pub(crate) fn groups<'e>(
+    examples: &'e [Example],
+    inputs: impl Fn(&'e Example) -> &'e [u32],
+) -> Vec<Group<'e>> {
     let (mut groups, mut start) = (vec![], 0);
-    let mut tokens = DistinctTokens::default();
+    let mut distinct = DistinctTokens::default();
     for (i, example) in examples.iter().enumerate() {
-        let more = tokens.count() + tokens.added_by(example.inputs());
+        let own = inputs(example);
+        let more = distinct.count() + distinct.added_by(own);
         if i > start && (more > TOKENS || i - start == ROWS) {
-            groups.push(&examples[start..i]);
-            (start, tokens) = (i, DistinctTokens::default());
+            groups.push(Group {
+                examples: &examples[start..i],
+                tokens: distinct.count(),
+            });
+            (start, distinct) = (i, DistinctTokens::default());
         }
-        tokens.add(example.inputs());
+        distinct.add(own);
     }
-    groups.push(&examples[start..]);
+    groups.push(Group {
+        examples: &examples[start..],
+        tokens: distinct.count(),
+    });
     groups
 }
 
@@ -145,67 +161,62 @@ impl EvalReport {
 pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowScore>, TrainError> {
     // One token scores best whatever the model says.
     let labels = labels(examples).filter(|firsts| firsts.len() > 1);
+    let also = labels.as_deref().unwrap_or_default();
     let mut rows = Vec::with_capacity(examples.len());
-    for group in groups(examples) {
-        let batch = Batch::for_targets(
-            model,
-            group.iter().map(|e| (&e.tokens[..], &e.supervised[..])),
-        );
-        let firsts = first_targets(&batch);
-        let mut scores: Vec<f32> = Vec::with_capacity(batch.targets.len());
-        let mut right = BTreeSet::new();
-        forward::for_each_logits(model, &batch, |targets, logits| {
-            let at = scores.len();
-            let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
-            scores.extend(log_softmax_at(logits, &ids));
-            if let Some(labels) = &labels {
-                let vocabulary = logits.len() / targets.len();
-                for (i, target) in targets.iter().enumerate() {
-                    let row = &logits[i * vocabulary..][..vocabulary];
-                    if firsts.contains(&(at + i)) && best(row, labels) == Some(target.id) {
-                        right.insert(at + i);
-                    }
-                }
-            }
-        });
-        for (row, example) in batch.rows.iter().zip(group) {
+    for Group { examples, .. } in groups(examples, Example::inputs) {
+        let given = examples.iter().map(|e| (&e.tokens[..], &e.supervised[..]));
+        let batch = Batch::for_targets(model, given);
+        let scores = forward::target_scores(model, &batch, also);
+        let scores: Vec<&[f32]> = scores.chunks_exact(1 + also.len()).collect();
+        for (row, example) in batch.rows.iter().zip(examples) {
             let own = &scores[row.targets.clone()];
-            if own.iter().any(|v| !v.is_finite()) {
-                let row = example.origin.to_string();
-                return Err(TrainError::ScoreNotFinite { row });
-            }
+            let log_probabilities = own.iter().map(|scores| scores[0]);
+            check_finite(example, log_probabilities.clone())?;
+            let is_right = |labels: &[u32]| {
+                let first = batch.targets[row.targets.clone()].first().zip(own.first());
+                first.is_some_and(|(target, scores)| best(&scores[1..], labels) == Some(target.id))
+            };
             rows.push(RowScore {
-                loss: -own.iter().map(|v| f64::from(*v)).sum::<f64>(),
+                loss: -log_probabilities.map(f64::from).sum::<f64>(),
                 tokens: own.len(),
-                correct: labels.as_ref().map(|_| right.contains(&row.targets.start)),
+                correct: labels.as_deref().map(is_right),
             });
         }
     }
     Ok(rows)
 }
 
-/// Indices of the targets that come first in their rows.
-fn first_targets(batch: &Batch) -> BTreeSet<usize> {
-    let rows = batch.rows.iter().filter(|r| !r.targets.is_empty());
-    rows.map(|r| r.targets.start).collect()
+/// Refuses scores of a row that are not finite.
+pub(crate) fn check_finite(
+    row: &Example,
+    mut log_probabilities: impl Iterator<Item = f32>,
+) -> Result<(), TrainError> {
+    match log_probabilities.all(f32::is_finite) {
+        true => Ok(()),
+        false => Err(TrainError::ScoreNotFinite {
+            row: row.origin.to_string(),
+        }),
+    }
 }
 
 /// The label with the largest logit; the first one of equals.
 fn best(logits: &[f32], labels: &[u32]) -> Option<u32> {
-    let mut best: Option<u32> = None;
-    for &label in labels {
-        if best.is_none_or(|b| logits[label as usize] > logits[b as usize]) {
-            best = Some(label);
+    let mut best: Option<(f32, u32)> = None;
+    for (&logit, &label) in logits.iter().zip(labels) {
+        if best.is_none_or(|(largest, _)| logit > largest) {
+            best = Some((logit, label));
         }
     }
-    best
+    best.map(|(_, label)| label)
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
+    use tangent_model::Pass;
     use tangent_ops::cross_entropy::CHUNK;
+    use tangent_ops::log_softmax_at;
 
     use super::*;
     use crate::data::Origin;
@@ -261,26 +272,38 @@ mod tests {
     fn rows_score_together_what_they_score_alone() {
         let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
         let all = sharing();
-        let groups = groups(&all);
+        let groups = groups(&all, Example::inputs);
         assert!(groups.len() > 1, "several groups");
-        assert!(groups[0].len() * 6 > CHUNK, "several chunks of targets");
+        let first = groups[0].examples.len();
+        assert!(first * 6 > CHUNK, "several chunks of targets");
+        let pass = Pass::inference(&model.device());
         let mut right = 0;
         for (row, got) in all.iter().zip(evaluate_rows(&*model, &all).unwrap()) {
             let end = row.tokens.len() - 2;
             let alone = Batch::new([(&row.tokens[..end], &row.supervised[..end])]);
-            let (mut loss, mut is_right) = (0.0, None);
-            forward::for_each_logits(&*model, &alone, |targets, logits| {
-                let ids: Vec<u32> = targets.iter().map(|t| t.id).collect();
-                let scores = log_softmax_at(logits, &ids);
-                loss = -scores.iter().map(|v| f64::from(*v)).sum::<f64>();
-                let first = &logits[..logits.len() / ids.len()];
-                is_right = Some(best(first, &[7, 8]) == Some(ids[0]));
-            });
+            let places: Vec<usize> = alone.targets.iter().map(|t| t.token).collect();
+            let ids: Vec<u32> = alone.targets.iter().map(|t| t.id).collect();
+            let logits = tangent_ops::values(forward::logits(&*model, &alone, &places, &pass));
+            let scores = log_softmax_at(&logits, &ids, &[]);
+            let loss = -scores.iter().map(|v| f64::from(*v)).sum::<f64>();
+            let is_right = best(&logits[7..9], &[7, 8]) == Some(ids[0]);
             assert!((got.loss - loss).abs() < 1e-5 * loss, "{got:?} {loss}");
-            assert_eq!((got.tokens, got.correct), (6, is_right));
-            right += usize::from(is_right == Some(true));
+            assert_eq!((got.tokens, got.correct), (6, Some(is_right)));
+            right += usize::from(is_right);
         }
         assert!(0 < right && right < all.len(), "{right}");
+    }
+
+    #[test]
+    fn groups_take_the_tokens_that_they_say() {
+        let model = tangent_testkit::model(&tangent_testkit::folder("llama/tied_gqa"));
+        let all = sharing();
+        for group in groups(&all, Example::inputs) {
+            let given = group.examples.iter();
+            let given = given.map(|e| (&e.tokens[..], &e.supervised[..]));
+            let batch = Batch::for_targets(&*model, given);
+            assert_eq!(group.tokens, batch.ids.len());
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@ use tangent_model::{Batch, forward};
 use tangent_ops::Target;
 
 use crate::data::Example;
-use crate::eval::groups;
+use crate::error::TrainError;
+use crate::eval::{Group, check_finite, groups};
 
 /// Calls `f(row, scores)` for every row in order: its index and the log-probabilities, in nats, of
 /// its tokens from the second one on, each given those before it.
@@ -16,39 +17,35 @@ use crate::eval::groups;
 /// the next group is computed.
 ///
 /// # Errors
-/// What `f` returns; no row is computed after that.
-pub fn for_each_row<E>(
+/// If a score is not a finite number; the row is named. What `f` returns. No row is computed after
+/// that.
+pub fn for_each_row<E: From<TrainError>>(
     model: &dyn Model,
     examples: &[Example],
     mut f: impl FnMut(usize, &[f32]) -> Result<(), E>,
 ) -> Result<(), E> {
-    let whole: Vec<Example> = examples.iter().map(with_all_targets).collect();
-    let mut row = 0;
-    for group in groups(&whole) {
-        for scores in of_group(model, group) {
-            f(row, &scores)?;
-            row += 1;
+    let mut index = 0;
+    for Group { examples, .. } in groups(examples, inputs) {
+        for (row, scores) in examples.iter().zip(of_group(model, examples)) {
+            check_finite(row, scores.iter().copied())?;
+            f(index, &scores)?;
+            index += 1;
         }
     }
     Ok(())
 }
 
-/// The row with every token that has a predecessor as a target, whatever training supervises.
-fn with_all_targets(example: &Example) -> Example {
-    Example {
-        tokens: example.tokens.clone(),
-        supervised: (0..example.tokens.len()).map(|t| t > 0).collect(),
-        origin: example.origin.clone(),
-        full_length: example.full_length,
-    }
+/// What the scores of a row are computed from: every token is a target, whatever training supervises.
+fn inputs(row: &Example) -> &[u32] {
+    &row.tokens[..row.tokens.len().saturating_sub(1)]
 }
 
 /// The scores of rows that are computed together, row by row.
-fn of_group(model: &dyn Model, group: &[Example]) -> Vec<Vec<f32>> {
-    let mut batch = Batch::for_targets(
-        model,
-        group.iter().map(|e| (&e.tokens[..], &e.supervised[..])),
-    );
+fn of_group(model: &dyn Model, rows: &[Example]) -> Vec<Vec<f32>> {
+    let longest = rows.iter().map(|row| row.tokens.len()).max();
+    let every = vec![true; longest.unwrap_or(0)];
+    let given = rows.iter().map(|row| &row.tokens[..]);
+    let mut batch = Batch::for_targets(model, given.map(|row| (row, &every[..row.len()])));
     // The head would take as long for a shared beginning as if it were not shared.
     let (targets, of_rows) = distinct(&batch.targets);
     batch.targets = targets;
@@ -76,11 +73,26 @@ fn distinct(targets: &[Target]) -> (Vec<Target>, Vec<usize>) {
 mod tests {
     use std::sync::Arc;
 
+    use tangent_model::SiteKind;
+    use tangent_ops::FrozenMatrix;
     use tangent_peft::{AdapterConfig, SettingValue, attach};
     use tangent_testkit::{close, folder, model};
 
     use super::*;
     use crate::data::Origin;
+
+    /// Why no more rows are told of.
+    #[derive(Debug)]
+    enum Stop {
+        Full,
+        Failed(TrainError),
+    }
+
+    impl From<TrainError> for Stop {
+        fn from(error: TrainError) -> Self {
+            Self::Failed(error)
+        }
+    }
 
     /// Rows without a supervised token.
     fn examples(rows: Vec<Vec<u32>>) -> Vec<Example> {
@@ -118,8 +130,7 @@ mod tests {
     #[test]
     fn scores_in_groups_are_those_of_the_rows_alone() {
         let rows = rows();
-        let whole: Vec<Example> = rows.iter().map(with_all_targets).collect();
-        assert!(groups(&whole).len() > 2);
+        assert!(groups(&rows, inputs).len() > 2);
         for (base, method) in [
             ("llama/tied_gqa", None),
             ("llama/mistral_window", None),
@@ -148,7 +159,7 @@ mod tests {
                 assert_eq!(model.whole().virtual_tokens(), tokens);
             }
             let mut told = vec![];
-            let all: Result<(), ()> = for_each_row(&*model, &rows, |row, scores| {
+            let all: Result<(), Stop> = for_each_row(&*model, &rows, |row, scores| {
                 told.push(row);
                 let want = alone(&*model, &rows[row]);
                 close(&format!("{base} {method:?} row {row}"), scores, &want, 2e-5);
@@ -165,9 +176,34 @@ mod tests {
         let mut told = 0;
         let stopped = for_each_row(&*model, &rows(), |row, _| {
             told += 1;
-            if row < 3 { Ok(()) } else { Err("full") }
+            if row < 3 { Ok(()) } else { Err(Stop::Full) }
         });
-        assert_eq!((stopped, told), (Err("full"), 4));
+        assert!(matches!(stopped, Err(Stop::Full)));
+        assert_eq!(told, 4);
+    }
+
+    #[test]
+    fn a_row_whose_score_is_no_number_is_named() {
+        let mut model = model(&folder("llama/tied_gqa"));
+        let mut sites = model.sites_mut().into_iter();
+        let table = sites.find(|site| site.kind == SiteKind::Embedding).unwrap();
+        let (rows, cols) = (table.weight.rows(), table.weight.cols());
+        let mut values = table.weight.to_values();
+        values[50 * cols..51 * cols].fill(f32::NAN);
+        table.weight = FrozenMatrix::from_values(values, rows, cols);
+        drop(sites);
+        // Nothing reads the last token of a row.
+        let rows = examples(vec![vec![1, 2, 50], vec![4, 50, 6], vec![7, 8]]);
+        let mut told = vec![];
+        let stopped = for_each_row(&*model, &rows, |row, _| {
+            told.push(row);
+            Ok::<(), Stop>(())
+        });
+        assert_eq!(told, [0]);
+        let Err(Stop::Failed(TrainError::ScoreNotFinite { row })) = &stopped else {
+            panic!("{stopped:?}");
+        };
+        assert_eq!(row, "rows.jsonl:2");
     }
 
     #[test]

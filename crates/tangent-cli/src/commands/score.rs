@@ -42,15 +42,17 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout().lock();
     let (mut sum, mut count) = (0.0_f64, 0_usize);
     let begun = Instant::now();
-    scores::for_each_row(&*opened.model, &rows, |index, scores| {
+    let print = |index: usize, scores: &[f32]| -> Result<(), Failure> {
         sum += scores.iter().map(|v| f64::from(*v)).sum::<f64>();
         count += scores.len();
         let row = &rows[index];
         match args.json {
-            true => writeln!(out, "{}", in_json(index, row, scores)),
-            false => writeln!(out, "{}", in_words(row, scores)),
+            true => writeln!(out, "{}", in_json(index, row, scores))?,
+            false => writeln!(out, "{}", in_words(row, scores))?,
         }
-    })?;
+        Ok(())
+    };
+    scores::for_each_row(&*opened.model, &rows, print)?;
     let speed = Speed::of(&rows, begun.elapsed().as_secs_f64());
     let loss = -sum / count.max(1) as f64;
     if args.json {

@@ -5,6 +5,7 @@
 mod bitsandbytes;
 mod folder;
 mod gguf;
+mod scores;
 
 use tangent_model::Batch;
 use tangent_testkit::Reference;

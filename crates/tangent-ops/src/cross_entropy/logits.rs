@@ -1,4 +1,5 @@
-//! Logits in blocks of the vocabulary: losses, and their gradients in the same place.
+//! Logits in blocks of the vocabulary: losses with their gradients in the same place, and
+//! log-probabilities.
 
 use std::ops::Range;
 
@@ -97,11 +98,41 @@ impl Logits {
         // A fixed order, so that the sum does not depend on threads.
         (losses.iter().sum(), sums)
     }
+
+    /// The logarithm of the softmax of each row at its id, and then its logits of `also`,
+    /// `(ids, 1 + also)`.
+    pub(super) fn log_softmax_at(mut self, ids: &[u32], also: &[u32]) -> Vec<f32> {
+        let cols = 1 + also.len();
+        let mut out = vec![0.0; ids.len() * cols];
+        out.par_chunks_exact_mut(cols)
+            .zip(self.rows(ids.len()))
+            .zip(ids)
+            .for_each(|((out, row), &id)| write_log_softmax_at(out, &row, id, also));
+        out
+    }
+}
+
+/// Writes the logarithm of the softmax of a row in pieces at `id`, and then its logits of `also`.
+pub(super) fn write_log_softmax_at<P: AsRef<[f32]>>(
+    out: &mut [f32],
+    row: &[P],
+    id: u32,
+    also: &[u32],
+) {
+    let (max, sum) = max_and_sum(row);
+    let logit = |id: u32| {
+        let (piece, at) = place(row, id);
+        row[piece].as_ref()[at]
+    };
+    out[0] = logit(id) - max - sum.ln();
+    for (out, &id) in out[1..].iter_mut().zip(also) {
+        *out = logit(id);
+    }
 }
 
 /// The piece of a row that has the logit of `id`, and its place there.
-fn place(pieces: &[&mut [f32]], id: u32) -> (usize, usize) {
-    let (id, width) = (id as usize, pieces[0].len());
+fn place<P: AsRef<[f32]>>(pieces: &[P], id: u32) -> (usize, usize) {
+    let (id, width) = (id as usize, pieces[0].as_ref().len());
     (id / width, id % width)
 }
 
@@ -117,7 +148,7 @@ fn largest<P: AsRef<[f32]>>(pieces: &[P]) -> f32 {
 }
 
 /// The largest logit of a row in pieces, and the sum of `exp(logit - largest)`, NaN if a logit is.
-pub(super) fn max_and_sum<P: AsRef<[f32]>>(pieces: &[P]) -> (f32, f32) {
+fn max_and_sum<P: AsRef<[f32]>>(pieces: &[P]) -> (f32, f32) {
     kernel::simd(
         #[inline(always)]
         || {
@@ -178,22 +209,21 @@ mod tests {
     }
 
     #[test]
-    fn blocks_change_no_bit_of_losses_and_gradients() {
+    fn blocks_change_no_bit() {
         let (m, vocabulary) = (4, 83);
         let values = check::values(m * vocabulary, 1);
         // In the first block, in the last one, and at the ends of blocks.
-        let targets: Vec<Target> = [5, 82, 31, 32]
-            .into_iter()
-            .enumerate()
-            .map(|(token, id)| Target { token, id })
-            .collect();
+        let targets = [(0, 5), (1, 82), (2, 31), (3, 32)].map(|(token, id)| Target { token, id });
         let [whole, in_blocks] = [vocabulary, 32].map(|width| {
             let mut logits = cut(&values, vocabulary, width);
             let (loss, sums) = logits.loss_and_gradient(&targets);
             assert_eq!(cut(&values, vocabulary, width).loss(&targets), loss);
+            let ids = targets.each_ref().map(|target| target.id);
+            let scores = cut(&values, vocabulary, width).log_softmax_at(&ids, &[64, 0, 82]);
             let pieces = logits.rows(m).into_iter().flatten();
             let gradient: Vec<f32> = pieces.flat_map(|piece| piece.to_vec()).collect();
-            (loss, check::bits(&sums), check::bits(&gradient))
+            let bits = [&sums, &gradient, &scores].map(|values| check::bits(values));
+            (loss, bits)
         });
         assert!(whole == in_blocks);
     }

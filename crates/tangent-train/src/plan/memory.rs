@@ -12,7 +12,7 @@ use super::kept::{Kept, of_bare_layer};
 use super::metered;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{Costed, costs, lowest_layer};
-use super::{Draft, Form, TrainedSite, evaluated_tokens};
+use super::{Draft, Form, TrainedSite, evaluated};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -151,8 +151,8 @@ pub(super) struct MemoryModel {
     metered: [u64; 2],
     base_bytes: u64,
     fixed_bytes: u64,
-    /// Tokens of the largest evaluated batch.
-    evaluated: usize,
+    /// The largest numbers that an evaluated batch has.
+    evaluated: MicroBatch,
 }
 
 impl MemoryModel {
@@ -192,9 +192,8 @@ impl MemoryModel {
             metered: [false, true].map(|several| metered::values(trained, config, several)),
             base_bytes: weight_bytes(model),
             fixed_bytes: fixed_bytes(draft),
-            evaluated: evaluated_tokens(draft.eval, model.whole().virtual_tokens())
-                .max()
-                .unwrap_or(0),
+            evaluated: evaluated(draft.eval, model.whole().virtual_tokens())
+                .fold(MicroBatch::default(), MicroBatch::larger),
         })
     }
 
@@ -304,16 +303,16 @@ impl MemoryModel {
     /// Nothing is kept between layers but what a network beside them reads; the last step's
     /// gradients are still there.
     fn evaluation(&self) -> Memory {
-        let positions = self.evaluated.min(CHUNK);
-        let loss = activation_bytes(positions * (self.vocabulary + 2 * self.hidden));
+        let MicroBatch { tokens, targets } = self.evaluated;
+        // All blocks of a chunk's logits, and its rows.
+        let loss = activation_bytes(targets.min(CHUNK) * (self.vocabulary + self.hidden));
         let states = self.beside.as_ref().map_or(0, |beside| beside.states);
-        let activations = |features: usize| activation_bytes(self.evaluated * features);
+        let in_layer = activation_bytes(tokens * (self.working() + states));
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters * 2 + self.state + self.held),
-            // Logits come when the states are free again.
-            activations: activations(self.working())
-                .max(activations(self.working() + states).saturating_sub(loss)),
+            // Logits come when all is free again but what the head reads.
+            activations: activation_bytes(tokens * self.hidden).max(in_layer.saturating_sub(loss)),
             loss,
             fixed: self.fixed_bytes,
         }

@@ -32,7 +32,7 @@ pub use time::measured_rate;
 pub use trained::{Form, SiteGroup, TrainedSite};
 
 use memory::MemoryModel;
-use survey::Survey;
+use survey::{MicroBatch, Survey};
 use time::Work;
 
 /// Tokens that a micro-batch of these rows computes.
@@ -44,10 +44,13 @@ pub fn batch_tokens(rows: &[&Example]) -> usize {
     tokens.count()
 }
 
-/// Tokens that each group of rows computes in an evaluation, with so many virtual ones.
-fn evaluated_tokens(rows: &[Example], virtual_tokens: usize) -> impl Iterator<Item = usize> {
-    let groups = eval::groups(rows).into_iter();
-    groups.map(move |group| virtual_tokens + batch_tokens(&group.iter().collect::<Vec<_>>()))
+/// What each group of rows computes in an evaluation, with so many virtual tokens.
+fn evaluated(rows: &[Example], virtual_tokens: usize) -> impl Iterator<Item = MicroBatch> {
+    let groups = eval::groups(rows, Example::inputs).into_iter();
+    groups.map(move |group| MicroBatch {
+        tokens: virtual_tokens + group.tokens,
+        targets: group.examples.iter().map(survey::targets).sum(),
+    })
 }
 
 /// A run whose settings are not decided yet.

@@ -14,6 +14,16 @@ pub(super) struct MicroBatch {
     pub targets: usize,
 }
 
+impl MicroBatch {
+    /// The larger numbers of both.
+    pub fn larger(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens.max(other.tokens),
+            targets: self.targets.max(other.targets),
+        }
+    }
+}
+
 /// Sums over rows that are computed one by one.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Alone {
@@ -143,10 +153,7 @@ impl Survey {
             self.pairs += pairs(rows.iter().copied(), virtual_tokens) * share;
             self.alone.add(rows.iter().copied());
             self.longest_row = self.longest_row.max(longest);
-            self.largest = MicroBatch {
-                tokens: self.largest.tokens.max(tokens),
-                targets: self.largest.targets.max(targets),
-            };
+            self.largest = self.largest.larger(MicroBatch { tokens, targets });
         }
         self.accumulates |= self.micro_batches > before + 1;
         self.steps += 1;

@@ -15,7 +15,7 @@ use super::calibration as measured;
 use super::metered;
 use super::survey::{Alone, Survey, pairs, targets};
 use super::trained::{costs, lowest_layer};
-use super::{Draft, Form, TrainedSite, evaluated_tokens};
+use super::{Draft, Form, TrainedSite, evaluated};
 use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
@@ -255,13 +255,16 @@ impl Work {
     /// Operations of an evaluation of these rows.
     pub fn of_evaluation(&self, rows: &[Example]) -> f64 {
         let given: usize = rows.iter().map(|row| row.inputs().len()).sum();
-        let tokens = evaluated_tokens(rows, self.virtual_tokens).sum::<usize>() as f64;
+        let (mut tokens, mut supervised) = (0.0, 0.0);
+        for group in evaluated(rows, self.virtual_tokens) {
+            tokens += group.tokens as f64;
+            supervised += group.targets as f64;
+        }
         let share = (tokens / given.max(1) as f64).min(1.0);
-        let supervised: usize = rows.iter().map(targets).sum();
         let layers = tokens * (self.layers + self.trained);
         let queries = self.queries + self.beside.map_or(0.0, |beside| beside.queries);
         let attention = queries * pairs(rows, self.virtual_tokens) * share;
-        2.0 * (layers + supervised as f64 * self.head + attention)
+        2.0 * (layers + supervised * self.head + attention)
     }
 }
 

@@ -299,7 +299,31 @@ fn the_loss_takes_its_buffers_once() {
     assert_eq!(start.activations + start.loss, at_layer.max(at_loss));
     // Rows that are evaluated together have more targets than a chunk.
     let evaluation = memory.evaluation();
-    assert_eq!(evaluation.loss, activation_bytes(CHUNK * (96 + 2 * 32)));
+    assert_eq!(evaluation.loss, activation_bytes(CHUNK * (96 + 32)));
+    // Their room is that of the layers before.
+    let in_layer = activation_bytes(300 * (3 * 48 + 2 * 32));
+    let at_loss = activation_bytes(300 * 32) + evaluation.loss;
+    let both = evaluation.activations + evaluation.loss;
+    assert_eq!(both, in_layer.max(at_loss));
+}
+
+#[test]
+fn rows_with_the_same_inputs_are_evaluated_at_all_their_targets() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+    let mut eval = [(); 40].map(|()| fixture::rows(&[3]).remove(0));
+    for (row, last) in eval.iter_mut().zip(40..) {
+        row.tokens[3] = last;
+    }
+    let draft = Draft {
+        eval: &eval,
+        ..fixture::draft(&*model, &trained, &[])
+    };
+    let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
+    let (tokens, targets) = (3, 2 * 40);
+    assert_eq!(memory.evaluated, MicroBatch { tokens, targets });
+    let loss = activation_bytes(targets * (96 + 32));
+    assert_eq!(memory.evaluation().loss, loss);
 }
 
 #[test]
