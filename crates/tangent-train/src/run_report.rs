@@ -90,7 +90,7 @@ fn page(
     let rate = chart("Learning rate", Axis::linear("Learning rate", ""), rates);
     page.figure("Learning rate of the last step before the entry.", &rate);
     let speeds = vec![series("speed", lines, "tokens_per_second")];
-    let speed = chart("Speed", Axis::linear("Tokens", "1/s"), speeds);
+    let speed = chart("Speed", Axis::linear("Speed", "tokens/s"), speeds);
     page.figure("Tokens a second of training steps.", &speed);
     if let Some(settings) = settings.as_object() {
         let short = settings

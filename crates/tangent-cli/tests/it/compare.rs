@@ -25,13 +25,20 @@ fn a_comparison_prints_a_table_writes_a_page_and_goes_on() {
         "group",
         "kappa",
         "parameters",
-        "memory",
+        "memory, MB",
     ] {
         assert!(header.contains(column), "{column}: {header}");
     }
     assert!(out.contains("\nlora ") && out.contains("\ndora "), "{out}");
     let page = String::from_utf8(place.read("out/compare.html")).unwrap();
     assert!(page.contains("Learning curves") && !page.contains("src="));
+    for words in [
+        "Model: tiny.gguf, --base-dtype as-stored. ",
+        "choose learning rates by: rows.jsonl; to compare on: rows.jsonl. Steps of 1 row.",
+    ] {
+        assert!(page.contains(words), "{words}");
+        assert!(out.contains(words), "{words}: {out}");
+    }
     place
         .run(&format!("{LINE} --budget steps=8"))
         .refused(&["out", "not empty"]);

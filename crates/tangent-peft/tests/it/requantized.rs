@@ -187,6 +187,26 @@ fn a_base_quantized_anew_is_nearer_to_the_original_and_leads_back_to_it() {
 }
 
 #[test]
+fn directions_on_a_base_of_their_own_become_plain_lora_of_the_original() {
+    let batch = reference().batch();
+    let trained = || {
+        let mut model = quantized_base();
+        let adapter = attach(&mut *model, &requantizing("dora", "qpissa"), 3).unwrap();
+        randomize(&adapter);
+        (model, adapter)
+    };
+    let (mut model, adapter) = trained();
+    // As many directions as any of the weights has.
+    let conversion = to_lora(&mut *model, &adapter, Some(32)).unwrap();
+    let error = conversion.relative_error();
+    assert!(error < 1e-5, "{error}");
+    let (mut restored, _) = trained();
+    onto::restore(&mut *restored).unwrap();
+    let (got, want) = (all_logits(&*model, &batch), all_logits(&*restored, &batch));
+    close("plain LoRA", &got, &want, 1e-4);
+}
+
+#[test]
 fn factors_that_were_computed_before_come_with_the_base_they_belong_to() {
     let batch = reference().batch();
     for init in ["loftq", "qpissa"] {

@@ -11,8 +11,13 @@ use crate::report::{
 /// Unit of losses.
 pub const NATS: &str = "nats per token";
 
-/// Times the usual loss from which one is of a run that went astray.
+/// Times the usual loss from which one is of a run that went astray, and where many are beyond that.
 const ASTRAY: f64 = 3.0;
+const FAR: f64 = 100.0;
+
+/// Times the least loss from which the largest one on a linear axis would leave no room for the
+/// differences of the others.
+const WIDE: f64 = 10.0;
 
 /// What is left free above the usual losses, as a share of their span and of the largest of them.
 const FREE: f64 = 0.1;
@@ -25,16 +30,36 @@ fn middle(losses: impl Iterator<Item = f64>) -> Option<f64> {
     losses.get(losses.len().checked_sub(1)? / 2).copied()
 }
 
-/// Where an axis of losses ends so that usual ones can be told apart, if others are far above
-/// `usual`.
-fn ceiling(losses: impl Iterator<Item = f64>, usual: Option<f64>) -> Option<f64> {
-    let limit = ASTRAY * usual.filter(|usual| *usual > 0.0)?;
+/// Where an axis of losses ends so that usual ones can be told apart, if others are above so many
+/// `times` the `usual` one.
+fn ceiling(losses: impl Iterator<Item = f64>, usual: Option<f64>, times: f64) -> Option<f64> {
+    let limit = times * usual.filter(|usual| *usual > 0.0)?;
     let finite = losses.filter(|loss| loss.is_finite());
     let (near, astray): (Vec<f64>, Vec<f64>) = finite.partition(|loss| *loss <= limit);
     let low = near.iter().copied().fold(f64::INFINITY, f64::min);
     let high = near.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let free = (FREE * (high - low)).max(LEAST_FREE * high);
     (!near.is_empty() && !astray.is_empty()).then_some(high + free)
+}
+
+/// An axis of these losses: logarithmic where they are too far apart for a linear one, and ending where
+/// only runs that went astray are beyond, unless these are many.
+fn axis(title: &str, losses: impl Iterator<Item = f64>, usual: Option<f64>) -> Axis {
+    let losses: Vec<f64> = losses.filter(|loss| loss.is_finite()).collect();
+    let beyond = |usual: f64| losses.iter().filter(|loss| **loss > ASTRAY * usual).count();
+    let times = match usual.is_some_and(|usual| 4 * beyond(usual) > losses.len()) {
+        true => FAR,
+        false => ASTRAY,
+    };
+    let ceiling = ceiling(losses.iter().copied(), usual, times);
+    let held = move |loss: &f64| ceiling.map_or(*loss, |end| end.min(*loss));
+    let shown = || losses.iter().map(held);
+    let low = shown().fold(f64::INFINITY, f64::min);
+    let axis = match low > 0.0 && shown().any(|loss| loss > WIDE * low) {
+        true => Axis::logarithmic(title, NATS),
+        false => Axis::linear(title, NATS),
+    };
+    axis.up_to(ceiling)
 }
 
 /// Training loss by step, with the learning rates that were found.
@@ -65,40 +90,41 @@ pub fn curves(findings: &[Finding]) -> LineChart {
     // All begin with about the loss of the base model.
     let usual = middle(series.iter().filter_map(|s| Some(s.points.first()?.1)));
     let points = series.iter().flat_map(|s| &s.points).map(|point| point.1);
-    let ends = series.iter().flat_map(|s| &s.band).map(|band| band.1);
-    let ceiling = ceiling(points.chain(ends), usual);
+    let bands = series.iter().flat_map(|s| &s.band);
+    let ends = bands.flat_map(|(low, high)| [*low, *high]);
     LineChart {
         title: "Learning curves".into(),
         x: Axis::linear("Step", ""),
-        y: Axis::linear("Training loss", NATS).up_to(ceiling),
+        y: axis("Training loss", points.chain(ends), usual),
         series,
     }
 }
 
 /// Evaluation loss against each cost that is known.
-pub fn costs(rows: &[Standing]) -> Vec<(&'static str, ScatterChart)> {
-    let parameters = pareto(rows, Axis::logarithmic("Trained parameters", ""), |s| {
-        Some(s.parameters as f64)
-    });
-    let memory = pareto(rows, Axis::linear("Predicted peak memory", "MB"), |s| {
-        s.predicted_peak_bytes.map(|bytes| bytes as f64 / 1e6)
-    });
-    let time = pareto(rows, Axis::linear("Time of a step", "s"), |s| {
-        s.seconds_per_step
-    });
+pub fn costs(rows: &[Standing]) -> Vec<ScatterChart> {
+    let parameters = Axis::logarithmic("Trained parameters", "");
+    let memory = Axis::linear("Predicted peak memory", "MB");
+    let time = Axis::linear("Time of a step", "s");
     let charts = [
-        ("Loss and trained parameters.", parameters),
-        ("Loss and predicted memory.", memory),
-        ("Loss and time.", time),
+        pareto("Loss and trained parameters", rows, parameters, |s| {
+            Some(s.parameters as f64)
+        }),
+        pareto("Loss and predicted memory", rows, memory, |s| {
+            s.predicted_peak_bytes.map(|bytes| bytes as f64 / 1e6)
+        }),
+        pareto("Loss and time", rows, time, |s| s.seconds_per_step),
     ];
-    let known = charts
-        .into_iter()
-        .filter(|(_, chart)| !chart.points.is_empty());
+    let known = charts.into_iter().filter(|chart| !chart.points.is_empty());
     known.collect()
 }
 
 /// Evaluation loss against a cost.
-fn pareto(rows: &[Standing], x: Axis, cost: impl Fn(&Standing) -> Option<f64>) -> ScatterChart {
+fn pareto(
+    title: &str,
+    rows: &[Standing],
+    x: Axis,
+    cost: impl Fn(&Standing) -> Option<f64>,
+) -> ScatterChart {
     let point = |standing: &Standing| {
         let loss = standing.loss?;
         Some(ScatterPoint {
@@ -110,12 +136,13 @@ fn pareto(rows: &[Standing], x: Axis, cost: impl Fn(&Standing) -> Option<f64>) -
     };
     let points: Vec<ScatterPoint> = rows.iter().filter_map(point).collect();
     let losses = || points.iter().map(|point| point.y);
-    let ends = points.iter().filter_map(|point| Some(point.error?.1));
-    let ceiling = ceiling(losses().chain(ends), middle(losses()));
+    let bars = points.iter().filter_map(|point| point.error);
+    let ends = bars.flat_map(|(low, high)| [low, high]);
+    let y = axis("Evaluation loss", losses().chain(ends), middle(losses()));
     ScatterChart {
-        title: String::new(),
+        title: title.to_owned(),
         x,
-        y: Axis::linear("Evaluation loss", NATS).up_to(ceiling),
+        y,
         points,
         front: Some(Front::LowerLeft),
     }
@@ -142,11 +169,11 @@ pub fn rates(findings: &[Finding]) -> LineChart {
     });
     let series: Vec<Series> = series.collect();
     let losses = || series.iter().flat_map(|s| &s.points).map(|point| point.1);
-    let ceiling = ceiling(losses(), middle(losses()));
+    let y = axis("Validation loss", losses(), middle(losses()));
     LineChart {
         title: "Sensitivity to the learning rate".into(),
         x: Axis::logarithmic("Learning rate", ""),
-        y: Axis::linear("Validation loss", NATS).up_to(ceiling),
+        y,
         series,
     }
 }
@@ -171,7 +198,7 @@ pub fn ranks(findings: &[Finding]) -> Vec<(&'static Recipe, HeatMap)> {
                 let trials = found.iter().flat_map(|(_, trials)| trials);
                 trials.map(|t| t.score).filter(|score| score.is_finite())
             };
-            let range = ceiling(losses(), middle(losses()))
+            let range = ceiling(losses(), middle(losses()), ASTRAY)
                 .map(|ceiling| (losses().fold(ceiling, f64::min), ceiling));
             let map = HeatMap {
                 title: format!("{name}: sensitivity to {size} and learning rate"),
@@ -197,6 +224,7 @@ pub fn ranks(findings: &[Finding]) -> Vec<(&'static Recipe, HeatMap)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::bootstrap::Estimate;
     use super::super::recipe::{Shared, find};
     use super::super::{Contender, Record};
     use super::*;
@@ -252,6 +280,54 @@ mod tests {
     }
 
     #[test]
+    fn losses_that_are_far_apart_are_told_apart_by_their_ratios() {
+        let falling = finding("lora", &[&[8.0, 0.5, 0.2]], &[0.25, 0.3, 0.5]);
+        let findings = [falling];
+        let chart = curves(&findings);
+        assert_eq!((chart.y.log, chart.y.ceiling), (true, None));
+        let words = "Training loss (nats per token), log scale";
+        assert!(chart.svg().contains(words) && chart.dropped() == 0);
+        assert!(!rates(&findings).y.log);
+        // Rates that are too low are no runs that went astray.
+        let low = finding("dora", &[], &[0.25, 0.3, 0.35, 4.0, 6.0]);
+        let chart = rates(std::slice::from_ref(&low));
+        assert_eq!((chart.y.log, chart.y.ceiling), (true, None));
+        let mut wild = low;
+        wild.sensitivity[1].1[4].score = 5e4;
+        let y = rates(&[wild]).y;
+        assert!(y.log && y.ceiling.is_some_and(|end| (4.0..4.5).contains(&end)));
+        // What is zero has no place among ratios.
+        let y = curves(&[finding("lora", &[&[8.0, 0.5, 0.0]], &[])]).y;
+        assert!(!y.log);
+    }
+
+    #[test]
+    fn costs_are_named_with_their_units() {
+        let standing = Standing {
+            recipe: "lora",
+            parameters: 1000,
+            predicted_peak_bytes: Some(2_000_000),
+            loss: Some(Estimate {
+                mean: 1.0,
+                low: 0.9,
+                high: 1.1,
+            }),
+            ..Standing::default()
+        };
+        let charts = costs(&[standing]);
+        assert_eq!(charts.len(), 2, "no step was timed");
+        for (chart, words) in charts.iter().zip([
+            ["Loss and trained parameters", "Trained parameters, log"],
+            ["Loss and predicted memory", "Predicted peak memory (MB)"],
+        ]) {
+            let svg = chart.svg();
+            for words in words.iter().chain(&["Evaluation loss (nats per token)"]) {
+                assert!(svg.contains(words), "{words}");
+            }
+        }
+    }
+
+    #[test]
     fn heat_maps_name_what_varies_and_keep_their_colors_apart() {
         let maps = ranks(&[finding("oft", &[], &[1.25, 5e4, f64::INFINITY])]);
         let (recipe, map) = &maps[0];
@@ -271,7 +347,7 @@ mod tests {
     fn ceilings_are_above_what_is_usual() {
         let of = |losses: &[f64]| {
             let losses = || losses.iter().copied();
-            ceiling(losses(), middle(losses()))
+            ceiling(losses(), middle(losses()), ASTRAY)
         };
         assert_eq!(of(&[]), None);
         assert_eq!(of(&[1.0, 2.0, 2.9]), None);

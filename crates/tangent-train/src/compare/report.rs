@@ -2,12 +2,16 @@
 
 mod sentences;
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use super::charts;
 use super::standing::Standings;
 use super::table::{self, counted};
 use super::{Budget, CompareError, Finding, Rates, Recipe, Setup, Skipped};
+use crate::config::Batching;
+use crate::data::Example;
 use crate::plan::grouped;
 use crate::report::{HeatMap, Page, number};
 
@@ -117,9 +121,9 @@ impl Report {
             &charts::curves(&self.findings).svg(),
         );
         page.heading("Quality against cost");
-        for (title, chart) in charts::costs(&self.standings.rows) {
-            let caption = format!("{title} Bars are 95 % intervals; lower and left is better.");
-            page.figure(&caption, &chart.svg());
+        for chart in charts::costs(&self.standings.rows) {
+            let caption = "Bars are 95 % intervals; lower and left is better.";
+            page.figure(caption, &chart.svg());
         }
         if self.findings.iter().any(|f| !f.sensitivity.is_empty()) {
             page.heading("Learning rates");
@@ -191,6 +195,41 @@ fn size_caption(recipe: &Recipe, map: &HeatMap) -> String {
     caption
 }
 
+/// On which model and rows, and how many of these a step takes.
+fn on_what(setup: &Setup<'_>) -> String {
+    let base = |key: &str| setup.base.get(key).and_then(Value::as_str);
+    let mut told = String::new();
+    if let (Some(model), Some(dtype)) = (base("model"), base("base_dtype")) {
+        told.push_str(&format!("Model: {model}, --base-dtype {dtype}. "));
+    }
+    let (data, train) = (&setup.data, &setup.shared.train);
+    let times = train.gradient_accumulation_steps;
+    let rows = match train.batching {
+        Batching::Rows(rows) => counted(rows.saturating_mul(times), "row"),
+        Batching::Tokens(tokens) => {
+            format!("up to {}", counted(tokens.saturating_mul(times), "token"))
+        }
+    };
+    told + &format!(
+        "Rows to train on and to choose learning rates by: {}; to compare on: {}. Steps of {rows}.",
+        files(data.train.iter().chain(data.validation)),
+        files(data.eval.iter()),
+    )
+}
+
+/// The files that rows come from.
+fn files<'a>(rows: impl Iterator<Item = &'a Example>) -> String {
+    let mut files: Vec<&Path> = vec![];
+    for row in rows {
+        let file = row.origin.file.as_path();
+        if !files.contains(&file) {
+            files.push(file);
+        }
+    }
+    let names = files.iter().map(|file| file.display().to_string());
+    names.collect::<Vec<_>>().join(", ")
+}
+
 /// What is compared, in sentences.
 fn what(setup: &Setup<'_>, findings: &[Finding]) -> Vec<String> {
     let data = &setup.data;
@@ -216,12 +255,13 @@ fn what(setup: &Setup<'_>, findings: &[Finding]) -> Vec<String> {
             .collect::<Vec<_>>()
             .join(", "),
     };
-    vec![format!(
+    let runs = format!(
         "Runs of {steps}{budget}; {}, {}, {}. Learning rates: {rates}.",
         counted(data.train.len(), "training row"),
         counted(data.validation.len(), "validation row"),
         counted(data.eval.len(), "evaluation row"),
-    )]
+    );
+    vec![on_what(setup), runs]
 }
 
 #[cfg(test)]
@@ -391,6 +431,19 @@ mod tests {
             assert!(line.starts_with(words), "{words}: {text}");
         }
         assert!(text.contains("\nsize: "), "{text}");
+    }
+
+    #[test]
+    fn rates_at_an_end_are_told_in_one_sentence() {
+        let at_edge = |recipe| Standing {
+            at_edge: true,
+            ..standing(recipe, 1.0)
+        };
+        let rows = vec![at_edge("lora"), standing("dora", 2.0), at_edge("oft")];
+        let text = report(rows, vec!["lora"]).text();
+        assert_eq!(text.matches("may lie beyond").count(), 1, "{text}");
+        let words = "lora, oft: the best learning rate is the least or the largest";
+        assert!(text.contains(words), "{text}");
     }
 
     #[test]

@@ -7,6 +7,9 @@
 //! 3      all           the better half of those, rounded up; the best of them wins
 //! ```
 //!
+//! Where that one is the least or the largest of all rates, as more steps may have it, the next rate
+//! beyond takes part in rung 3, too, and so on until none is left.
+//!
 //! Where all runs of rung 3 diverge, the rates that fell out before take their place one after
 //! another, those of later rungs and lower losses first, until one ends.
 //!
@@ -23,9 +26,9 @@ const ABOVE: [f64; 2] = [30.0, 100.0];
 pub struct Grid {
     /// Those that take part from the beginning, ascending.
     pub rates: Vec<f64>,
-    /// Those that join if the least one is best.
+    /// Those that join if the least one is best, ascending.
     pub below: Vec<f64>,
-    /// Those that join if the largest one is best.
+    /// Those that join if the largest one is best, ascending.
     pub above: Vec<f64>,
 }
 
@@ -48,6 +51,17 @@ impl Grid {
             rates,
             below: vec![],
             above: vec![],
+        }
+    }
+
+    /// The next rate beyond the best of those tried, if that is at an end of them.
+    fn beyond(&self, tried: &[f64], best: f64) -> Option<f64> {
+        if tried.iter().all(|&rate| best <= rate) {
+            self.below.iter().copied().rfind(|&rate| rate < best)
+        } else if tried.iter().all(|&rate| best >= rate) {
+            self.above.iter().copied().find(|&rate| rate > best)
+        } else {
+            None
         }
     }
 
@@ -123,6 +137,7 @@ pub fn halving<E>(
         Ok(made)
     };
     let mut left = grid.rates.clone();
+    let mut tried = left.clone();
     // Those that fell out, in the order in which they would take part again.
     let mut out = vec![];
     if left.len() > 1 {
@@ -136,6 +151,7 @@ pub fn halving<E>(
             _ => &[],
         };
         first.extend(rung(more, few)?);
+        tried.extend_from_slice(more);
         (left, out) = better(first, grid.rates.len().div_ceil(2));
     }
     if left.len() > 1 {
@@ -150,6 +166,10 @@ pub fn halving<E>(
         if best(&last).is_some() {
             break;
         }
+        last.extend(rung(&[rate], steps)?);
+    }
+    while let Some(rate) = best(&last).and_then(|best| grid.beyond(&tried, best)) {
+        tried.push(rate);
         last.extend(rung(&[rate], steps)?);
     }
     let search = Search {
@@ -234,6 +254,26 @@ mod tests {
         let found = search(&Grid::of(vec![1e-3, 1e-4, 1e-3]), 100, 1.0, 1.0);
         assert_eq!(counts(&found), [(25, 2), (100, 1)]);
         assert_eq!((found.best, found.at_edge), (Some(1e-3), true));
+    }
+
+    #[test]
+    fn an_end_that_turns_out_best_late_is_gone_beyond() {
+        let grid = Grid::around(2e-4);
+        for (early, late, best, at_edge, last) in [
+            (8e-4, 5e-3, 6e-3, false, vec![6e-4, 2e-3, 6e-3, 2e-2]),
+            (8e-4, 1e-1, 2e-2, true, vec![6e-4, 2e-3, 6e-3, 2e-2]),
+            (5e-5, 1.5e-5, 2e-5, false, vec![2e-5, 6e-5, 6e-6]),
+        ] {
+            let score = |rate: f64, steps: usize| -> Result<f64, Infallible> {
+                let optimum = if steps == 100 { late } else { early };
+                Ok((rate / optimum).ln().powi(2))
+            };
+            let Ok(found) = halving(&grid, 100, score);
+            assert_eq!((found.best, found.at_edge), (Some(best), at_edge));
+            let of_all_steps = found.trials.iter().filter(|trial| trial.steps == 100);
+            let rates: Vec<f64> = of_all_steps.map(|trial| trial.rate).collect();
+            assert_eq!(rates, last);
+        }
     }
 
     #[test]

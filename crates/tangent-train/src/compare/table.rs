@@ -2,7 +2,7 @@
 
 use super::bootstrap::Estimate;
 use super::standing::Standing;
-use crate::plan::{grouped, megabytes};
+use crate::plan::grouped;
 use crate::report::number;
 
 /// What stands for a value that is not there.
@@ -46,8 +46,10 @@ const COLUMNS: &[Column] = &[
         0 => NOTHING.into(),
         count => grouped(count),
     }),
-    ("memory", |s| {
-        s.predicted_peak_bytes.map_or(NOTHING.into(), megabytes)
+    ("memory, MB", |s| {
+        s.predicted_peak_bytes.map_or(NOTHING.into(), |bytes| {
+            grouped(bytes.div_ceil(1_000_000) as usize)
+        })
     }),
     ("s/step", |s| {
         s.seconds_per_step.map_or(NOTHING.into(), number)

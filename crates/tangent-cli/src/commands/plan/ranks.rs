@@ -67,8 +67,9 @@ impl Choice {
         let measured = measured_ranks(file)?;
         if measured.is_none() {
             say(format_args!(
-                "{}: the ranks of the run that was measured are not known, since no run.json beside \
-                 it has them; its readings are taken to be of rank {} everywhere",
+                "{}: the ranks of the run that was measured are not known: no run.json beside it tells \
+                 them, or its start values moved them; its readings are taken to be of rank {} \
+                 everywhere",
                 file.display(),
                 config.rank
             ));

@@ -236,6 +236,32 @@ fn shapes_that_do_not_fit_the_configuration() {
 }
 
 #[test]
+fn weights_with_a_row_of_zeros_have_no_directions() {
+    let place = place();
+    place.hugging_face_folder();
+    let site = "model.layers.1.self_attn.k_proj";
+    change(&place, "model.safetensors", |mut bytes| {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let tensor = &header[format!("{site}.weight")];
+        let at = |end: usize| 8 + length + tensor["data_offsets"][end].as_u64().unwrap() as usize;
+        let row = (at(1) - at(0)) / tensor["shape"][0].as_u64().unwrap() as usize;
+        bytes[at(0) + 3 * row..at(0) + 4 * row].fill(0);
+        bytes
+    });
+    let line = TRAIN.replace("tiny.gguf", "model");
+    let row = format!("row 3 of {site}");
+    let words = ["dora cannot adapt", &row, "--exclude-modules"];
+    refused(&place, &format!("{line} {OVER} --method dora"), &words);
+    place
+        .run(&format!(
+            "{line} --method dora --exclude-modules {site} --output out"
+        ))
+        .succeeded();
+    place.run(&format!("{line} --output lora")).succeeded();
+}
+
+#[test]
 fn missing_and_superfluous_tensors_and_files() {
     let place = place();
     place.hugging_face_folder();

@@ -3,7 +3,6 @@
 use super::super::Finding;
 use super::super::bootstrap::LEVEL;
 use super::super::charts::NATS;
-use super::super::standing::Standing;
 use super::Report;
 use crate::plan::grouped;
 
@@ -57,12 +56,13 @@ impl Report {
                 "No share of the gap between lora and full is told: {why}."
             ));
         }
-        let edge = |s: &&Standing| s.at_edge;
-        for s in standings.rows.iter().filter(edge) {
+        let at_edge = standings.rows.iter().filter(|s| s.at_edge);
+        let at_edge: Vec<&str> = at_edge.map(|s| s.recipe).collect();
+        if !at_edge.is_empty() {
             told.push(format!(
                 "{}: the best learning rate is the least or the largest that was tried; a better \
                  one may lie beyond.",
-                s.recipe
+                at_edge.join(", ")
             ));
         }
         if let Some(fault) = &self.fault {
