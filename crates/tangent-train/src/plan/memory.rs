@@ -11,8 +11,8 @@ use super::calibration as measured;
 use super::kept::{Kept, of_bare_layer};
 use super::metered;
 use super::survey::{MicroBatch, Survey};
-use super::trained::{Costed, costs, lowest_layer};
-use super::{Draft, Form, TrainedSite, evaluated};
+use super::trained::{Costed, costs, lowest_layer, trains_embedding};
+use super::{Draft, Form, evaluated};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -139,9 +139,9 @@ pub(super) struct MemoryModel {
     /// embedding's.
     head: Option<(Form, usize)>,
     shared_head: bool,
+    /// Whether gradients go on below the layers.
+    below_layers: bool,
     parameters: u64,
-    /// Those that are no values of the model.
-    thin_parameters: u64,
     /// Values of the optimizer's state.
     state: u64,
     /// Values that the method holds beside its trained ones.
@@ -169,10 +169,6 @@ impl MemoryModel {
         let state = trained
             .iter()
             .map(|site| rule.state_values(site.parameters, site.pair) as u64);
-        let in_place =
-            |site: &TrainedSite| matches!(site.form, Form::Whole | Form::Rows(_) | Form::Bias);
-        let thin = trained.iter().filter(|site| !in_place(site));
-        let thin = thin.map(|site| site.parameters);
         let held = |(site, cost): &Costed<'_>| (site.shared + cost.resident) as u64;
         Ok(Self {
             layers,
@@ -185,8 +181,8 @@ impl MemoryModel {
             importances: Importances::of(draft)?,
             head: head_site.map(|(site, cost)| (site.form, cost.per_token)),
             shared_head: head_site.is_some_and(|(site, _)| site.parameters == 0),
+            below_layers: trains_embedding(trained),
             parameters: parameters as u64,
-            thin_parameters: thin.sum::<usize>() as u64,
             state: state.sum(),
             held: costs.iter().map(held).sum(),
             metered: [false, true].map(|several| metered::values(trained, config, several)),
@@ -206,7 +202,7 @@ impl MemoryModel {
             self.of_importances(survey),
             self.before_side(survey),
             self.start_of_backward(survey, checkpointing),
-            self.end_of_backward(survey),
+            self.end_of_backward(survey, checkpointing),
         ] {
             if moment.peak() > worst.peak() {
                 worst = moment;
@@ -255,8 +251,8 @@ impl MemoryModel {
         }
     }
 
-    /// All that the forward pass keeps is there. Gradients of this micro-batch are not yet: large
-    /// ones will take the place of activations, of small ones about half find none of their size.
+    /// All that the forward pass keeps is there. Gradients of this micro-batch are not yet: they
+    /// take the place of activations, which go as they come.
     fn start_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
         let tokens = survey.largest.tokens;
         let (of_all, of_layer) = match checkpointing {
@@ -270,18 +266,26 @@ impl MemoryModel {
         let values = self.parameters * vectors + self.state + self.held;
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(values + self.thin_parameters / 2)
+            trained: trained_bytes(values)
                 + VALUE * self.earlier(survey) * self.metered_values(survey),
             // The chunk of the loss is free again when the first layer's turn comes.
             activations: activation_bytes(at_loss)
-                .max(activation_bytes(at_layer).saturating_sub(loss)),
+                .max(activation_bytes(at_layer).saturating_sub(loss))
+                + self.pieces(survey, checkpointing),
             loss,
             fixed: self.fixed_bytes,
         }
     }
 
-    /// What the forward pass keeps is free again; all gradients are there.
-    fn end_of_backward(&self, survey: &Survey) -> Memory {
+    /// Room of smaller micro-batches that is in pieces when the largest one comes. They leave no more
+    /// than by how much they differ.
+    fn pieces(&self, survey: &Survey, checkpointing: bool) -> u64 {
+        let values = survey.spread() * self.held_at_loss(checkpointing);
+        activation_bytes(values).min(measured::PIECES_BYTES)
+    }
+
+    /// The backward pass goes through the lowest layer; nearly all gradients are there.
+    fn end_of_backward(&self, survey: &Survey, checkpointing: bool) -> Memory {
         let vectors = 2 + self.earlier(survey);
         // A tensor with two uses has two gradients until they are added.
         let second = match self.shared_head {
@@ -293,15 +297,15 @@ impl MemoryModel {
             trained: trained_bytes(self.parameters * vectors + self.state + self.held + second)
                 + VALUE * self.metered_values(survey),
             activations: activation_bytes(
-                survey.largest.tokens * self.working_backward() + self.kept.working,
+                survey.largest.tokens * self.held_at_end(checkpointing) + self.kept.working,
             ),
             loss: 0,
             fixed: self.fixed_bytes,
         }
     }
 
-    /// Nothing is kept between layers but what a network beside them reads; the last step's
-    /// gradients are still there.
+    /// Nothing is kept between layers but what a network beside them reads, and the last step's
+    /// gradients are gone.
     fn evaluation(&self) -> Memory {
         let MicroBatch { tokens, targets } = self.evaluated;
         // All blocks of a chunk's logits, and its rows.
@@ -310,7 +314,7 @@ impl MemoryModel {
         let in_layer = activation_bytes(tokens * (self.working() + states));
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters * 2 + self.state + self.held),
+            trained: trained_bytes(self.parameters + self.state + self.held),
             // Logits come when all is free again but what the head reads.
             activations: activation_bytes(tokens * self.hidden).max(in_layer.saturating_sub(loss)),
             loss,
@@ -348,6 +352,21 @@ impl MemoryModel {
         let held = layers.map(|(index, kept)| index * self.hidden + kept);
         // Its output, and the gradient that is pushed through it.
         held.max().unwrap_or(0) + self.working() + 2 * self.hidden
+    }
+
+    /// Features of a token, kept and in work, when the backward pass is in the lowest layer. Where it
+    /// goes on below, its last gradients come when that layer, too, is free.
+    fn held_at_end(&self, checkpointing: bool) -> usize {
+        let lowest = match self.below_layers {
+            true => 0,
+            false => self.kept.features.get(self.lowest).copied().unwrap_or(0),
+        };
+        let around = match checkpointing {
+            // Inputs of the layers below, the layer's output, and the gradient that is pushed through.
+            true => (self.lowest + 2) * self.hidden,
+            false => 0,
+        };
+        lowest + around + self.working_backward()
     }
 
     /// Features of a token that all layers keep, and a network beside them.

@@ -67,6 +67,8 @@ pub(super) struct Survey {
     pub alone: Alone,
     /// The largest numbers that a micro-batch has.
     pub largest: MicroBatch,
+    /// The fewest tokens that one computes.
+    pub smallest: Option<usize>,
     /// Tokens that are computed of the longest row.
     pub longest_row: usize,
     /// Whether a step adds up several micro-batches.
@@ -85,6 +87,12 @@ pub(super) fn pairs<'a>(rows: impl IntoIterator<Item = &'a Example>, virtual_tok
 }
 
 impl Survey {
+    /// Tokens that the largest micro-batch computes beyond those of the smallest.
+    pub fn spread(&self) -> usize {
+        let smallest = self.smallest.unwrap_or(self.largest.tokens);
+        self.largest.tokens.saturating_sub(smallest)
+    }
+
     /// Looks at the steps of the run in their order: at all of a pass over the data, and at more
     /// passes as long as the rows are few. Every micro-batch has so many virtual tokens besides.
     pub fn new(train: &[Example], config: &TrainConfig, virtual_tokens: usize) -> Self {
@@ -154,6 +162,7 @@ impl Survey {
             self.alone.add(rows.iter().copied());
             self.longest_row = self.longest_row.max(longest);
             self.largest = self.largest.larger(MicroBatch { tokens, targets });
+            self.smallest = Some(self.smallest.unwrap_or(tokens).min(tokens));
         }
         self.accumulates |= self.micro_batches > before + 1;
         self.steps += 1;
@@ -184,11 +193,13 @@ mod tests {
             targets: 8,
         };
         assert_eq!(survey.largest, largest);
+        assert_eq!((survey.smallest, survey.spread()), (Some(3), 6));
         assert!(survey.accumulates);
         // Rows without a supervised token are not computed.
         rows[3].supervised.fill(false);
         let survey = Survey::new(&rows, &config, 0);
         assert_eq!((survey.largest.tokens, survey.largest.targets), (3, 2));
+        assert_eq!((survey.spread(), Survey::default().spread()), (0, 0));
         assert_eq!(survey.pairs, 9.0 * survey.micro_batches as f64);
         let alone = Alone {
             rows: survey.micro_batches,

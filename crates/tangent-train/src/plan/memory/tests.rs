@@ -4,7 +4,7 @@ use tangent_model::SiteKind;
 use tangent_ops::Quantization;
 use tangent_peft::{AdapterConfig, SettingValue};
 
-use super::super::fixture;
+use super::super::{TrainedSite, fixture};
 use super::*;
 use crate::config::Batching;
 
@@ -16,7 +16,7 @@ fn full_fine_tuning_holds_four_copies() {
     let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
     assert!(memory.shared_head);
     // Values, gradients and two moments.
-    let end = memory.end_of_backward(&Survey::default());
+    let end = memory.end_of_backward(&Survey::default(), false);
     let count: usize = trained.iter().map(|site| site.parameters).sum();
     assert_eq!(end.trained, trained_bytes((4 * count + 96 * 32) as u64));
 }
@@ -93,7 +93,7 @@ fn methods_hold_what_they_say_beside_what_trains() {
         };
         let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
         assert_eq!(memory.held, want as u64, "{method} {init}");
-        let end = memory.end_of_backward(&Survey::default());
+        let end = memory.end_of_backward(&Survey::default(), false);
         let values = 4 * memory.parameters + memory.held;
         assert_eq!(end.trained, trained_bytes(values), "{method} {init}");
     }
@@ -144,11 +144,11 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
     let kept = model.whole().side.as_ref().unwrap().kept();
     let start = memory.start_of_backward(&survey, false);
     assert_eq!(start.activations, activation_bytes(16 * (kept + 32)));
-    // Values and two moments, and half of the gradients.
+    // Values and two moments.
     let count = adapter.count() as u64;
-    assert_eq!(start.trained, trained_bytes(3 * count + count / 2));
+    assert_eq!(start.trained, trained_bytes(3 * count));
     // Activations of its feed-forward are 24 wide.
-    let end = memory.end_of_backward(&survey);
+    let end = memory.end_of_backward(&survey, false);
     assert_eq!(end.activations, activation_bytes(16 * (3 * 24 + 2 * 32)));
     let evaluation = memory.evaluation();
     let with_states = activation_bytes(20 * (states + working));
@@ -202,22 +202,22 @@ fn the_change_of_a_weight_is_there_while_its_site_is_gone_through() {
         ..fixture::draft(&*model, &trained, &[])
     };
     let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
-    assert_eq!((memory.parameters, memory.thin_parameters), (1000, 1000));
-    assert_eq!((memory.state, memory.held), (2000, 0));
+    let held = (memory.parameters, memory.state, memory.held);
+    assert_eq!(held, (1000, 2000, 0));
     // Of the largest weight: its change, its gradient, and two transforms, one of the inputs alone;
     // without a token nothing else is there.
     let working = activation_bytes(2 * 32 * 48 + 2048 + 1024);
     let survey = Survey::default();
     for checkpointing in [false, true] {
         let start = memory.start_of_backward(&survey, checkpointing);
-        assert_eq!(start.activations, working);
+        let end = memory.end_of_backward(&survey, checkpointing);
+        assert_eq!((start.activations, end.activations), (working, working));
     }
-    assert_eq!(memory.end_of_backward(&survey).activations, working);
 }
 
 #[test]
 fn trained_values_of_every_kind_have_gradients_and_moments() {
-    for (method, thin) in [("houlsby", true), ("prefix-tuning", true), ("norms", false)] {
+    for method in ["houlsby", "prefix-tuning", "norms"] {
         let mut model = fixture::model("llama/tied_gqa");
         let config = fixture::usual(method, &[]);
         let (trained, adapter) = fixture::attached(&mut *model, &config);
@@ -228,11 +228,66 @@ fn trained_values_of_every_kind_have_gradients_and_moments() {
         let memory = MemoryModel::new(&draft, &TrainConfig::default()).unwrap();
         let count = adapter.count() as u64;
         assert_eq!((memory.parameters, memory.state), (count, 2 * count));
-        let of_adapter = if thin { count } else { 0 };
-        assert_eq!(memory.thin_parameters, of_adapter, "{method}");
-        let end = memory.end_of_backward(&Survey::default());
+        let start = memory.start_of_backward(&Survey::default(), false);
+        assert_eq!(start.trained, trained_bytes(3 * count), "{method}");
+        // The gradients of a step go before held-out rows are looked at.
+        assert_eq!(memory.evaluation().trained, start.trained, "{method}");
+        let end = memory.end_of_backward(&Survey::default(), false);
         assert_eq!(end.trained, trained_bytes(4 * count), "{method}");
     }
+}
+
+#[test]
+fn the_lowest_layer_is_there_with_the_gradients_of_those_above() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["model.layers.1.*q_proj"]));
+    let train = fixture::rows(&[10, 6]);
+    let draft = fixture::draft(&*model, &trained, &train);
+    let settings = TrainConfig::default();
+    let memory = MemoryModel::new(&draft, &settings).unwrap();
+    let survey = Survey::new(&train, &settings, 0);
+    // x, q, k, v, x2, gate, up and the rank; gate, up, their product, and what goes around them.
+    let kept = 32 + 32 + 16 + 16 + 32 + 48 + 48 + 4;
+    let working = 3 * 48 + 2 * 32;
+    // The input of the layer below, this one's output, and a gradient.
+    for (checkpointing, around) in [(false, 0), (true, 3 * 32)] {
+        let end = memory.end_of_backward(&survey, checkpointing);
+        let want = activation_bytes(16 * (kept + working + around));
+        assert_eq!(end.activations, want);
+    }
+    // Rows of an embedding get theirs after it.
+    let whole = TrainedSite::whole_model(&*model);
+    let memory = MemoryModel::new(&fixture::draft(&*model, &whole, &train), &settings).unwrap();
+    let end = memory.end_of_backward(&survey, false);
+    assert_eq!(end.activations, activation_bytes(16 * working));
+}
+
+#[test]
+fn micro_batches_of_other_sizes_leave_pieces() {
+    let mut model = fixture::model("llama/tied_gqa");
+    let (trained, _) = fixture::attached(&mut *model, &fixture::lora(&["all-linear"]));
+    let memory = |rows: &[usize]| {
+        let train = fixture::rows(rows);
+        let config = TrainConfig {
+            batching: Batching::Rows(1),
+            ..TrainConfig::default()
+        };
+        let draft = fixture::draft(&*model, &trained, &train);
+        let memory = MemoryModel::new(&draft, &config).unwrap();
+        let survey = Survey::new(&train, &config, 0);
+        let pieces = [false, true].map(|checkpointing| memory.pieces(&survey, checkpointing));
+        (pieces, memory.start_of_backward(&survey, false).activations)
+    };
+    let (none, same) = memory(&[30, 30]);
+    assert_eq!(none, [0, 0]);
+    // Of nine tokens what two layers keep, and the last states; or three states.
+    let [all, states] = [2 * 284 + 32, 3 * 32];
+    let (some, others) = memory(&[21, 30]);
+    assert_eq!(some, [all, states].map(|f| activation_bytes(9 * f)));
+    assert_eq!(others, same + some[0]);
+    let (most, _) = memory(&[2, 30_000]);
+    let of_states = activation_bytes(29_998 * states);
+    assert_eq!(most, [measured::PIECES_BYTES, of_states]);
 }
 
 #[test]
