@@ -10,15 +10,12 @@ the accuracy by their first token; seconds; rows and tokens a second, padding no
 
 import argparse
 import json
-import time
 
 import torch
-import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversations import IGNORED, label_tokens, padded, read_rows
-from memory import peak_memory_bytes
+from inference import hidden_states, measured, open_model
 
 
 def parse_arguments():
@@ -39,8 +36,7 @@ def evaluate(model, rows, batch_size):
     loss, count, right = 0.0, 0, 0
     for start in range(0, len(rows), batch_size):
         batch = padded(rows[start : start + batch_size])
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        hidden = hidden_states(model, batch)
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORED
         logits, wanted = model.get_output_embeddings()(hidden[supervised]), targets[supervised]
@@ -56,24 +52,10 @@ def evaluate(model, rows, batch_size):
 
 def main():
     arguments = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer, model = open_model(arguments.model, arguments.threads)
     rows = read_rows(arguments.data, tokenizer, arguments.max_length)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="sdpa").eval()
-    start = time.perf_counter()
-    report = evaluate(model, rows, arguments.batch_size)
-    seconds = time.perf_counter() - start
-    tokens = sum(len(ids) for ids, _ in rows)
-    report |= {
-        "tokens": tokens,
-        "seconds": seconds,
-        "rows_per_second": len(rows) / seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    print(json.dumps(report))
+    found, speed = measured(lambda: evaluate(model, rows, arguments.batch_size), rows)
+    print(json.dumps(found | speed))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ seconds; rows and tokens a second, padding not counted; peak memory in bytes.
 
 import argparse
 import json
-import time
 
 import torch
-import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversations import padded, read_rows
-from memory import peak_memory_bytes
+from inference import hidden_states, measured, open_model
 
 
 def parse_arguments():
@@ -38,8 +35,7 @@ def log_probabilities(model, rows, batch_size):
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         batch = padded([rows[row] for row in chosen])
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        hidden = hidden_states(model, batch)
         predicted = batch["attention_mask"][:, 1:].bool()
         logits, wanted = model.get_output_embeddings()(hidden[predicted]), batch["input_ids"][:, 1:][predicted]
         losses = cross_entropy(logits, wanted, reduction="none")
@@ -50,25 +46,11 @@ def log_probabilities(model, rows, batch_size):
 
 def main():
     arguments = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    tokenizer, model = open_model(arguments.model, arguments.threads)
     rows = read_rows(arguments.data, tokenizer, model.config.max_position_embeddings)
-    start = time.perf_counter()
-    scores = log_probabilities(model, rows, arguments.batch_size)
-    seconds = time.perf_counter() - start
-    tokens = sum(len(ids) for ids, _ in rows)
-    report = {
-        "loss": -sum(map(sum, scores)) / sum(map(len, scores)),
-        "tokens": tokens,
-        "seconds": seconds,
-        "rows_per_second": len(rows) / seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    print(json.dumps(report))
+    scores, speed = measured(lambda: log_probabilities(model, rows, arguments.batch_size), rows)
+    loss = -sum(map(sum, scores)) / sum(map(len, scores))
+    print(json.dumps({"loss": loss} | speed))
 
 
 if __name__ == "__main__":

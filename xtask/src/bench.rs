@@ -13,6 +13,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::failure::{Failure, file_failure};
+use crate::flags::{self, count};
 use crate::process::Process;
 use environment::Environment;
 pub use peer::VARIABLE as INTERPRETER;
@@ -350,8 +351,7 @@ impl Options {
             threads: THREADS,
             rows: Vec::new(),
         };
-        let words: Vec<&str> = arguments.iter().flat_map(|word| word.split('=')).collect();
-        for pair in words.chunks(2) {
+        for pair in flags::words(arguments).chunks(2) {
             match *pair {
                 ["--runs", value] => options.runs = count("--runs", value)?,
                 ["--threads", value] => options.threads = count("--threads", value)?,
@@ -371,23 +371,8 @@ impl Options {
     }
 }
 
-/// The number from 1 that a flag is given.
-pub fn count(flag: &str, value: &str) -> Result<usize, Failure> {
-    value
-        .parse()
-        .ok()
-        .filter(|number| *number > 0)
-        .ok_or_else(|| Failure::Usage(format!("{flag} is a number from 1, not `{value}`")))
-}
-
 fn find(name: &str) -> Result<&'static Row, Failure> {
-    ROWS.iter().find(|row| row.name == name).ok_or_else(|| {
-        let names: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
-        Failure::Usage(format!(
-            "no benchmark `{name}`; there are {}",
-            names.join(", ")
-        ))
-    })
+    flags::find("benchmark", ROWS, |row| row.name, name)
 }
 
 #[cfg(test)]

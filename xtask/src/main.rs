@@ -6,6 +6,7 @@ mod device;
 mod download;
 mod experiments;
 mod failure;
+mod flags;
 mod golden;
 mod hub;
 mod instructions;

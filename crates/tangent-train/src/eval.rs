@@ -164,7 +164,7 @@ pub fn evaluate_rows(model: &dyn Model, examples: &[Example]) -> Result<Vec<RowS
     let also = labels.as_deref().unwrap_or_default();
     let mut rows = Vec::with_capacity(examples.len());
     for Group { examples, .. } in groups(examples, Example::inputs) {
-        let given = examples.iter().map(|e| (&e.tokens[..], &e.supervised[..]));
+        let given = examples.iter().map(Example::given);
         let batch = Batch::for_targets(model, given);
         let scores = forward::target_scores(model, &batch, also);
         let scores: Vec<&[f32]> = scores.chunks_exact(1 + also.len()).collect();
@@ -300,7 +300,7 @@ mod tests {
         let all = sharing();
         for group in groups(&all, Example::inputs) {
             let given = group.examples.iter();
-            let given = given.map(|e| (&e.tokens[..], &e.supervised[..]));
+            let given = given.map(Example::given);
             let batch = Batch::for_targets(&*model, given);
             assert_eq!(group.tokens, batch.ids.len());
         }

@@ -116,13 +116,9 @@ impl Evidence {
     /// What the targets of the micro-batches out of `rows` depend on; nothing of a micro-batch
     /// without a target.
     pub fn for_targets(&self, model: &dyn Model, rows: &[Example]) -> Vec<Batch> {
-        let batches = self.rows_of(rows).map(|rows| {
-            let rows = rows.into_iter();
-            Batch::for_targets(
-                model,
-                rows.map(|row| (&row.tokens[..], &row.supervised[..])),
-            )
-        });
+        let batches = self
+            .rows_of(rows)
+            .map(|rows| Batch::for_targets(model, rows.into_iter().map(Example::given)));
         batches.filter(|batch| !batch.targets.is_empty()).collect()
     }
 }
@@ -130,13 +126,8 @@ impl Evidence {
 impl<'r> MicroBatch<'r> {
     /// A micro-batch of rows.
     pub fn new(rows: Vec<&'r Example>) -> Self {
-        let parts = rows
-            .iter()
-            .map(|row| (&row.tokens[..], &row.supervised[..]));
-        Self {
-            batch: Batch::new(parts),
-            rows,
-        }
+        let batch = Batch::new(rows.iter().map(|row| row.given()));
+        Self { batch, rows }
     }
 }
 

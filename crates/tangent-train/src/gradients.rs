@@ -82,7 +82,7 @@ pub fn of_step(
 ) -> Result<StepGradients, usize> {
     let batches = micro_batches.iter().map(|indices| {
         let examples = indices.iter().map(|&row| &rows[row]);
-        Batch::for_targets(model, examples.map(|e| (&e.tokens[..], &e.supervised[..])))
+        Batch::for_targets(model, examples.map(Example::given))
     });
     let batches: Vec<Batch> = batches.collect();
     let supervised: usize = batches.iter().map(|b| b.targets.len()).sum();

@@ -8,7 +8,7 @@ use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
 use super::logits::write_log_softmax_at;
-use super::{CHUNK, Head, Target, Weight, logits_and_ids, predicting};
+use super::{CHUNK, Head, Target, Weight, apply, logits_and_ids, predicting};
 use crate::custom::{self, CpuOp, Matrix};
 use crate::matrix::FrozenMatrix;
 
@@ -32,10 +32,7 @@ pub fn linear_log_softmax_at(
         targets: targets.to_vec(),
         also: also.to_vec(),
     };
-    match head {
-        Head::Frozen(weight) => custom::apply(op(Some(weight)), [x]),
-        Head::Trained(weight) => custom::apply(op(None), [x, weight]),
-    }
+    apply(x, head, op)
 }
 
 /// The definition in plain tensor operations.

@@ -107,6 +107,11 @@ impl Example {
         self.full_length > self.tokens.len()
     }
 
+    /// Its tokens and which of them are targets, as a [`Batch`] takes rows.
+    pub fn given(&self) -> (&[u32], &[bool]) {
+        (&self.tokens, &self.supervised)
+    }
+
     /// The tokens that are computed for its targets; see [`Batch::inputs`].
     pub fn inputs(&self) -> &[u32] {
         Batch::inputs(&self.tokens, &self.supervised)

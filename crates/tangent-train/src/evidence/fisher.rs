@@ -25,7 +25,7 @@ pub fn importances<'r>(
     let pass = Pass::inference(&model.device()).with_tap(collector.clone());
     let mut embedding = vec![0f64; model.head().weight.cols()];
     for row in rows {
-        let batch = Batch::for_targets(model, [(&row.tokens[..], &row.supervised[..])]);
+        let batch = Batch::for_targets(model, [row.given()]);
         if batch.targets.is_empty() {
             continue;
         }

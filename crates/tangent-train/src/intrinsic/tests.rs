@@ -410,7 +410,7 @@ fn gradients_layer_by_layer_are_those_of_the_whole_graph() {
             }
         });
         let given = batch_rows.iter();
-        let batch = Batch::of(&*model, given.map(|e| (&e.tokens[..], &e.supervised[..])));
+        let batch = Batch::of(&*model, given.map(Example::given));
         let of = |checkpointing| {
             let mut found = vec![None; adapter.parameters.len()];
             let pass = Pass::training(&model.device(), 3);

@@ -337,7 +337,7 @@ fn methods_inside_of_the_layers_have_no_states_to_store() {
 fn activation_checkpointing_has_no_effect() {
     let (model, adapter) = attached("f32");
     let rows = examples();
-    let parts = rows.iter().map(|e| (&e.tokens[..], &e.supervised[..]));
+    let parts = rows.iter().map(Example::given);
     let batch = Batch::of(&*model, parts);
     let pass = Pass::training(&Device::flex(), 9);
     let gradients = |checkpointing| {

@@ -25,10 +25,7 @@ const UNTIED: &str = "llama/everything";
 const TIED: &str = "llama/tied_gqa";
 
 fn batch(rows: &[Example]) -> Batch {
-    Batch::new(
-        rows.iter()
-            .map(|row| (&row.tokens[..], &row.supervised[..])),
-    )
+    Batch::new(rows.iter().map(Example::given))
 }
 
 /// Gradients of what an adapter trains, on all rows at once.

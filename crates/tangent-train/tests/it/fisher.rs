@@ -26,7 +26,7 @@ fn importances_are_squared_gradients_of_rows() {
     let adapter = attach(&mut *model, &config, 0).unwrap();
     let mut squares: Vec<Vec<f32>> = vec![];
     for row in &rows {
-        let batch = Batch::new([(&row.tokens[..], &row.supervised[..])]);
+        let batch = Batch::new([row.given()]);
         let mut gradients: Accumulated = vec![None; adapter.parameters.len()];
         accumulate(
             &*model,
