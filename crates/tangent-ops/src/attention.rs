@@ -127,7 +127,7 @@ pub fn attend(
         .flat_map(|first| (0..shape.kv_heads).map(move |g| (first, g)))
         .collect();
     let task = |&(first, g): &(usize, usize)| {
-        let mut block = Block::new(shape);
+        let mut block = Block::new(shape, shape.block_tokens().min(n), total);
         let tokens = shape.block_tokens().min(n - first);
         block.gather(q, first, tokens, g, None);
         let k = View::new(&keys[g * d..], total, d, kv_width);
@@ -182,6 +182,12 @@ impl Attention {
         })
     }
 
+    /// Tokens of a segment's largest block.
+    fn block_tokens(&self, segment: usize) -> usize {
+        let len = self.segments.list()[segment].len;
+        self.shape.block_tokens().min(len)
+    }
+
     /// The rows of key head `g` that lie in `ranges`, gathered where these are several.
     fn rows<'a>(
         &self,
@@ -219,7 +225,8 @@ impl Attention {
     ) {
         let ranges = self.segments.visible(segment);
         let (mut k_rows, mut v_rows) = (vec![], vec![]);
-        let mut block = Block::new(self.shape);
+        let total = ranges.iter().map(ExactSizeIterator::len).sum();
+        let mut block = Block::new(self.shape, self.block_tokens(segment), total);
         let rotation = Some((&*self.rotary, self.segments.positions()));
         block.gather(q, queries.first, queries.tokens, g, rotation);
         let keys = self.rows(k, &ranges, g, &mut k_rows);
@@ -245,7 +252,8 @@ impl Attention {
         let values = self.rows(v, &ranges, g, &mut v_rows);
         let positions = self.segments.positions();
         let (mut d_k, mut d_v) = (vec![0f32; total * d], vec![0f32; total * d]);
-        let (mut block, mut d_p, mut d_o) = (Block::new(self.shape), vec![], vec![]);
+        let mut block = Block::new(self.shape, self.block_tokens(segment), total);
+        let (mut d_p, mut d_o) = (vec![], vec![]);
         for queries in self.queries(segment) {
             let Queries { first, tokens, .. } = queries;
             block.gather(q, first, tokens, g, Some((&self.rotary, positions)));
@@ -258,9 +266,7 @@ impl Attention {
             let d_v = ViewMut::dense(&mut d_v[seen.clone()], n, d);
             product(d_v, Into::Add, block.scores().t(), d_o);
             let stride = block.stride;
-            let d_p = room(&mut d_p, rows * stride);
-            let dst = ViewMut::new(d_p, rows, n, stride);
-            product(dst, Into::Overwrite, d_o, block.seen(values).t());
+            let d_p = block.of_values(&mut d_p, d_o, values);
             let p = &mut block.p[..rows * stride];
             softmax_backward(p, d_p, (n, stride), self.shape.scale());
             // What were the probabilities are the gradients of the scores now.

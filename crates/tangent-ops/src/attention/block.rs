@@ -4,12 +4,18 @@
 //! the length all the same, since the rows of one block exist at a time and the backward pass forms
 //! them again. Tiles would bound the rows of that one block, at the price of rescaling between products.
 
+use std::ops::Range;
+
 use super::AttentionShape;
 use crate::kernel::{self, Into, LANES, SharedMut, Threads, View, ViewMut};
 use crate::rotary::Rotary;
 
 /// Query rows, all heads of a group together, whose scores exist at one time.
 pub(super) const BLOCK_ROWS: usize = 96;
+
+/// Values of the keys that a product copies together at one time, which are fewer than twice as many.
+/// Left alone it copies up to a thousand keys, in buffers of a size for every length.
+const PANEL: usize = 8192;
 
 impl AttentionShape {
     /// Query heads that share a key head.
@@ -20,6 +26,12 @@ impl AttentionShape {
     /// Tokens of a block.
     pub(super) fn block_tokens(&self) -> usize {
         (BLOCK_ROWS / self.group()).max(1)
+    }
+
+    /// Most keys of a block of up to `tokens` tokens that see `total`, themselves included.
+    fn most_keys(&self, tokens: usize, total: usize) -> usize {
+        let in_windows = |window: usize| total.min(window.saturating_add(tokens));
+        self.window.map_or(total, in_windows)
     }
 }
 
@@ -32,6 +44,10 @@ pub(super) struct Block {
     /// `(rows, keys)` probabilities, rows `stride` apart; zeros after the keys.
     pub(super) p: Vec<f32>,
     pub(super) stride: usize,
+    /// Values of the largest block's probabilities. Room for them is taken at once: blocks of a row
+    /// see ever more keys, and for buffers that grew with these the allocator would set aside 4 MiB for
+    /// every class of sizes on the way, in every thread.
+    most: usize,
     /// `(rows, head_dim)` outputs.
     pub(super) output: Vec<f32>,
     pub(super) rows: usize,
@@ -50,9 +66,12 @@ pub(super) fn room(values: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 impl Block {
-    pub(super) fn new(shape: AttentionShape) -> Self {
+    /// Room for blocks of up to `tokens` tokens, of which the last sees `total`.
+    pub(super) fn new(shape: AttentionShape, tokens: usize, total: usize) -> Self {
+        let stride = shape.most_keys(tokens, total).next_multiple_of(LANES);
         Self {
             shape,
+            most: tokens * shape.group() * stride,
             q: vec![],
             p: vec![],
             stride: 0,
@@ -101,11 +120,10 @@ impl Block {
         // Loops over a row have no remainder.
         self.stride = keys.next_multiple_of(LANES);
         let stride = self.stride;
-        let p = room(&mut self.p, self.rows * stride);
-        let dst = ViewMut::new(p, self.rows, keys, stride);
-        let k = k.skip_rows(low).first_rows(keys).t();
-        kernel::matmul(dst, Into::Overwrite, self.shape.scale(), q, k, Threads::One);
-        let shape = self.shape;
+        let p = &mut room(&mut self.p, self.most)[..self.rows * stride];
+        let k = k.skip_rows(low).first_rows(keys);
+        let (shape, sizes) = (self.shape, [self.rows, keys, stride]);
+        product_with_keys(p, sizes, shape.scale(), q, k, d);
         kernel::simd(
             #[inline(always)]
             || {
@@ -133,6 +151,20 @@ impl Block {
     pub(super) fn scores(&self) -> View<'_> {
         let p = &self.p[..self.rows * self.stride];
         View::new(p, self.rows, self.keys, self.stride)
+    }
+
+    /// `d_out @ v^T` for the values `v` of all positions, as the probabilities lie; `room_for` is used
+    /// for it.
+    pub(super) fn of_values<'a>(
+        &self,
+        room_for: &'a mut Vec<f32>,
+        d_out: View<'_>,
+        v: View<'_>,
+    ) -> &'a mut [f32] {
+        let d_p = &mut room(room_for, self.most)[..self.rows * self.stride];
+        let sizes = [self.rows, self.keys, self.stride];
+        product_with_keys(d_p, sizes, 1.0, d_out, self.seen(v), self.shape.head_dim);
+        d_p
     }
 
     /// The block's part of `x`, which has a row for every position.
@@ -188,4 +220,84 @@ pub(super) fn copy_group(
 /// A product on this thread.
 pub(super) fn product(dst: ViewMut<'_>, mode: Into, lhs: View<'_>, rhs: View<'_>) {
     kernel::matmul(dst, mode, 1.0, lhs, rhs, Threads::One);
+}
+
+/// `factor * x @ keys^T` for `x: (rows, d)` and `keys: (keys, d)` on this thread, into rows that lie
+/// `stride` apart; the columns after the keys are left as they are.
+fn product_with_keys(
+    dst: &mut [f32],
+    [rows, count, stride]: [usize; 3],
+    factor: f32,
+    x: View<'_>,
+    keys: View<'_>,
+    d: usize,
+) {
+    for panel in panels(rows, count, d) {
+        let dst = ViewMut::new(&mut dst[panel.start..], rows, panel.len(), stride);
+        let keys = keys.skip_rows(panel.start).first_rows(panel.len()).t();
+        kernel::matmul(dst, Into::Overwrite, factor, x, keys, Threads::One);
+    }
+}
+
+/// Keys that are multiplied together. Panels must not change the order of additions: `gemm` takes
+/// another one for products of up to 256 values, and may divide sums over more than 512. With few rows
+/// or that many features there is one panel.
+fn panels(rows: usize, keys: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
+    let width = match rows > LANES && d <= 512 {
+        true => (PANEL / d.max(1)).max(1).next_multiple_of(LANES),
+        false => keys.max(1),
+    };
+    let count = (keys / width).max(1);
+    (0..count).map(move |i| match i + 1 == count {
+        true => i * width..keys,
+        false => i * width..(i + 1) * width,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check;
+
+    #[test]
+    fn panels_of_keys_change_no_bit() {
+        // Of 64 features 128 keys a panel, the last with up to 255.
+        let lengths = |rows, keys| panels(rows, keys, 64).map(|p| p.len()).collect::<Vec<_>>();
+        assert_eq!(lengths(96, 255), [255]);
+        assert_eq!(lengths(96, 256), [128, 128]);
+        assert_eq!(lengths(96, 1063), [&[128; 7][..], &[167]].concat());
+        assert_eq!((lengths(16, 700), lengths(96, 1)), (vec![700], vec![1]));
+        for (rows, keys, d) in [(96, 1063, 64), (17, 700, 64), (96, 257, 128), (30, 99, 512)] {
+            let (x, k) = (check::values(rows * d, 1), check::values(keys * 2 * d, 2));
+            let (x, k) = (View::dense(&x, rows, d), View::new(&k, keys, d, 2 * d));
+            let stride = keys.next_multiple_of(LANES);
+            let (mut want, mut got) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
+            let dst = ViewMut::new(&mut want, rows, keys, stride);
+            kernel::matmul(dst, Into::Overwrite, 0.3, x, k.t(), Threads::One);
+            product_with_keys(&mut got, [rows, keys, stride], 0.3, x, k, d);
+            assert!(check::bits(&got) == check::bits(&want), "{rows} {keys} {d}");
+        }
+    }
+
+    #[test]
+    fn blocks_of_a_row_share_room_of_one_size() {
+        let (d, total) = (4, 5 * BLOCK_ROWS);
+        let (q, k) = (check::values(total * 2 * d, 1), check::values(total * d, 2));
+        for (window, most) in [(None, total), (Some(70), 70 + BLOCK_ROWS / 2)] {
+            let shape = AttentionShape {
+                heads: 2,
+                kv_heads: 1,
+                head_dim: d,
+                window,
+            };
+            let tokens = shape.block_tokens();
+            let mut block = Block::new(shape, tokens, total);
+            for first in (0..total).step_by(tokens) {
+                block.gather(&q, first, tokens, 0, None);
+                block.probabilities(View::dense(&k, total, d), tokens, first);
+                let want = BLOCK_ROWS * usize::next_multiple_of(most, LANES);
+                assert_eq!(block.p.len(), want, "{window:?}");
+            }
+        }
+    }
 }
