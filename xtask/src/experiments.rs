@@ -71,8 +71,9 @@ const EXPERIMENTS: &[Experiment] = &[
         kind: Kind::Comparison(
             VARIANTS,
             FOODS,
+            // Some reviews are longer than rows are by default.
             "--eval-rows 200 --validation-rows 60 --budget steps=20 --batch-size 8 --seeds 3 \
-             --base-dtype f32",
+             --base-dtype f32 --max-length 4096",
         ),
     },
     Experiment {
