@@ -81,7 +81,7 @@ const EXPERIMENTS: &[Experiment] = &[
         kind: Kind::Comparison(
             VARIANTS,
             BOTCHAN,
-            "--validation-rows 20 --budget steps=20 --batch-size 4 --seeds 3 --base-dtype f32",
+            "--validation-rows 20 --budget steps=20 --batch-size 2 --seeds 3 --base-dtype f32",
         ),
     },
     Experiment {
