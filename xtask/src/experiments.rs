@@ -51,7 +51,7 @@ const LONGER: &str = "--eval-rows 200 --validation-rows 100 --budget steps=40 --
                       --base-dtype f32";
 const OF_KINDS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=20 --batch-size 8 --seeds 2 \
                         --base-dtype f32 --meter-readings 0";
-/// Four dimensions a decade apart: twelve labels take more of them than two do.
+/// Four dimensions a decade apart: ten labels take more of them than two do.
 const OF_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
                          --dimensions 100 1000 10000 100000";
 const OF_TWO_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \

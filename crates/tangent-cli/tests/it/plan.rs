@@ -202,7 +202,7 @@ fn predicted_peaks_are_those_of_runs() {
         let predicted = number(&plan, "predicted_peak_bytes") as f64;
         let report = place.run(&format!("train {line} --output run --overwrite"));
         let measured = number(&report.json(), "peak_memory_bytes") as f64;
-        // The share that a limit leaves free; `cargo xtask memory` looks closer.
+        // Less than a limit leaves free; `cargo xtask memory` looks closer.
         assert!(
             (predicted / measured - 1.0).abs() <= 0.08,
             "{run}: {predicted} against {measured}"
