@@ -14,8 +14,8 @@ use crate::{below, target_folder};
 const REVIEWS: &str = "bench/data/fine_foods/train.jsonl";
 const SECTIONS: &str = "examples/debian_sections";
 /// Rows that a run can draw from, and characters that fill its longest rows.
-const ROWS: usize = 24;
-const CHARACTERS: usize = 2048 * 6;
+const ROWS: usize = 16;
+const CHARACTERS: usize = 4096 * 6;
 /// Runs of each case.
 const RUNS: usize = 3;
 /// Largest difference that is accepted of any run, in either direction.
@@ -145,6 +145,7 @@ const CASES: &[Case] = &[
         "--batch-size 8 --max-length 2048",
     ),
     limited("one long row", Data::Texts(2048), "--batch-size 1"),
+    case("one longer row", Data::Texts(4096), "--batch-size 1"),
 ];
 
 const fn case(name: &'static str, data: Data, flags: &'static str) -> Case {

@@ -54,6 +54,13 @@ pub(crate) fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) 
     pool.expect("threads start").install(f)
 }
 
+/// Whether buffers begin as NaN: not under memcheck, which is to see what was never written.
+pub(crate) fn are_buffers_filled() -> bool {
+    static ARE_FILLED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("TANGENT_UNFILLED_BUFFERS").is_none());
+    *ARE_FILLED
+}
+
 thread_local! {
     static BASELINE: Cell<bool> = const { Cell::new(false) };
 }

@@ -268,17 +268,14 @@ impl<const N: usize> SeveralOp<N> for NormedLinears<N> {
             true => parts.iter().map(d_h).collect(),
             false => vec![],
         };
-        let d_b = parts
-            .iter()
-            .zip(h)
-            .map(|(part, h)| match &d_outputs[part.map] {
-                Some(dy) => outer(h, dy, part.scaling, Layout::Columns),
-                None => zeros(part.b.rows(), part.b.cols()),
-            });
+        let d_b = |(part, h): (&Part<'_>, &Matrix)| match &d_outputs[part.map] {
+            Some(dy) => outer(h, dy, part.scaling, Layout::Columns),
+            None => zeros(part.b.rows(), part.b.cols()),
+        };
         let d_b: Vec<Option<Matrix>> = b_needed
             .iter()
-            .zip(d_b)
-            .map(|(needed, d_b)| needed.then_some(d_b))
+            .zip(parts.iter().zip(h))
+            .map(|(needed, part)| needed.then(|| d_b(part)))
             .collect();
         let downs = Downs::new(&parts, tokens);
         let d_a = match normed.filter(|_| any_a) {

@@ -208,4 +208,18 @@ fn predicted_peaks_are_those_of_runs() {
             "{run}: {predicted} against {measured}"
         );
     }
+    // As typed, the first of them takes more.
+    let limit = 500_000_000;
+    let line = format!(
+        "--model {} --data long.jsonl --max-steps 2",
+        model.display()
+    );
+    let line = format!(
+        "train {line} {} --output run --overwrite --json",
+        REAL_RUNS[0]
+    );
+    let report = place.run(&format!("{line} --max-memory {limit}"));
+    assert!(!report.err.contains("as typed"), "{}", report.err);
+    let measured = number(&report.json(), "peak_memory_bytes");
+    assert!(measured <= limit, "{measured} is above {limit}");
 }
