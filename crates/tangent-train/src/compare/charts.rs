@@ -22,6 +22,8 @@ const WIDE: f64 = 10.0;
 /// What is left free above the usual losses, as a share of their span and of the largest of them.
 const FREE: f64 = 0.1;
 const LEAST_FREE: f64 = 0.02;
+/// Most methods whose curves are shaded: more would hide each other.
+const MOST_SHADED: usize = 6;
 
 /// The lower one of those in the middle, of finite losses.
 fn middle(losses: impl Iterator<Item = f64>) -> Option<f64> {
@@ -62,10 +64,12 @@ fn axis(title: &str, losses: impl Iterator<Item = f64>, usual: Option<f64>) -> A
     axis.up_to(ceiling)
 }
 
-/// Training loss by step, with the learning rates that were found.
+/// Training loss by step, with the learning rates that were found; shaded from the lowest to the highest
+/// seed where there are several, and few methods.
 pub fn curves(findings: &[Finding]) -> LineChart {
-    let runs = findings.iter().filter(|f| !f.finals.is_empty());
-    let series = runs.map(|finding| {
+    let found = || findings.iter().filter(|f| !f.finals.is_empty());
+    let is_shaded = found().count() <= MOST_SHADED;
+    let series = found().map(|finding| {
         let runs = finding.finals.iter().map(|run| &run.curve[..]);
         let runs: Vec<&[(usize, f64)]> = runs.collect();
         // Runs that diverged are shorter; a mean over fewer seeds would jump.
@@ -83,7 +87,10 @@ pub fn curves(findings: &[Finding]) -> LineChart {
         Series {
             name: finding.contender.recipe.id.to_owned(),
             points,
-            band: if runs.len() > 1 { band } else { vec![] },
+            band: match is_shaded && runs.len() > 1 {
+                true => band,
+                false => vec![],
+            },
         }
     });
     let series: Vec<Series> = series.collect();

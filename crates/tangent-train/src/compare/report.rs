@@ -114,12 +114,13 @@ impl Report {
                 counted(runs, "run")
             ),
         };
-        let caption = "Training loss with the rate that was found, mean over seeds; shaded from \
-                       the lowest to the highest seed.";
-        page.figure(
-            &format!("{caption}{ended}"),
-            &charts::curves(&self.findings).svg(),
-        );
+        let chart = charts::curves(&self.findings);
+        let shaded = match chart.series.iter().any(|s| !s.band.is_empty()) {
+            true => "; shaded from the lowest to the highest seed",
+            false => "",
+        };
+        let caption = "Training loss with the rate that was found, mean over seeds";
+        page.figure(&format!("{caption}{shaded}.{ended}"), &chart.svg());
         page.heading("Quality against cost");
         for chart in charts::costs(&self.standings.rows) {
             let caption = "Bars are 95 % intervals; lower and left is better.";

@@ -27,25 +27,29 @@ p { max-width: 46rem; margin: 0.6rem 0; white-space: pre-line; }
 figure { margin: 1.5rem 0; }
 figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 46rem; margin-top: 0.4rem; font-size: 0.9rem; opacity: 0.85; }
-.table { margin: 1.2rem 0; overflow-x: auto; }
+.table { margin: 1.2rem 0; overflow-x: auto; width: max-content;
+  max-width: calc(100% + max(0px, 50vw - 560px)); }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; }
 th { border-bottom-width: 2px; }
-td:first-child { white-space: nowrap; }
+td:first-child, td.short { white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 @media print {
   :root { color-scheme: light; }
   main { max-width: none; padding: 0; }
   figure, tr { break-inside: avoid; }
   h1, h2 { break-after: avoid; }
-  .table { overflow-x: visible; }
-  td { overflow-wrap: anywhere; }
+  .table { overflow-x: visible; width: auto; }
+  td, td.short { overflow-wrap: anywhere; white-space: normal; }
 }
 ";
 
 /// The browser itself then refuses to load or to run anything.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
+
+/// Characters of a table's cell that is not broken into lines.
+const SHORT: usize = 32;
 
 /// An HTML page under construction: text, figures and tables, one below the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,23 +90,23 @@ impl Page {
     }
 
     /// Adds a table of plain text. Columns that hold nothing but numbers, with or without a unit,
-    /// are aligned to the right; rows may differ in length.
+    /// are aligned to the right, and short texts stay on a line; rows may differ in length.
     pub fn table(&mut self, headers: &[impl AsRef<str>], rows: &[Vec<String>]) -> &mut Self {
         let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = longest.max(headers.len());
-        let numeric: Vec<bool> = (0..width)
-            .map(|column| is_numeric(rows.iter().filter_map(|row| row.get(column))))
+        let classes: Vec<&str> = (0..width)
+            .map(|column| class(rows.iter().filter_map(|row| row.get(column))))
             .collect();
         self.body.push_str("<div class=\"table\"><table>\n");
         if !headers.is_empty() {
             let headers = headers.iter().map(AsRef::as_ref);
             self.body.push_str("<thead>\n");
-            self.row("th", headers, &numeric);
+            self.row("th", headers, &classes);
             self.body.push_str("</thead>\n");
         }
         self.body.push_str("<tbody>\n");
         for row in rows {
-            self.row("td", row.iter().map(String::as_str), &numeric);
+            self.row("td", row.iter().map(String::as_str), &classes);
         }
         self.body.push_str("</tbody>\n</table></div>\n");
         self
@@ -129,15 +133,29 @@ impl Page {
     }
 
     /// A row as wide as the table.
-    fn row<'a>(&mut self, cell: &str, texts: impl Iterator<Item = &'a str>, numeric: &[bool]) {
+    fn row<'a>(&mut self, cell: &str, texts: impl Iterator<Item = &'a str>, classes: &[&str]) {
         self.body.push_str("<tr>");
         let texts = texts.chain(std::iter::repeat(""));
-        for (text, numeric) in texts.zip(numeric) {
-            let class = if *numeric { " class=\"number\"" } else { "" };
+        for (text, class) in texts.zip(classes) {
+            let class = match class.is_empty() {
+                true => String::new(),
+                false => format!(" class=\"{class}\""),
+            };
             let text = escape(text);
             let _ = write!(self.body, "<{cell}{class}>{text}</{cell}>");
         }
         self.body.push_str("</tr>\n");
+    }
+}
+
+/// How a column of these cells looks.
+fn class<'a>(cells: impl Iterator<Item = &'a String> + Clone) -> &'static str {
+    if is_numeric(cells.clone()) {
+        "number"
+    } else if cells.into_iter().all(|cell| cell.chars().count() <= SHORT) {
+        "short"
+    } else {
+        ""
     }
 }
 
@@ -234,13 +252,16 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_numbers_are_right_aligned() {
+    fn columns_are_of_numbers_or_short_or_broken_into_lines() {
         let row = |cells: [&str; 3]| cells.map(str::to_string).to_vec();
         let mut page = Page::new("t");
         let rows = [
             row(["lora", "1,024", "3.1 ± 0.2"]),
             row(["2", "–", "1.5 GiB"]),
             vec!["dora".to_string()],
+            ["", "", "", &"word ".repeat(9)]
+                .map(str::to_string)
+                .to_vec(),
         ];
         page.table(&["method", "rank", "memory", "more"], &rows);
         let elements = check(&page.finish()).unwrap();
@@ -248,8 +269,9 @@ mod tests {
             let cells = elements.iter().filter(|e| e.name == name);
             cells.map(|e| e.get("class")).collect()
         };
-        assert_eq!(classes("th"), ["", "number", "number", ""]);
-        assert_eq!(classes("td"), ["", "number", "number", ""].repeat(3));
+        let want = ["short", "number", "number", ""];
+        assert_eq!(classes("th"), want);
+        assert_eq!(classes("td"), want.repeat(4));
     }
 
     #[test]
