@@ -15,10 +15,8 @@ use clap::Parser;
 
 use crate::commands::Command;
 
-// Buffers of tens of megabytes come and go every step. Giving them back to the system and
-// faulting them in again costs a fifth of the step, so the allocator keeps them.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tangent_alloc::Allocator = tangent_alloc::Allocator;
 
 /// Fine-tunes language models: a frozen pretrained model, a small set of trained directions.
 #[derive(Parser)]
@@ -34,7 +32,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    keep_memory();
+    tangent_alloc::keep_memory();
     let arguments = match arguments::expand(std::env::args_os().collect()) {
         Ok(arguments) => arguments,
         Err(failure) => return failure.report(),
@@ -43,16 +41,5 @@ fn main() -> ExitCode {
     match cli.command.run() {
         Ok(code) => code,
         Err(failure) => failure.report(),
-    }
-}
-
-/// mimalloc's `mi_option_purge_delay`; the bindings leave its number out.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-
-/// Sets the allocator never to return memory while the process lives.
-fn keep_memory() {
-    // SAFETY: options are plain integers, set before any other thread exists.
-    unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
     }
 }

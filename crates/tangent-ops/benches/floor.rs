@@ -213,7 +213,7 @@ impl Step {
 }
 
 fn main() -> ExitCode {
-    harness::keep_memory();
+    tangent_alloc::keep_memory();
     let settings = match Settings::parse(std::env::args().skip(1)) {
         Ok(settings) => settings,
         Err(fault) => {

@@ -355,7 +355,7 @@ fn time(group: &mut BenchmarkGroup<'_, WallTime>, row: &mut Row) -> Option<f64> 
 }
 
 fn main() {
-    harness::keep_memory();
+    tangent_alloc::keep_memory();
     let mut criterion = Criterion::default()
         .sample_size(SAMPLES)
         .warm_up_time(Duration::from_secs(1))

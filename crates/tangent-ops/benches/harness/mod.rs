@@ -4,18 +4,7 @@ use gemm::Parallelism;
 
 // As in the binary, so that buffers cost here what they cost in a run.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// mimalloc's `mi_option_purge_delay`; the bindings leave its number out.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-
-/// Sets the allocator never to return memory while the process lives, as the binary does.
-pub fn keep_memory() {
-    // SAFETY: options are plain integers, set before any other thread exists.
-    unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
-    }
-}
+static ALLOCATOR: tangent_alloc::Allocator = tangent_alloc::Allocator;
 
 /// `output = lhs @ rhs` for dense `output: (m, n)` and `lhs: (m, k)`; the `(k, n)` elements of
 /// `rhs` lie `[row_stride, col_stride]` apart. The same call as in the crate's kernels.
