@@ -124,10 +124,10 @@ fn a_limit_that_is_too_small_is_refused_with_the_smallest() {
     // Enough for the process, and for nothing beside it.
     let plan = place.run(&format!("plan {RUN} --json")).json();
     let alone = number(&plan["predicted_memory"], "fixed_bytes") as f64;
-    let refused = place.run(&format!("{line} {}", (alone * 1.09).ceil()));
+    let refused = place.run(&format!("{line} {}", (alone * 1.05).ceil()));
     refused.refused(&[
         "base weights",
-        ", and 9 % to spare. What takes less: ",
+        ", and 5 % to spare. What takes less: ",
         "--max-length",
         "--rank",
     ]);
@@ -144,7 +144,7 @@ fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
     let peak = number(&plan, "predicted_peak_bytes");
     // A limit leaves room for what a prediction may miss.
     let least = number(&plan, "smallest_max_memory_bytes");
-    assert_eq!(least, (peak as f64 * 1.09).ceil() as u64);
+    assert_eq!(least, (peak as f64 * 1.05).ceil() as u64);
     let fits = place.run(&format!("plan {RUN} --json --max-memory {least}"));
     assert!(fits.err.contains("as typed"), "{}", fits.err);
     assert_eq!(fits.json()["settings"], plan["settings"]);
@@ -195,30 +195,24 @@ fn predicted_peaks_are_those_of_runs() {
     };
     let place = Place::new();
     place.write("long.jsonl", crate::real_model::long_rows(8));
-    for run in REAL_RUNS {
+    let line = |run: &str| {
         let model = model.display();
-        let line = format!("--model {model} --data long.jsonl --max-steps 2 {run} --json");
-        let plan = place.run(&format!("plan {line}")).json();
+        format!("--model {model} --data long.jsonl --max-steps 2 {run} --json")
+    };
+    let train = |run: &str| place.run(&format!("train {} --output run --overwrite", line(run)));
+    for run in REAL_RUNS {
+        let plan = place.run(&format!("plan {}", line(run))).json();
         let predicted = number(&plan, "predicted_peak_bytes") as f64;
-        let report = place.run(&format!("train {line} --output run --overwrite"));
-        let measured = number(&report.json(), "peak_memory_bytes") as f64;
-        // Less than a limit leaves free; `cargo xtask memory` looks closer.
+        let measured = number(&train(run).json(), "peak_memory_bytes") as f64;
+        // What a limit leaves free; `cargo xtask memory` looks at more kinds of runs.
         assert!(
-            (predicted / measured - 1.0).abs() <= 0.08,
+            (predicted / measured - 1.0).abs() <= 0.05,
             "{run}: {predicted} against {measured}"
         );
     }
     // As typed, the first of them takes more.
     let limit = 500_000_000;
-    let line = format!(
-        "--model {} --data long.jsonl --max-steps 2",
-        model.display()
-    );
-    let line = format!(
-        "train {line} {} --output run --overwrite --json",
-        REAL_RUNS[0]
-    );
-    let report = place.run(&format!("{line} --max-memory {limit}"));
+    let report = train(&format!("{} --max-memory {limit}", REAL_RUNS[0]));
     assert!(!report.err.contains("as typed"), "{}", report.err);
     let measured = number(&report.json(), "peak_memory_bytes");
     assert!(measured <= limit, "{measured} is above {limit}");

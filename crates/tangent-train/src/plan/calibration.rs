@@ -6,7 +6,7 @@
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
-pub(super) const PROCESS_BYTES: u64 = 80_000_000;
+pub(super) const PROCESS_BYTES: u64 = 57_000_000;
 
 /// Resident bytes of the tokenizer for every token of the vocabulary.
 pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
@@ -14,21 +14,16 @@ pub(super) const VOCABULARY_ENTRY_BYTES: u64 = 400;
 /// Bytes of an encoded row besides its tokens: its place in the data and its allocations.
 pub(super) const ROW_BYTES: u64 = 160;
 
-/// Bytes of activations and logits that the allocator takes for every byte asked of it: large
-/// buffers are rounded up to its classes of sizes.
-pub(super) const ALLOCATOR_SHARE: f64 = 1.065;
+/// Bytes of activations and logits that the allocator takes for every byte asked of it: between
+/// buffers of different sizes there are pieces that none fits into.
+pub(super) const ALLOCATOR_SHARE: f64 = 1.03;
 
-/// The same for trained tensors, their gradients and moments, which are smaller and live longer.
-pub(super) const TRAINED_SHARE: f64 = 1.03;
-
-/// Most bytes of room in pieces that smaller micro-batches leave and the largest one finds no use for:
-/// half of a chunk of 32 MiB. The allocator gives a chunk to pages of one kind, and to others only when
-/// all of it is free; which sizes of tensors share a kind depends on the micro-batch.
+/// Most bytes of room in pieces that smaller micro-batches leave and the largest one finds no use for.
 pub(super) const PIECES_BYTES: u64 = 16 << 20;
 
-/// How far above its prediction a run's peak was seen at most, over runs of every kind; a limit
-/// leaves this share free.
-pub(super) const MARGIN: f64 = 0.09;
+/// Share of a prediction that a limit leaves free: no run of any kind was seen to take more above its
+/// own.
+pub(super) const MARGIN: f64 = 0.05;
 
 /// Share of the measured rate of matrix products that a whole training step reaches.
 pub(super) const STEP_EFFICIENCY: f64 = 0.80;

@@ -231,7 +231,7 @@ mod tests {
         assert!(draft.fit(&typed, smallest - 1).is_err());
         let text = error.to_string();
         for part in [
-            ", and 9 % to spare. What takes less: ",
+            ", and 5 % to spare. What takes less: ",
             &format!("--max-memory {} is too little", memory_size(alone)),
             &format!("the least is {}: steps of ", megabytes(*smallest)),
             "--max-length below 61",

@@ -410,7 +410,7 @@ fn activation_bytes(values: usize) -> u64 {
 
 /// Bytes of this many values of trained tensors, gradients or moments.
 fn trained_bytes(values: u64) -> u64 {
-    ((values * VALUE) as f64 * measured::TRAINED_SHARE) as u64
+    values * VALUE
 }
 
 fn matrix_bytes(matrix: &FrozenMatrix) -> u64 {
