@@ -48,6 +48,16 @@ pub fn keep_memory() {
     }
 }
 
+/// Gives back to the system what large blocks have left free, once: after work that a run does not
+/// repeat, such as reading a model and rows, of which small runs never fill the room again.
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: only pages without a block in them are given back.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// What is asked of the system for a block of this layout: a line more, into which the block is moved
 /// to begin at one. `None` if mimalloc takes it.
 ///

@@ -216,5 +216,7 @@ pub fn examples(
         max_length,
         allow_unsupervised,
     };
-    Ok(data::load(files, &opened.tokenizer, &options)?)
+    let rows = data::load(files, &opened.tokenizer, &options)?;
+    tangent_alloc::give_back();
+    Ok(rows)
 }

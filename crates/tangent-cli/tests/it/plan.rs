@@ -114,6 +114,9 @@ fn a_plan_takes_the_flags_of_a_run_and_no_others() {
         .refused(&["3P", "K, M, G, T", "TiB"]);
 }
 
+/// Bytes that the limit of a small run leaves free.
+const SPARE: u64 = 25_000_000;
+
 #[test]
 fn a_limit_that_is_too_small_is_refused_with_the_smallest() {
     let place = Place::new();
@@ -123,11 +126,11 @@ fn a_limit_that_is_too_small_is_refused_with_the_smallest() {
     assert!(!refused.err.contains("--rank"), "{}", refused.err);
     // Enough for the process, and for nothing beside it.
     let plan = place.run(&format!("plan {RUN} --json")).json();
-    let alone = number(&plan["predicted_memory"], "fixed_bytes") as f64;
-    let refused = place.run(&format!("{line} {}", (alone * 1.05).ceil()));
+    let alone = number(&plan["predicted_memory"], "fixed_bytes");
+    let refused = place.run(&format!("{line} {}", alone + SPARE));
     refused.refused(&[
         "base weights",
-        ", and 5 % to spare. What takes less: ",
+        ", and 25M to spare. What takes less: ",
         "--max-length",
         "--rank",
     ]);
@@ -144,7 +147,7 @@ fn a_run_below_a_limit_has_the_losses_of_the_run_as_typed() {
     let peak = number(&plan, "predicted_peak_bytes");
     // A limit leaves room for what a prediction may miss.
     let least = number(&plan, "smallest_max_memory_bytes");
-    assert_eq!(least, (peak as f64 * 1.05).ceil() as u64);
+    assert_eq!(least, peak + SPARE);
     let fits = place.run(&format!("plan {RUN} --json --max-memory {least}"));
     assert!(fits.err.contains("as typed"), "{}", fits.err);
     assert_eq!(fits.json()["settings"], plan["settings"]);

@@ -22,8 +22,12 @@ pub(super) const ALLOCATOR_SHARE: f64 = 1.03;
 pub(super) const PIECES_BYTES: u64 = 16 << 20;
 
 /// Share of a prediction that a limit leaves free: no run of any kind was seen to take more above its
-/// own.
+/// own, but for small ones.
 pub(super) const MARGIN: f64 = 0.05;
+
+/// Bytes that a limit leaves free at least: small runs were seen to take up to 20 MB more than
+/// predicted, where they go on for long over rows of many lengths.
+pub(super) const LEAST_MARGIN_BYTES: u64 = 25_000_000;
 
 /// Share of the measured rate of matrix products that a whole training step reaches.
 pub(super) const STEP_EFFICIENCY: f64 = 0.80;

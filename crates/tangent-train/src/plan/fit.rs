@@ -1,7 +1,6 @@
 //! Settings that keep a run below a limit of memory and leave its result as it is.
 
-use super::calibration::MARGIN;
-use super::memory::with_margin;
+use super::memory::{margin, with_margin};
 use super::{Draft, Form, Plan, Predictor};
 use crate::config::{Batching, TrainConfig};
 use crate::error::TrainError;
@@ -56,7 +55,7 @@ impl Draft<'_> {
                 part("activations", memory.activations),
                 part("loss", memory.loss),
                 part("process with tokenizer and rows", memory.fixed),
-                format!("and {:.0} % to spare", 100.0 * MARGIN),
+                format!("and {} to spare", megabytes(margin(memory.peak()))),
             ]
             .join(", "),
             remedy: self.remedy(smallest, limit),
@@ -231,7 +230,7 @@ mod tests {
         assert!(draft.fit(&typed, smallest - 1).is_err());
         let text = error.to_string();
         for part in [
-            ", and 5 % to spare. What takes less: ",
+            ", and 25M to spare. What takes less: ",
             &format!("--max-memory {} is too little", memory_size(alone)),
             &format!("the least is {}: steps of ", megabytes(*smallest)),
             "--max-length below 61",
