@@ -2,11 +2,12 @@
 //! lie close together.
 //!
 //! Buffers of up to tens of megabytes come and go every step. Giving them back to the system and
-//! faulting them in again costs a fifth of the step, so nothing is given back. mimalloc is fast with
-//! small blocks from many threads, but sorts large ones by size into chunks of 32 MiB, and what a
-//! chunk has free serves no other size: a run takes up to a tenth more memory, and not the same twice.
-//! So glibc takes the large ones: it has one heap, gives the smallest free piece that is large enough,
-//! and joins free neighbors. Where there is no glibc, mimalloc takes all.
+//! faulting them in again costs a fifth of the step, so nothing is given back during a run. mimalloc is
+//! fast with small blocks from many threads, but sorts large ones by size into chunks of 32 MiB, and
+//! what a chunk has free serves no other size: a run takes up to a seventh more memory, and not the same
+//! twice. So glibc takes the large ones: it has one heap, gives the smallest free piece that is large
+//! enough, and joins free neighbors. Where there is no glibc, mimalloc takes all, as it does blocks that
+//! must begin at more than a line of the processor's cache.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -18,7 +19,7 @@ const LARGE: usize = 64 << 10;
 /// Large blocks begin at a line of the processor's cache, as vector instructions want it.
 const LINE: usize = 64;
 
-/// What the system's allocator aligns to at least, on 64-bit machines.
+/// The system is asked for this alignment, which its `malloc` has anyway on 64-bit machines.
 const WORD_PAIR: usize = 16;
 
 /// The program's allocator; see the [crate's](crate) documentation.
@@ -29,11 +30,13 @@ const WORD_PAIR: usize = 16;
 /// ```
 pub struct Allocator;
 
-/// Sets both allocators never to give memory back while the process lives. To be called first in
-/// `main`, before there are other threads.
+/// Sets both allocators never to give memory back by themselves, for the whole process and what C
+/// libraries take in it. To be called first in `main`, before there are other threads.
 pub fn keep_memory() {
     /// mimalloc's `mi_option_purge_delay`; the bindings leave its number out.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // Where the table of options has another length, the number may be another one, too.
+    const _: () = assert!(libmimalloc_sys::_mi_option_last == 47);
     // SAFETY: options are plain integers, set before any other thread exists.
     unsafe {
         libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
@@ -41,15 +44,15 @@ pub fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: as above.
     unsafe {
-        // One heap for all threads, no block beside it, and its end is never cut off.
+        // One heap for all threads, no block beside it, and its end is not cut off by itself.
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
     }
 }
 
-/// Gives back to the system what large blocks have left free, once: after work that a run does not
-/// repeat, such as reading a model and rows, of which small runs never fill the room again.
+/// Gives back to the system what is free in glibc's heap now. For after work that does not come again,
+/// such as reading a model and rows: a small run never needs that much room.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: only pages without a block in them are given back.
@@ -74,7 +77,7 @@ fn asked(block: Layout) -> Option<Layout> {
 /// The block within what the system gave. Where that begins stands before the block.
 ///
 /// # Safety
-/// `given` is null, or the [asked](asked) layout's, aligned to [`WORD_PAIR`].
+/// `given` is null, or a block of the layout that [`asked`] gives, aligned to [`WORD_PAIR`].
 unsafe fn block_within(given: *mut u8) -> *mut u8 {
     if given.is_null() {
         return given;
@@ -90,14 +93,14 @@ unsafe fn block_within(given: *mut u8) -> *mut u8 {
 }
 
 // SAFETY: a block's layout alone says who takes it, at its end as at its beginning. mimalloc keeps the
-// contract for its own; the others are whole lines within blocks of the system's that are larger by
-// one, which `block_within` has noted.
+// contract for its own; the others begin at a line, within blocks of the system's that are a line
+// larger, and `block_within` noted where those begin.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, block: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that either wants.
         unsafe {
             match asked(block) {
-                Some(asked) => block_within(System.alloc(asked)),
+                Some(larger) => block_within(System.alloc(larger)),
                 None => MiMalloc.alloc(block),
             }
         }
@@ -107,7 +110,7 @@ unsafe impl GlobalAlloc for Allocator {
         // SAFETY: as in `alloc`; the note of where it begins is outside of the block.
         unsafe {
             match asked(block) {
-                Some(asked) => block_within(System.alloc_zeroed(asked)),
+                Some(larger) => block_within(System.alloc_zeroed(larger)),
                 None => MiMalloc.alloc_zeroed(block),
             }
         }
@@ -117,7 +120,7 @@ unsafe impl GlobalAlloc for Allocator {
         // SAFETY: the block was given for this layout, so what was asked for it is the same again.
         unsafe {
             match asked(block) {
-                Some(asked) => System.dealloc(start.cast::<*mut u8>().sub(1).read(), asked),
+                Some(larger) => System.dealloc(start.cast::<*mut u8>().sub(1).read(), larger),
                 None => MiMalloc.dealloc(start, block),
             }
         }
@@ -156,6 +159,7 @@ mod tests {
         // SAFETY: no size is 0, and all bytes are the block's.
         unsafe {
             let start = ALLOCATOR.alloc(layout);
+            assert!(!start.is_null(), "{layout:?}");
             assert_eq!(start.addr() % layout.align(), 0, "{layout:?}");
             for index in 0..layout.size() {
                 start.add(index).write(index as u8);
@@ -219,18 +223,28 @@ mod tests {
         }
     }
 
+    /// Sizes that nobody has: too large to ask for a line more, and not.
+    const TOO_LARGE: [usize; 2] = [isize::MAX as usize - LINE, isize::MAX as usize / 2];
+
     #[test]
-    fn a_size_that_nothing_has_is_refused() {
-        let most = Layout::from_size_align(isize::MAX as usize - LINE, 8).unwrap();
-        // SAFETY: its size is not 0.
-        assert!(unsafe { ALLOCATOR.alloc(most) }.is_null());
-        // SAFETY: a block of this layout, which stays what it was.
-        unsafe {
-            let small = Layout::from_size_align(10, 8).unwrap();
-            let start = filled(small);
-            assert!(ALLOCATOR.realloc(start, small, most.size()).is_null());
-            check(start, 10);
-            ALLOCATOR.dealloc(start, small);
+    fn a_size_that_nobody_has_is_refused() {
+        for most in TOO_LARGE {
+            let layout = Layout::from_size_align(most, 8).unwrap();
+            // SAFETY: its size is not 0.
+            unsafe {
+                assert!(ALLOCATOR.alloc(layout).is_null());
+                assert!(ALLOCATOR.alloc_zeroed(layout).is_null());
+            }
+            for size in [10, LARGE + 10] {
+                let layout = Layout::from_size_align(size, 8).unwrap();
+                let start = filled(layout);
+                // SAFETY: a block of this layout, which stays what it was.
+                unsafe {
+                    assert!(ALLOCATOR.realloc(start, layout, most).is_null());
+                    check(start, size);
+                    ALLOCATOR.dealloc(start, layout);
+                }
+            }
         }
     }
 }

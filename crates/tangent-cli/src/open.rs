@@ -217,6 +217,7 @@ pub fn examples(
         allow_unsupervised,
     };
     let rows = data::load(files, &opened.tokenizer, &options)?;
+    // Reading takes more than small runs do.
     tangent_alloc::give_back();
     Ok(rows)
 }

@@ -207,7 +207,7 @@ fn predicted_peaks_are_those_of_runs() {
         let plan = place.run(&format!("plan {}", line(run))).json();
         let predicted = number(&plan, "predicted_peak_bytes") as f64;
         let measured = number(&train(run).json(), "peak_memory_bytes") as f64;
-        // What a limit leaves free; `cargo xtask memory` looks at more kinds of runs.
+        // `cargo xtask memory` looks at more kinds of runs.
         assert!(
             (predicted / measured - 1.0).abs() <= 0.05,
             "{run}: {predicted} against {measured}"

@@ -45,8 +45,8 @@ pub(super) struct Block {
     pub(super) p: Vec<f32>,
     pub(super) stride: usize,
     /// Values of the largest block's probabilities. Room for them is taken at once: blocks of a row
-    /// see ever more keys, and for buffers that grew with these the allocator would set aside 4 MiB for
-    /// every class of sizes on the way, in every thread.
+    /// see ever more keys, and buffers that grew with these would leave behind pieces too small for the
+    /// next.
     most: usize,
     /// `(rows, head_dim)` outputs.
     pub(super) output: Vec<f32>,

@@ -35,8 +35,9 @@ pub struct RunArgs {
     /// Evaluate on the first N held-out rows only.
     #[arg(long, alias = "max-eval-samples", value_name = "N")]
     pub eval_rows: Option<NonZeroUsize>,
-    /// Limit for the predicted peak memory, with 5 % (25 MB at least) to spare: 3G or 800M (powers of 1000), 2.5GiB
-    /// (powers of 1024). Micro-batches and activation checkpointing are chosen to fit; CPU only.
+    /// Limit for the predicted peak memory, with 5 % (25 MB at least) to spare: 3G or 800M (powers of
+    /// 1000), 2.5GiB (powers of 1024). Micro-batches and activation checkpointing are chosen to fit; CPU
+    /// only.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<MemorySize>,
     /// Print one line of JSON on standard output: after the run, or in the place of a plan's text.

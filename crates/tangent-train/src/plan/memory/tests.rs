@@ -396,3 +396,11 @@ fn norms(model: &dyn Model) -> u64 {
     let vectors = sites.filter(|site| site.weight.rows() == 1);
     vectors.map(|site| matrix_bytes(&site.weight)).sum()
 }
+
+#[test]
+fn a_limit_leaves_a_share_free_and_something_of_small_runs() {
+    for (predicted, free) in [(100, 25), (500, 25), (1000, 50), (3000, 150)] {
+        assert_eq!(margin(predicted * 1_000_000), free * 1_000_000);
+        assert_eq!(with_margin(predicted), predicted + margin(predicted));
+    }
+}
