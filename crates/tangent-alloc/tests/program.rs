@@ -3,10 +3,9 @@
 #[global_allocator]
 static ALLOCATOR: tangent_alloc::Allocator = tangent_alloc::Allocator;
 
-const SIZE: usize = 128 << 20;
-
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn main() {
+    const SIZE: usize = 128 << 20;
     tangent_alloc::keep_memory();
     // SAFETY: the call takes nothing.
     let heap = || unsafe { libc::mallinfo2() };
@@ -35,6 +34,4 @@ fn main() {
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn main() {
-    assert_eq!(vec![0u8; SIZE].len(), SIZE);
-}
+fn main() {}

@@ -1,8 +1,9 @@
 //! Every number of the predictions that was measured rather than derived, in one place.
 //!
-//! They hold for the release build of the binary, whose allocator counts, on Linux with glibc, x86_64. `cargo xtask memory` compares predicted with
-//! measured peaks; for times, compare `predicted_seconds_per_step` of `tangent plan --json` with
-//! the seconds of the steps of `tangent train`.
+//! They hold for the release build of the binary, whose allocator counts, on Linux with glibc, x86_64.
+//! `cargo xtask memory` compares predicted with measured peaks; for times, compare
+//! `predicted_seconds_per_step` of `tangent plan --json` with the seconds of the steps of `tangent
+//! train`.
 
 /// Resident bytes of the process that do not depend on the run: program, threads, allocator,
 /// buffers of kernels.
@@ -19,7 +20,7 @@ pub(super) const ROW_BYTES: u64 = 160;
 pub(super) const ALLOCATOR_SHARE: f64 = 1.03;
 
 /// Most bytes of room in pieces that smaller micro-batches leave and the largest one finds no use for.
-/// Without it, runs over rows of many lengths are 2 to 3 % above their predictions.
+/// Without it, runs over rows of many lengths are up to 3 % above their predictions.
 pub(super) const PIECES_BYTES: u64 = 16 << 20;
 
 /// Share of a prediction that a limit leaves free: no run was seen to take more than this above its

@@ -1,6 +1,6 @@
 //! Settings that keep a run below a limit of memory and leave its result as it is.
 
-use super::memory::{margin, with_margin};
+use super::memory::with_margin;
 use super::{Draft, Form, Plan, Predictor};
 use crate::config::{Batching, TrainConfig};
 use crate::error::TrainError;
@@ -55,7 +55,7 @@ impl Draft<'_> {
                 part("activations", memory.activations),
                 part("loss", memory.loss),
                 part("process with tokenizer and rows", memory.fixed),
-                format!("and {} to spare", megabytes(margin(memory.peak()))),
+                format!("and {} to spare", megabytes(memory.limit() - memory.peak())),
             ]
             .join(", "),
             remedy: self.remedy(smallest, limit),

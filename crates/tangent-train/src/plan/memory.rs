@@ -66,13 +66,8 @@ impl Memory {
 
 /// Predicted bytes, and what a limit leaves free beside them.
 pub(super) fn with_margin(bytes: u64) -> u64 {
-    bytes + margin(bytes)
-}
-
-/// What a limit leaves free beside so many predicted bytes.
-pub(super) fn margin(bytes: u64) -> u64 {
     let share = (bytes as f64 * measured::MARGIN).ceil() as u64;
-    share.max(measured::LEAST_MARGIN_BYTES)
+    bytes + share.max(measured::LEAST_MARGIN_BYTES)
 }
 
 /// A network beside the layers, which run without a graph.

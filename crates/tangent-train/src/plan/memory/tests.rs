@@ -400,7 +400,7 @@ fn norms(model: &dyn Model) -> u64 {
 #[test]
 fn a_limit_leaves_a_share_free_and_something_of_small_runs() {
     for (predicted, free) in [(100, 25), (500, 25), (1000, 50), (3000, 150)] {
-        assert_eq!(margin(predicted * 1_000_000), free * 1_000_000);
-        assert_eq!(with_margin(predicted), predicted + margin(predicted));
+        let limit = with_margin(predicted * 1_000_000);
+        assert_eq!(limit, (predicted + free) * 1_000_000);
     }
 }
