@@ -1,6 +1,7 @@
 //! `cargo xtask experiments`: the runs of EXPERIMENTS.md, and what they find, into it.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Instant;
 
@@ -53,9 +54,9 @@ const OF_KINDS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=20 -
                         --base-dtype f32 --meter-readings 0";
 /// Four dimensions a decade apart: ten labels take more of them than two do.
 const OF_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
-                         --dimensions 100 1000 10000 100000";
+                         --dimensions 1000 10000 100000 1000000";
 const OF_TWO_LABELS: &str = "--eval-rows 200 --validation-rows 60 --budget steps=40 --batch-size 8 \
-                             --dimensions 10 100 1000 10000";
+                             --dimensions 100 1000 10000 100000";
 
 const EXPERIMENTS: &[Experiment] = &[
     Experiment {
@@ -106,8 +107,8 @@ const EXPERIMENTS: &[Experiment] = &[
             seeds: 2,
             // One epoch.
             all: "--data examples/debian_sections/train.jsonl --eval-data \
-                  examples/debian_sections/test.jsonl --eval-rows 200 --base-dtype f32 \
-                  --batch-size 8 --num-train-epochs 1",
+                  examples/debian_sections/test.jsonl --eval-rows 200 --batch-size 8 \
+                  --num-train-epochs 1",
             each: &[
                 ("LoRA", "--method lora --learning-rate 2e-3"),
                 ("LST", "--method lst --learning-rate 3e-3"),
@@ -223,7 +224,9 @@ impl Lab<'_> {
              |---|---|---|---|---|---|---|\n",
             self.gguf
         );
-        let output = below(self.root, &target_folder(self.root).join("experiments/out"));
+        let folder = target_folder(self.root).join("experiments");
+        let output = below(self.root, &folder.join("out"));
+        remove_states(&folder)?;
         for (label, flags) in each {
             let mut runs = vec![];
             for seed in 0..seeds {
@@ -236,7 +239,19 @@ impl Lab<'_> {
             }
             text.push_str(&row(label, flags, &runs));
         }
+        remove_states(&folder)?;
         Ok(text.trim_end().to_owned())
+    }
+}
+
+/// Removes hidden states that a run stored: gigabytes, and those of an earlier build are refused.
+fn remove_states(experiments: &Path) -> Result<(), Failure> {
+    let states = experiments.join("states");
+    match fs::remove_dir_all(&states) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(file_failure(&states, "remove")(error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -102,34 +102,28 @@ pub fn continue_with(model: &dyn Model, ids: &[u32], cache: &mut KvCache) -> Vec
         shape: model.attention_shape(),
         pass: &pass,
     };
-    let side = model.whole().side.as_ref();
-    let reads = |state: usize| side.is_some_and(|side| side.reads(state));
-    let mut states = vec![];
-    for index in 0..model.layers() {
-        if reads(index) {
-            states.push(x.clone());
+    let KvCache { layers, side, .. } = cache;
+    let layer = |index: usize, x| {
+        let cached = &mut layers[index];
+        let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| cached.attend(&added, q, k, v);
+        model.layer(index, x, &mut attend, &pass)
+    };
+    x = match &model.whole().side {
+        None => (0..model.layers()).fold(x, |x, index| layer(index, x)),
+        Some(network) => {
+            let rotary = network.rotary(first + n);
+            let added = Added {
+                rotary: &rotary,
+                shape: network.attention_shape(),
+                ..added
+            };
+            network.hidden(
+                &mut forward::states_through(model, &**network, x, layer),
+                &mut |block, q, k, v| side[block].attend(&added, q, k, v),
+                &pass,
+            )
         }
-        let layer = &mut cache.layers[index];
-        let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| layer.attend(&added, q, k, v);
-        x = model.layer(index, x, &mut attend, &pass);
-    }
-    if let Some(side) = side {
-        if reads(model.layers()) {
-            states.push(x);
-        }
-        let rotary = side.rotary(first + n);
-        let added = Added {
-            rotary: &rotary,
-            shape: side.attention_shape(),
-            ..added
-        };
-        let blocks = &mut cache.side;
-        x = side.hidden(
-            &states,
-            &mut |block, q, k, v| blocks[block].attend(&added, q, k, v),
-            &pass,
-        );
-    }
+    };
     cache.tokens = first + n;
     tangent_ops::values(forward::logits_of(model, x, &[n - 1], &pass))
 }

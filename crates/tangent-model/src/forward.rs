@@ -128,40 +128,58 @@ fn head_input(model: &dyn Model, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
 /// reads states which do not depend on what else is in the batch, so that they may be stored.
 pub fn hidden(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
     if let Some(side) = &model.whole().side {
-        let states = match pass.training {
-            true => states_by_row(model, batch, &**side, pass),
-            false => states(model, batch, &**side, pass),
+        return match pass.training {
+            true => {
+                let states = states_by_row(model, batch, &**side, pass);
+                side_hidden(&**side, &mut states.into_iter(), batch, pass)
+            }
+            false => {
+                let mut states = states(model, batch, &**side, pass);
+                side_hidden(&**side, &mut states, batch, pass)
+            }
         };
-        return side_hidden(&**side, &states, batch, pass);
     }
     let pass = &with_prefix(model, pass);
     let x = embed(model, batch, pass);
     (0..model.layers()).fold(x, |x, index| layer(model, index, x, batch, pass))
 }
 
-/// The hidden states that `side` reads, without a graph.
-pub fn states(
-    model: &dyn Model,
-    batch: &Batch,
-    side: &dyn SideAdapter,
+/// The hidden states that `side` reads, without a graph, each computed when it is asked for.
+pub fn states<'a>(
+    model: &'a dyn Model,
+    batch: &'a Batch,
+    side: &'a dyn SideAdapter,
     pass: &Pass,
-) -> Vec<Tensor<2>> {
+) -> impl Iterator<Item = Tensor<2>> + 'a {
     let pass = Pass {
         training: false,
         ..pass.untracked()
     };
-    let mut x = embed(model, batch, &pass);
-    let mut states = vec![];
+    let x = embed(model, batch, &pass);
+    states_through(model, side, x, move |index, x| {
+        layer(model, index, x, batch, &pass)
+    })
+}
+
+/// The hidden states that `side` reads, beginning at the embeddings `x`, where `layer` computes a
+/// layer; none beyond the last that is read.
+pub(crate) fn states_through<'a>(
+    model: &dyn Model,
+    side: &'a dyn SideAdapter,
+    x: Tensor<2>,
+    mut layer: impl FnMut(usize, Tensor<2>) -> Tensor<2> + 'a,
+) -> impl Iterator<Item = Tensor<2>> + 'a {
     let last = (0..=model.layers()).rev().find(|&state| side.reads(state));
-    for state in 0..=last.unwrap_or(0) {
-        if state > 0 {
-            x = layer(model, state - 1, x, batch, &pass);
+    // Taken while a layer computes, so that it may work in place.
+    let mut stream = Some(x);
+    (0..=last.unwrap_or(0)).filter_map(move |state| {
+        let mut x = stream.take()?;
+        if let Some(index) = state.checked_sub(1) {
+            x = layer(index, x);
         }
-        if side.reads(state) {
-            states.push(x.clone());
-        }
-    }
-    states
+        stream = Some(x.clone());
+        side.reads(state).then_some(x)
+    })
 }
 
 /// The hidden states that `side` reads of the row `tokens`, computed alone: row-major
@@ -171,7 +189,7 @@ pub fn row_states(model: &dyn Model, side: &dyn SideAdapter, tokens: &[u32]) -> 
     let batch = Batch::new([(tokens, &unsupervised[..])]);
     let pass = Pass::inference(&model.device());
     let states = states(model, &batch, side, &pass);
-    states.into_iter().map(tangent_ops::values).collect()
+    states.map(tangent_ops::values).collect()
 }
 
 /// [`states`] of rows that are computed one by one, or known: those of a row do not depend on the
@@ -210,9 +228,9 @@ fn states_by_row(
 }
 
 /// What the network beside the layers makes of the hidden states that it reads.
-pub fn side_hidden(
+fn side_hidden(
     side: &dyn SideAdapter,
-    states: &[Tensor<2>],
+    states: &mut dyn Iterator<Item = Tensor<2>>,
     batch: &Batch,
     pass: &Pass,
 ) -> Tensor<2> {

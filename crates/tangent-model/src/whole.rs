@@ -56,9 +56,14 @@ pub trait SideAdapter: Send + Sync {
     /// no difference whether they were stored in that type before.
     fn state_type(&self) -> StateType;
 
-    /// Hidden states for the head, `(tokens, d)`. `states` are those that it [`reads`](Self::reads)
-    /// in ascending order, constants.
-    fn hidden(&self, states: &[Tensor<2>], attend: &mut SideAttend<'_>, pass: &Pass) -> Tensor<2>;
+    /// Hidden states for the head, `(tokens, d)`. `states` gives those that it [`reads`](Self::reads)
+    /// in ascending order, constants; the layers may compute them as they are asked for.
+    fn hidden(
+        &self,
+        states: &mut dyn Iterator<Item = Tensor<2>>,
+        attend: &mut SideAttend<'_>,
+        pass: &Pass,
+    ) -> Tensor<2>;
 
     /// Whether the model's final normalization comes between [`hidden`](Self::hidden) and the head.
     fn normalized_by_model(&self) -> bool;

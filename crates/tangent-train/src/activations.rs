@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde_json::Value;
 use tangent_model::family::Model;
 use tangent_model::{RowStates, SideAdapter, forward};
 
@@ -89,21 +90,14 @@ pub fn attach(
     on_survey: &mut dyn FnMut(&Survey),
 ) -> Result<(), TrainError> {
     let folder = &storage.folder;
-    let Some(side) = model.whole().side.clone() else {
-        return Err(TrainError::Setting {
-            setting: "cache_activations",
-            value: folder.display().to_string(),
-            why: "only a network beside the layers reads their hidden states alone; choose \
-                  --method lst, or train without",
-        });
-    };
     let distinct = distinct(rows);
-    let manifest = manifest::describe(&*model, &*side, distinct.keys().copied());
-    let known = manifest::check(folder, &manifest)?;
-    let format = Format::of(&*model, &*side, manifest::mark(&manifest));
-    let lengths = distinct.keys().map(|tokens| tokens.len());
-    let layout = Layout::new(lengths, &format, FILE_BYTES);
-    space::check(storage, &layout)?;
+    let Wanted {
+        side,
+        manifest,
+        known,
+        format,
+        layout,
+    } = Wanted::new(&*model, &distinct, storage)?;
     fs::create_dir_all(folder).map_err(trainer::io("create", folder))?;
     let lock = trainer::lock(folder)?;
     if !known {
@@ -128,6 +122,57 @@ pub fn attach(
     drop(lock);
     model.whole_mut().known_states = Some(Arc::new(stored));
     Ok(())
+}
+
+/// Refuses what [`attach`] would, as far as that can be told without computing anything; for before
+/// start values that take long.
+///
+/// # Errors
+/// As [`attach`].
+pub fn check(model: &dyn Model, rows: &[Example], storage: &Storage) -> Result<(), TrainError> {
+    Wanted::new(model, &distinct(rows), storage).map(|_| ())
+}
+
+/// What a folder shall hold.
+struct Wanted {
+    side: Arc<dyn SideAdapter>,
+    manifest: Value,
+    /// Whether the folder holds states of this description.
+    known: bool,
+    format: Format,
+    layout: Layout,
+}
+
+impl Wanted {
+    /// Refuses a model that reads no states, a folder with others, and what takes too much.
+    fn new(
+        model: &dyn Model,
+        rows: &BTreeMap<&[u32], &Example>,
+        storage: &Storage,
+    ) -> Result<Self, TrainError> {
+        let folder = &storage.folder;
+        let Some(side) = model.whole().side.clone() else {
+            return Err(TrainError::Setting {
+                setting: "cache_activations",
+                value: folder.display().to_string(),
+                why: "only a network beside the layers reads their hidden states alone; choose \
+                      --method lst, or train without",
+            });
+        };
+        let manifest = manifest::describe(model, &*side, rows.keys().copied());
+        let known = manifest::check(folder, &manifest)?;
+        let format = Format::of(model, &*side, manifest::mark(&manifest));
+        let lengths = rows.keys().map(|tokens| tokens.len());
+        let layout = Layout::new(lengths, &format, FILE_BYTES);
+        space::check(storage, &layout)?;
+        Ok(Self {
+            side,
+            manifest,
+            known,
+            format,
+            layout,
+        })
+    }
 }
 
 /// The rows whose states are computed, by the tokens that are, each once.

@@ -38,8 +38,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout();
     writeln!(
         out,
-        "drift: rounding up to {:.3e}, weights up to {:.3e}; merge from the original model to be \
-         free of it",
+        "written weights are rounded by at most {:.3e}, the largest of them is {:.3e}; how the merged \
+         model was rounded comes on top: merge onto the original model to be free of it",
         drift.rounding, drift.largest_weight
     )?;
     writeln!(out, "switched model: {}", args.output.output.display())?;

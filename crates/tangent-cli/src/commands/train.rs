@@ -17,9 +17,9 @@ use std::time::Duration;
 use serde_json::json;
 use tangent_model::{BaseDtype, folder};
 use tangent_peft::{Adapter, peft_format};
-use tangent_train::TrainReport;
 use tangent_train::trainer::{self, Outcome, Run};
 use tangent_train::twin::{Readiness, TwinOf};
+use tangent_train::{TrainReport, activations};
 
 use crate::device::DeviceName;
 use crate::failure::Failure;
@@ -121,9 +121,14 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         let attached = adapter.each().iter().map(|part| &part.config);
         attached.eq(&adapter_configs) && readiness != Readiness::Trained
     };
+    let folder = args.cache_activations.as_deref();
+    let storage = folder.map(|folder| states::storage(folder, args.cache_limit));
     let adapter = match adapter {
         Some(adapter) if is_final(&adapter) => adapter,
         counted => {
+            if let (Some(storage), Some(_)) = (&storage, &counted) {
+                activations::check(&*opened.model, &train, storage)?;
+            }
             drop(counted);
             let resumed = args.resume.then_some((&*args.output, &settings));
             start::attach(
@@ -137,8 +142,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
         }
     };
     let stop = early.map_or_else(stop_flag, Ok)?;
-    if let Some(folder) = &args.cache_activations {
-        states::store(&mut *opened.model, &train, folder, args.cache_limit, &stop)?;
+    if let Some(storage) = &storage {
+        states::store(&mut *opened.model, &train, storage, &stop)?;
     }
     let base = args.run.model.model.to_string_lossy().into_owned();
     let run = Run {

@@ -32,7 +32,8 @@ pub fn run(args: Args) -> Result<ExitCode, Failure> {
     let mut out = std::io::stdout();
     writeln!(
         out,
-        "drift: rounding up to {:.3e}, weights up to {:.3e}",
+        "written weights are rounded by at most {:.3e}, the largest of them is {:.3e}; how the merged \
+         model was rounded comes on top: --base measures both",
         drift.rounding, drift.largest_weight
     )?;
     if let Some(base) = &args.base {

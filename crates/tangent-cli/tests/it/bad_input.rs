@@ -112,6 +112,19 @@ fn methods_targets_ranks_and_patterns() {
             "--method lst --set reduction_factor=2 fisher_rows=4",
             ["fisher_rows = 4", "start=fisher", "leave it out"],
         ),
+        ("--method bitfit", ["bitfit", "no biases", "norms"]),
+        (
+            "--method monarch --set nblocks=17 --target-modules k_proj",
+            ["nblocks = 17", "k_proj", "divide"],
+        ),
+        (
+            "--method intrinsic --set dimension=100000000",
+            ["dimension = 100000000", "at most", "values"],
+        ),
+        (
+            "--method p-tuning --set num_virtual_tokens=64",
+            ["num_virtual_tokens", "64", "longest row"],
+        ),
         (
             "--modules-to-save lmhead",
             ["\"lmhead\" matches nothing", "near: ", "lm_head"],

@@ -1,6 +1,8 @@
 //! A network beside frozen layers: trained with their hidden states stored, and used.
 
-use crate::Place;
+use std::fs;
+
+use crate::{Place, golden};
 
 const SIDE: &str = "--method lst --set reduction_factor=2 start=fisher fisher_rows=2 --dropout 0.1";
 
@@ -67,4 +69,29 @@ fn what_cannot_be_stored_is_refused_before_anything_is_written() {
     place
         .run(&format!("plan {} --cache-activations states", &line[6..]))
         .succeeded();
+}
+
+#[test]
+fn states_of_other_rows_and_models_are_refused_and_nothing_is_lost() {
+    let place = Place::new();
+    place.train("run", &format!("{SIDE} --cache-activations states"));
+    let before = place.files();
+    let other = r#"{"prompt":"the fox","completion":" and the dog"}"#;
+    place.write("other.jsonl", other);
+    fs::copy(golden("gguf/tiny_q4_1.gguf"), place.path("tiny_q4_1.gguf")).unwrap();
+    let line = |model: &str, rows: &str| {
+        format!(
+            "train --model {model} --data {rows} --max-steps 1 --output again {SIDE} \
+             --cache-activations states"
+        )
+    };
+    place
+        .run(&line("tiny.gguf", "other.jsonl"))
+        .refused(&["states", "other training rows"]);
+    place
+        .run(&line("tiny_q4_1.gguf", "rows.jsonl"))
+        .refused(&["states", "another model"]);
+    fs::remove_file(place.path("other.jsonl")).unwrap();
+    fs::remove_file(place.path("tiny_q4_1.gguf")).unwrap();
+    assert!(place.files() == before);
 }

@@ -218,9 +218,9 @@ struct Ladder {
 
 impl Ladder {
     /// A hidden state as it is read.
-    fn read(&self, state: &Tensor<2>) -> Tensor<2> {
+    fn read(&self, state: Tensor<2>) -> Tensor<2> {
         match self.state_type {
-            StateType::F32 => state.clone(),
+            StateType::F32 => state,
             StateType::Bf16 => rounded(state),
         }
     }
@@ -234,10 +234,10 @@ impl Ladder {
 }
 
 /// The values rounded to bf16.
-fn rounded(x: &Tensor<2>) -> Tensor<2> {
+fn rounded(x: Tensor<2>) -> Tensor<2> {
     let [rows, cols] = x.dims();
     let device = x.device().without_autodiff();
-    let mut values = tangent_ops::values(x.clone());
+    let mut values = tangent_ops::values(x);
     for v in &mut values {
         *v = half::bf16::from_f32(*v).to_f32();
     }
@@ -286,8 +286,13 @@ impl SideAdapter for Ladder {
         self.state_type
     }
 
-    fn hidden(&self, states: &[Tensor<2>], attend: &mut SideAttend<'_>, pass: &Pass) -> Tensor<2> {
-        let Some((embedded, states)) = states.split_first() else {
+    fn hidden(
+        &self,
+        states: &mut dyn Iterator<Item = Tensor<2>>,
+        attend: &mut SideAttend<'_>,
+        pass: &Pass,
+    ) -> Tensor<2> {
+        let Some(embedded) = states.next() else {
             unreachable!("the embedding is among the states that are read")
         };
         let embedded = self.dropped(self.read(embedded), "side.embed", pass);
@@ -403,7 +408,8 @@ mod tests {
         let pass = Pass::inference(&device);
         let state = tangent_ops::tensor(vec![1.0, -2.0], 1, 2, &device);
         let mut attend = |_: usize, _: Tensor<2>, _: Tensor<2>, v: Tensor<2>| v;
-        let hidden = ladder.hidden(&[state.clone(), state], &mut attend, &pass);
+        let mut states = [state.clone(), state].into_iter();
+        let hidden = ladder.hidden(&mut states, &mut attend, &pass);
         assert_eq!(tangent_ops::values(hidden), [0.25, -3.0]);
         // Two states; the stream and the layer's output, the stream and its normalized form before
         // attention and before the feed-forward; queries, keys, values and attention's results; three

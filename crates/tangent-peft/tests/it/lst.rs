@@ -108,6 +108,7 @@ fn the_layers_run_without_a_graph() {
         let pass = Pass::training(&model.device(), 3);
         let side = model.whole().side.clone().unwrap();
         let states = forward::states(&*model, &batch, &*side, &pass);
+        let states: Vec<_> = states.collect();
         assert_eq!(states.len(), 1 + side.blocks());
         assert!(states.iter().all(|state| !state.is_tracked()));
         let mut gradients = mean_loss(&*model, &batch).backward();
@@ -141,6 +142,7 @@ fn rows_read_the_same_states_alone_as_in_a_batch() {
         let side = model.whole().side.clone().unwrap();
         let pass = Pass::inference(&model.device());
         let states = forward::states(&*model, &batch, &*side, &pass);
+        let states: Vec<_> = states.collect();
         for row in &batch.rows {
             let tokens: Vec<u32> = row.places.iter().map(|&place| batch.ids[place]).collect();
             let own = forward::row_states(&*model, &*side, &tokens);

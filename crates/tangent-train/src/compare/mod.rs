@@ -334,7 +334,8 @@ fn check(setup: &Setup<'_>) -> Result<(), CompareError> {
     setup.shared.train.validate()?;
     let steps = total_steps(setup.data.train, &setup.shared.train);
     if !matches!(setup.budget, Budget::Minutes(_)) && steps < LEAST_STEPS {
-        let why = "must be at least 8, so that a quarter of them trains; give more rows or passes";
+        let why =
+            "must be at least 8, so that a quarter of them trains; give more steps, rows or passes";
         return Err(fault("--budget", format!("steps={steps}"), why));
     }
     Ok(())

@@ -305,14 +305,12 @@ impl MemoryModel {
         }
     }
 
-    /// Nothing is kept between layers but what a network beside them reads, and the last step's
-    /// gradients are gone.
+    /// Nothing is kept between layers, and the last step's gradients are gone.
     fn evaluation(&self) -> Memory {
         let MicroBatch { tokens, targets } = self.evaluated;
         // All blocks of a chunk's logits, and its rows.
         let loss = activation_bytes(targets.min(CHUNK) * (self.vocabulary + self.hidden));
-        let states = self.beside.as_ref().map_or(0, |beside| beside.states);
-        let in_layer = activation_bytes(tokens * (self.working() + states));
+        let in_layer = activation_bytes(tokens * self.working());
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters + self.state + self.held),

@@ -16,23 +16,27 @@ use crate::progress::{duration, say};
 /// Damaged rows that are named.
 const NAMED: usize = 5;
 
+/// Where states are stored, as typed.
+pub fn storage(folder: &Path, limit: Option<MemorySize>) -> Storage {
+    Storage {
+        folder: folder.to_owned(),
+        limit: limit.map_or(LIMIT, |limit| limit.bytes),
+    }
+}
+
 /// Stores the hidden states that the model's side network reads of `rows`, or finds them.
 pub fn store(
     model: &mut dyn Model,
     rows: &[Example],
-    folder: &Path,
-    limit: Option<MemorySize>,
+    storage: &Storage,
     stop: &AtomicBool,
 ) -> Result<(), Failure> {
-    let storage = Storage {
-        folder: folder.to_owned(),
-        limit: limit.map_or(LIMIT, |limit| limit.bytes),
-    };
+    let folder = storage.folder.display();
     let clock = Instant::now();
     let mut missing = 0;
-    activations::attach(model, rows, &storage, stop, &mut |survey| {
+    activations::attach(model, rows, storage, stop, &mut |survey| {
         missing = survey.rows - survey.found;
-        say(format_args!("{}: {}", folder.display(), found(survey)));
+        say(format_args!("{folder}: {}", found(survey)));
     })?;
     if missing > 0 && !stop.load(Ordering::Relaxed) {
         say(format_args!(
