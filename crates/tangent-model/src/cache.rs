@@ -103,7 +103,7 @@ pub fn continue_with(model: &dyn Model, ids: &[u32], cache: &mut KvCache) -> Vec
         pass: &pass,
     };
     let KvCache { layers, side, .. } = cache;
-    let layer = |index: usize, x| {
+    let mut layer = |index: usize, x| {
         let cached = &mut layers[index];
         let mut attend = |q: Tensor<2>, k: Tensor<2>, v: Tensor<2>| cached.attend(&added, q, k, v);
         model.layer(index, x, &mut attend, &pass)
