@@ -427,9 +427,9 @@ mod tests {
     fn rounding_twice_is_rounding_once() {
         let device = Device::flex();
         let x = tangent_ops::tensor(vec![1.0, 1.004, -3.3], 1, 3, &device);
-        let once = rounded(&x);
+        let once = rounded(x);
         let values = tangent_ops::values(once.clone());
         assert_eq!(values, [1.0, 1.007_812_5, -3.296_875]);
-        assert_eq!(tangent_ops::values(rounded(&once)), values);
+        assert_eq!(tangent_ops::values(rounded(once)), values);
     }
 }
