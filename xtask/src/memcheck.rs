@@ -1,5 +1,5 @@
-//! `cargo xtask memcheck`: the unit tests of the kernels under valgrind's memcheck, which finds what
-//! `unsafe` could do wrong and no test would notice.
+//! `cargo xtask memcheck`: the unit tests of the kernels and of the allocator under valgrind's memcheck,
+//! which finds what `unsafe` could do wrong and no test would notice.
 
 use std::path::{Path, PathBuf};
 
@@ -9,12 +9,13 @@ use crate::failure::Failure;
 use crate::process::Process;
 use crate::{below, no_arguments, valgrind};
 
-/// The library whose unit tests run, by the name of cargo's target.
-const TARGET: &str = "tangent_ops";
-/// Where its sources are.
-const FOLDER: &str = "crates/tangent-ops";
+/// The libraries whose unit tests run, by the name of cargo's target, and where their sources are.
+const TARGETS: [(&str, &str); 2] = [
+    ("tangent_alloc", "crates/tangent-alloc"),
+    ("tangent_ops", "crates/tangent-ops"),
+];
 
-/// Builds the unit tests and runs those of `tangent-ops`, one at a time: decisions and addresses
+/// Builds the unit tests and runs those of [`TARGETS`], one at a time: decisions and addresses
 /// that depend on memory that was never written, and accesses outside of allocations, are errors.
 ///
 /// Buffers of kernels are what the allocator gives, as in a program, and not filled as in other tests.
@@ -27,18 +28,21 @@ pub fn run(root: &Path, arguments: &[String]) -> Result<(), Failure> {
         .args(["test", "--release", "--workspace", "--lib", "--no-run"])
         .args(["--message-format=json-render-diagnostics"])
         .output()?;
-    let tests = test_executable(&messages, TARGET).ok_or_else(|| Failure::Content {
-        path: root.join(FOLDER),
-        fault: format!(
-            "cargo built no unit tests of a library `{TARGET}`; is it called otherwise?"
-        ),
-    })?;
-    Process::new(root, "valgrind", "valgrind")
-        .env("TANGENT_UNFILLED_BUFFERS", "1")
-        .args(["--quiet", "--error-exitcode=9", "--leak-check=no"])
-        .args(["--num-callers=20".to_owned(), below(root, &tests)])
-        .args(["--test-threads=1"])
-        .run()
+    for (target, folder) in TARGETS {
+        let tests = test_executable(&messages, target).ok_or_else(|| Failure::Content {
+            path: root.join(folder),
+            fault: format!(
+                "cargo built no unit tests of a library `{target}`; is it called otherwise?"
+            ),
+        })?;
+        Process::new(root, "valgrind", "valgrind")
+            .env("TANGENT_UNFILLED_BUFFERS", "1")
+            .args(["--quiet", "--error-exitcode=9", "--leak-check=no"])
+            .args(["--num-callers=20".to_owned(), below(root, &tests)])
+            .args(["--test-threads=1"])
+            .run()?;
+    }
+    Ok(())
 }
 
 /// The program with the unit tests of the library `target`, from cargo's messages, an object of

@@ -133,6 +133,16 @@ const CASES: &[Case] = &[
         Data::Texts(128),
         "--batch-size 4 --init pissa",
     ),
+    limited(
+        "seen gradients",
+        Data::Texts(1024),
+        "--batch-size 4 --activation-checkpointing --init lora-ga",
+    ),
+    case(
+        "seen inputs",
+        Data::Texts(1024),
+        "--batch-size 1 --activation-checkpointing --init eva",
+    ),
     case(
         "moments of weights",
         Data::Texts(128),

@@ -13,11 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tangent_model::LanguageModel;
 use tangent_model::folder::NewFolder;
+use tangent_ops::MappedFile;
 use tangent_peft::export::{self, LazyTensor, WriteDtype};
 use tangent_peft::{Adapter, Controller, PeftError, peft_format};
 
 use crate::error::TrainError;
 use crate::optim::Optimizer;
+use crate::trainer::io;
 
 const TENSORS: &str = "state.safetensors";
 const STATE: &str = "trainer_state.json";
@@ -188,7 +190,8 @@ pub fn restore(
     controller: Option<&mut (dyn Controller + 'static)>,
 ) -> Result<(), TrainError> {
     let file = path.join(TENSORS);
-    let bytes = read(file.clone())?;
+    // A tensor at a time: all of them take as much memory as the optimizer that they go to.
+    let bytes = MappedFile::open(&file).map_err(io("read", &file))?;
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| fault(&file, e))?;
     let stored = |name: &str, count: usize| -> Result<Vec<f32>, String> {
         let view = tensors.tensor(name).map_err(|e| e.to_string())?;
@@ -197,7 +200,10 @@ pub fn restore(
             let got = chunks.len();
             return Err(format!("tensor \"{name}\" has {got} values, not {count}"));
         }
-        Ok(chunks.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        let values = chunks.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let start = view.data().as_ptr().addr() - bytes.as_ptr().addr();
+        bytes.leave(&(start..start + view.data().len()));
+        Ok(values)
     };
     let values = |name: &str, count| stored(name, count).map_err(|why| fault(&file, why));
     let names = optimizer.slot_names();

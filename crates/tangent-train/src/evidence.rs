@@ -95,6 +95,22 @@ impl Evidence {
         evidence
     }
 
+    /// After how many layers the input of one is kept in a pass for gradients. Where few are, that is
+    /// the square root of the layers, rounded up: as many inputs are kept as are computed together.
+    pub fn stride(&self, layers: usize) -> usize {
+        match self.sparse {
+            true => layers.saturating_sub(1).isqrt() + 1,
+            false => 1,
+        }
+    }
+
+    /// Inputs of layers that a pass for gradients keeps at the loss, and at most on the way down.
+    pub(crate) fn inputs_kept(&self, layers: usize) -> (usize, usize) {
+        let stride = self.stride(layers);
+        let up = layers.div_ceil(stride);
+        (up, up + stride - 1)
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.batches.iter().map(Vec::len).sum()
@@ -210,7 +226,8 @@ pub fn start(
         }
         Needs::Gradient => {
             let batches = settings.for_targets(model, rows);
-            gradient::gradients(model, &batches, &wanted, settings.sparse, &mut |layer| {
+            let stride = settings.stride(model.layers());
+            gradient::gradients(model, &batches, &wanted, stride, &mut |layer| {
                 found.add(layer)
             })?;
         }

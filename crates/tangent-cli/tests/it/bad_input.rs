@@ -112,7 +112,7 @@ fn methods_targets_ranks_and_patterns() {
             "--method lst --set reduction_factor=2 fisher_rows=4",
             ["fisher_rows = 4", "start=fisher", "leave it out"],
         ),
-        ("--method bitfit", ["bitfit", "no biases", "norms"]),
+        ("--method bitfit", ["bitfit", "no bias", "norms"]),
         (
             "--method monarch --set nblocks=17 --target-modules k_proj",
             ["nblocks = 17", "k_proj", "divide"],

@@ -12,8 +12,8 @@ use rayon::prelude::*;
 use tangent_model::Batch;
 use tangent_model::tokenizer::Tokenizer;
 
+use super::Faults;
 use super::source::{Row, SourceRow};
-use super::{DataError, Faults};
 use conversation::{answers, encode_messages};
 
 /// Which tokens of a row are targets.
@@ -124,27 +124,26 @@ struct Marked {
     supervised: Vec<bool>,
 }
 
-/// Encodes all rows, on all threads and in order. Fails with every row that cannot be used, those
-/// that could not be read among them.
+/// Encodes all rows, on all threads and in order. Every row that cannot be used goes to `faults`,
+/// those that could not be read among them.
 pub fn encode_rows(
     rows: &[SourceRow],
     tokenizer: &Tokenizer,
     options: &EncodeOptions,
-) -> Result<Vec<Example>, DataError> {
+    faults: &mut Faults,
+) -> Vec<Example> {
     let encoded: Vec<Result<Example, String>> = rows
         .par_iter()
         .map(|row| encode_row(row, tokenizer, options))
         .collect();
     let mut examples = Vec::with_capacity(rows.len());
-    let mut faults = Faults::default();
     for (row, result) in rows.iter().zip(encoded) {
         match result {
             Ok(example) => examples.push(example),
             Err(why) => faults.push(&row.file, row.line, why),
         }
     }
-    faults.into_result()?;
-    Ok(examples)
+    examples
 }
 
 fn encode_row(
@@ -376,7 +375,15 @@ mod tests {
             row(2, Row::Text("ab".into())),
             row(4, conversation(&[("user", "q"), ("assistant", "a")])),
         ];
-        let error = encode_rows(&rows, &tokenizer(None), &EncodeOptions::default()).unwrap_err();
+        let mut faults = Faults::default();
+        let usable = encode_rows(
+            &rows,
+            &tokenizer(None),
+            &EncodeOptions::default(),
+            &mut faults,
+        );
+        assert_eq!(usable.len(), 1);
+        let error = faults.into_result().unwrap_err();
         let DataError::Rows { faults, total: 2 } = error else {
             panic!("two rows are unusable")
         };

@@ -8,7 +8,7 @@ use tangent_model::tokenizer::Tokenizer;
 
 use super::encode::encode_rows;
 use super::source::{Row, SourceRow};
-use super::{EncodeOptions, Example, TrainOn};
+use super::{EncodeOptions, Example, Faults, TrainOn};
 
 pub const CHATML: &str = r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 const END: u32 = 257;
@@ -82,8 +82,10 @@ pub fn encode(row: Row, template: &str, options: &EncodeOptions) -> Result<Examp
         line: 3,
         row: Ok(row),
     };
-    let examples = encode_rows(&[source], &tokenizer(Some(template)), options);
-    let mut examples = examples.map_err(|error| error.to_string())?;
+    let mut faults = Faults::default();
+    let tokenizer = tokenizer(Some(template));
+    let mut examples = encode_rows(&[source], &tokenizer, options, &mut faults);
+    faults.into_result().map_err(|error| error.to_string())?;
     Ok(examples.remove(0))
 }
 

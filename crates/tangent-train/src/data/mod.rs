@@ -37,12 +37,16 @@ pub fn load(
     if options.max_length == Some(0) {
         return Err(DataError::MaxLength);
     }
-    let rows = source::read_files(paths)?;
-    let examples = encode::encode_rows(&rows, tokenizer, options)?;
-    let filled: BTreeSet<&PathBuf> = rows.iter().map(|row| &*row.file).collect();
-    let empty = paths.iter().filter(|path| !filled.contains(path));
+    let (mut examples, mut faults) = (vec![], Faults::default());
+    let mut filled: BTreeSet<Arc<PathBuf>> = BTreeSet::new();
+    source::read_files(paths, &mut |rows| {
+        examples.extend(encode::encode_rows(&rows, tokenizer, options, &mut faults));
+        filled.extend(rows.into_iter().map(|row| row.file));
+    })?;
+    faults.into_result()?;
+    let empty = paths.iter().filter(|path| !filled.contains(*path));
     let empty: Vec<PathBuf> = empty.cloned().collect();
-    if rows.is_empty() || !empty.is_empty() {
+    if examples.is_empty() || !empty.is_empty() {
         return Err(DataError::Empty { paths: empty });
     }
     Ok(examples)

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -61,20 +62,31 @@ pub struct SourceRow {
     pub row: Result<Row, String>,
 }
 
-/// Reads the rows of all files, in order, faulty ones too. Blank lines are skipped, a byte order
-/// mark is accepted. Fails on an unreadable file.
-pub fn read_files(paths: &[PathBuf]) -> Result<Vec<SourceRow>, DataError> {
+/// Most rows that are held as text, which takes many times as much memory as their tokens.
+const ROWS_AT_ONCE: usize = 1024;
+
+/// Reads the rows of all files, in order, faulty ones too, and gives them to `each`, many at a time.
+/// Blank lines are skipped, a byte order mark is accepted. Fails on an unreadable file.
+pub fn read_files(
+    paths: &[PathBuf],
+    each: &mut dyn FnMut(Vec<SourceRow>),
+) -> Result<(), DataError> {
     let mut rows = Vec::new();
     for path in paths {
-        read_file(path, &mut rows).map_err(|error| DataError::Read {
+        read_file(path, &mut rows, each).map_err(|error| DataError::Read {
             path: path.clone(),
             error,
         })?;
     }
-    Ok(rows)
+    each(rows);
+    Ok(())
 }
 
-fn read_file(path: &Path, rows: &mut Vec<SourceRow>) -> io::Result<()> {
+fn read_file(
+    path: &Path,
+    rows: &mut Vec<SourceRow>,
+    each: &mut dyn FnMut(Vec<SourceRow>),
+) -> io::Result<()> {
     let mut reader = BufReader::new(File::open(path)?);
     let file = Arc::new(path.to_owned());
     let mut bytes = Vec::new();
@@ -93,6 +105,9 @@ fn read_file(path: &Path, rows: &mut Vec<SourceRow>) -> io::Result<()> {
                 line,
                 row,
             });
+        }
+        if rows.len() == ROWS_AT_ONCE {
+            each(mem::take(rows));
         }
     }
 }
@@ -325,6 +340,22 @@ mod tests {
         (dir, path)
     }
 
+    fn read(paths: &[PathBuf]) -> Vec<SourceRow> {
+        let mut all = vec![];
+        read_files(paths, &mut |rows| all.extend(rows)).unwrap();
+        all
+    }
+
+    #[test]
+    fn no_more_rows_are_held_than_may_be() {
+        let count = 2 * ROWS_AT_ONCE + 3;
+        let (_dir, path) = file("{\"text\": \"a\"}\n".repeat(count).as_bytes());
+        let mut counts = vec![];
+        read_files(&[path.clone(), path], &mut |rows| counts.push(rows.len())).unwrap();
+        let all = [ROWS_AT_ONCE; 4].into_iter().chain([6]);
+        assert_eq!(counts, all.collect::<Vec<_>>());
+    }
+
     #[test]
     fn every_format_is_recognized_by_its_columns() {
         let talk = conversation(&[("user", "a"), ("assistant", "b")]);
@@ -434,7 +465,7 @@ mod tests {
     #[test]
     fn lines_are_counted_with_blank_ones_and_a_byte_order_mark_is_accepted() {
         let (_dir, path) = file("\u{FEFF}{\"text\": \"a\"}\r\n\n  \n{\"text\": \"b\"}".as_bytes());
-        let rows = read_files(&[path]).unwrap();
+        let rows = read(&[path]);
         let found: Vec<_> = rows
             .into_iter()
             .map(|row| (row.line, row.row.unwrap()))
@@ -449,7 +480,7 @@ mod tests {
     fn faulty_rows_keep_their_places() {
         let (_a, first) = file(b"{\"text\": \"\xFF\"}\n{\"text\": \"a\"}\n3\n");
         let (_b, second) = file(b"{}\n");
-        let rows = read_files(&[first.clone(), second.clone()]).unwrap();
+        let rows = read(&[first.clone(), second.clone()]);
         let found: Vec<_> = rows
             .iter()
             .map(|row| ((*row.file).clone(), row.line, row.row.is_ok()))

@@ -28,7 +28,7 @@ use crate::gradients::{add, backward};
 
 /// Calls `done` with the gradients of those of the `wanted` sites that belong to the head, then to
 /// one layer after another, the last one first. Nothing but linear maps may be wanted, nothing
-/// attached, and no batch without a target. With `sparse` the inputs of few layers are kept.
+/// attached, and no batch without a target. The inputs of every `stride`th layer are kept.
 ///
 /// # Errors
 /// Those of `done`.
@@ -36,17 +36,12 @@ pub fn gradients<'a>(
     model: &dyn Model,
     batches: &[Batch],
     wanted: &[&'a Site],
-    sparse: bool,
+    stride: usize,
     done: &mut Done<'a, '_>,
 ) -> Result<(), TrainError> {
     let layers = model.layers();
     let lowest = wanted.iter().filter_map(|site| site.layer).min();
     let lowest = lowest.unwrap_or(layers);
-    // The square root of the layers, rounded up: as many inputs are kept as are computed together.
-    let stride = match sparse {
-        true => layers.saturating_sub(1).isqrt() + 1,
-        false => 1,
-    };
     let (mut inputs, top) = Inputs::new(model, batches, lowest, stride);
     let head = wanted.iter().find(|site| site.kind == SiteKind::Head);
     let (mut d_outputs, d_head) = top_gradients(model, batches, top, head.is_some());

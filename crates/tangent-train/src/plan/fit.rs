@@ -14,7 +14,7 @@ impl Draft<'_> {
     /// If no such settings fit, and as [`plan`](Self::plan).
     pub fn fit(&self, config: &TrainConfig, limit: u64) -> Result<Plan, TrainError> {
         let predictor = Predictor::new(self, config)?;
-        let typed = predictor.plan(config, &self.survey(config));
+        let typed = predictor.plan(config, &self.survey(config))?;
         if typed.memory.limit() <= limit {
             return Ok(typed);
         }
@@ -26,12 +26,12 @@ impl Draft<'_> {
                 ..config.clone()
             };
             let survey = self.survey(&config);
-            plans.push(predictor.plan(&config, &survey));
+            plans.push(predictor.plan(&config, &survey)?);
             let checkpointed = TrainConfig {
                 activation_checkpointing: true,
                 ..config
             };
-            plans.push(predictor.plan(&checkpointed, &survey));
+            plans.push(predictor.plan(&checkpointed, &survey)?);
         }
         let fitting = plans.iter().filter(|plan| plan.memory.limit() <= limit);
         let fastest = fitting.min_by(|a, b| a.flops_per_step.total_cmp(&b.flops_per_step));

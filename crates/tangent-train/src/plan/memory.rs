@@ -1,5 +1,7 @@
 //! The memory model: what is resident at the moments of a run when most is.
 
+mod evidence;
+
 use serde_json::{Value, json};
 use tangent_model::SiteKind;
 use tangent_model::family::Model;
@@ -16,7 +18,6 @@ use super::{Draft, Form, evaluated};
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
-use crate::evidence;
 use crate::optim;
 
 /// Bytes of an `f32`.
@@ -45,6 +46,14 @@ impl Memory {
     /// All parts together.
     pub fn peak(&self) -> u64 {
         self.base_weights + self.trained + self.activations + self.loss + self.fixed
+    }
+
+    /// The one that takes more.
+    pub(super) fn larger(self, other: Self) -> Self {
+        match other.peak() > self.peak() {
+            true => other,
+            false => self,
+        }
     }
 
     /// The smallest limit at which these settings are accepted: the peak and the prediction's
@@ -107,7 +116,7 @@ impl Importances {
         let mut rows = 0;
         for adapter in draft.adapters() {
             if matches!(methods::find(&adapter.method)?.attach, Attach::Side(_)) {
-                rows += evidence::rows(adapter)?.most;
+                rows += crate::evidence::rows(adapter)?.most;
             }
         }
         let sites = draft.model.sites().into_iter();
@@ -194,22 +203,19 @@ impl MemoryModel {
         })
     }
 
-    /// The memory at the worst moment of the run.
+    /// The memory at the worst moment of the run, but for what start values see of the data.
     pub fn predict(&self, survey: &Survey, checkpointing: bool) -> Memory {
         // Layers without a graph keep nothing as it is.
         let checkpointing = checkpointing && self.beside.is_none();
-        let mut worst = self.evaluation();
-        for moment in [
+        [
+            self.evaluation(),
             self.of_importances(survey),
             self.before_side(survey),
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey, checkpointing),
-        ] {
-            if moment.peak() > worst.peak() {
-                worst = moment;
-            }
-        }
-        worst
+        ]
+        .into_iter()
+        .fold(Memory::default(), Memory::larger)
     }
 
     /// Before the first step, the backward pass of the longest row is about to begin, or has come to

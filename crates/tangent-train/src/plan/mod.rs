@@ -79,7 +79,7 @@ impl Draft<'_> {
     /// If the optimizer or the method does not exist, or a setting of the adapter is out of range.
     pub fn plan(&self, config: &TrainConfig) -> Result<Plan, TrainError> {
         let survey = self.survey(config);
-        Ok(Predictor::new(self, config)?.plan(config, &survey))
+        Predictor::new(self, config)?.plan(config, &survey)
     }
 
     /// The settings of all adapters.
@@ -256,7 +256,7 @@ impl<'a> Predictor<'a> {
         })
     }
 
-    fn plan(&self, config: &TrainConfig, survey: &Survey) -> Plan {
+    fn plan(&self, config: &TrainConfig, survey: &Survey) -> Result<Plan, TrainError> {
         let draft = self.draft;
         let checkpointing = config.activation_checkpointing;
         let steps = survey.steps.max(1) as f64;
@@ -264,7 +264,9 @@ impl<'a> Predictor<'a> {
         let evaluations = evaluations(draft.eval, config, survey.total_steps) as f64;
         let trainable: usize = draft.trained.iter().map(|s| s.parameters).sum();
         let replaced: usize = draft.trained.iter().map(|s| s.replaced).sum();
-        Plan {
+        let steps_take = self.memory.predict(survey, checkpointing);
+        let start_takes = self.memory.of_evidence(draft, config)?;
+        Ok(Plan {
             config: config.clone(),
             sites: SiteGroup::of(draft.trained),
             trainable_parameters: trainable,
@@ -277,12 +279,12 @@ impl<'a> Predictor<'a> {
             steps: survey.total_steps,
             largest_micro_batch: survey.largest.tokens,
             mean_micro_batch: survey.tokens as f64 / survey.micro_batches.max(1) as f64,
-            memory: self.memory.predict(survey, checkpointing),
+            memory: steps_take.larger(start_takes),
             flops_per_step,
             flops: self.start
                 + flops_per_step * survey.total_steps as f64
                 + evaluations * self.work.of_evaluation(draft.eval),
-        }
+        })
     }
 }
 

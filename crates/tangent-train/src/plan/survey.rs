@@ -119,8 +119,8 @@ impl Survey {
         survey
     }
 
-    /// The micro-batches, tokens and pairs of these where rows are computed whole, whether they have
-    /// targets or not.
+    /// The micro-batches, tokens and pairs of these, and the most tokens of one, where rows are computed
+    /// whole, whether they have targets or not.
     pub fn of_whole_rows(train: &[Example], batches: &StepRows) -> Self {
         let mut survey = Self::default();
         for rows in batches {
@@ -135,6 +135,7 @@ impl Survey {
             let squares = rows.iter().map(|row| (row.len() as f64).powi(2));
             survey.micro_batches += 1;
             survey.tokens += distinct.count();
+            survey.largest.tokens = survey.largest.tokens.max(distinct.count());
             survey.pairs += squares.sum::<f64>() * share;
         }
         survey

@@ -14,7 +14,7 @@ use tangent_peft::methods::cost::Cost;
 use super::calibration as measured;
 use super::metered;
 use super::survey::{Alone, Survey, pairs, targets};
-use super::trained::{costs, lowest_layer};
+use super::trained::{costs, linear_maps, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated};
 use crate::activations;
 use crate::config::TrainConfig;
@@ -285,11 +285,6 @@ fn update(rule: &Rule, site: &TrainedSite) -> f64 {
 /// Tokens that take as long as these in so many batches: each of them reads and widens all weights.
 fn tokens(tokens: usize, batches: usize) -> f64 {
     tokens as f64 + measured::MICRO_BATCH_TOKENS * batches as f64
-}
-
-/// Trained linear maps in layers.
-fn linear_maps(trained: &[TrainedSite]) -> impl Iterator<Item = &TrainedSite> {
-    trained.iter().filter(|s| s.kind == Some(SiteKind::Linear))
 }
 
 fn values(site: &Site) -> f64 {

@@ -382,5 +382,10 @@ impl SiteGroup {
     }
 }
 
+/// Trained linear maps in layers.
+pub(super) fn linear_maps(trained: &[TrainedSite]) -> impl Iterator<Item = &TrainedSite> {
+    trained.iter().filter(|s| s.kind == Some(SiteKind::Linear))
+}
+
 #[cfg(test)]
 mod tests;

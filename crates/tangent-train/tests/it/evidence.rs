@@ -76,7 +76,8 @@ fn of_the_pass(
     };
     let batches = evidence.for_targets(model, rows);
     let mut found = vec![];
-    gradients(model, &batches, wanted, sparse, &mut |layer| {
+    let stride = evidence.stride(model.layers());
+    gradients(model, &batches, wanted, stride, &mut |layer| {
         let named = layer.into_iter().map(|(site, g)| (site.path.clone(), g));
         found.push(named.collect());
         Ok(())

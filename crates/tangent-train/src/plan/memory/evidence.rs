@@ -1,0 +1,115 @@
+//! Memory of what start values see of the data: passes before the first step, when nothing trains yet.
+
+use std::collections::BTreeMap;
+
+use tangent_model::family::Model;
+use tangent_peft::init::{self, Needs};
+
+use super::{Memory, MemoryModel, activation_bytes, trained_bytes};
+use crate::config::TrainConfig;
+use crate::error::TrainError;
+use crate::evidence::{self, Evidence};
+use crate::plan::kept::of_bare_layer;
+use crate::plan::survey::Survey;
+use crate::plan::trained::linear_maps;
+use crate::plan::{Draft, Form};
+
+/// Values of a layer at whose sites factors are computed side by side.
+#[derive(Clone, Copy, Debug, Default)]
+struct OfLayer {
+    /// Of the weights, or of their inputs' moments, of all its sites.
+    all: usize,
+    /// Of the largest.
+    largest: usize,
+}
+
+impl MemoryModel {
+    /// The worst moment of the passes over data before the first step: the hidden states of all rows
+    /// that are looked at, as many as the pass keeps, and a layer in work. Nothing where no start
+    /// values need one; importances of a network beside the layers are not among them.
+    ///
+    /// # Errors
+    /// If the initialization does not exist, or a setting of it is out of range.
+    pub fn of_evidence(
+        &self,
+        draft: &Draft<'_>,
+        config: &TrainConfig,
+    ) -> Result<Memory, TrainError> {
+        let mut worst = Memory::default();
+        for (part, adapter) in draft.adapters().enumerate() {
+            let rows = evidence::rows(adapter)?;
+            if rows.most == 0 || self.beside.is_some() {
+                continue;
+            }
+            let evidence = Evidence::first(draft.train, config, rows);
+            let moment = match init::find(&adapter.init)?.needs {
+                Needs::Gradient => {
+                    let values = of_layers(draft, part, |(d_out, d_in)| d_out * d_in);
+                    self.of_gradients(draft, &evidence, values)
+                }
+                _ => {
+                    let values = of_layers(draft, part, |(_, d_in)| d_in * d_in);
+                    self.of_moments(draft, &evidence, values)
+                }
+            };
+            worst = worst.larger(moment);
+        }
+        Ok(worst)
+    }
+
+    /// Inputs of layers are kept on the way up, of every one or of few; on the way down a layer is
+    /// computed with its graph.
+    fn of_gradients(&self, draft: &Draft<'_>, evidence: &Evidence, values: OfLayer) -> Memory {
+        let survey = Survey::of(draft.train, &evidence.batches);
+        let (going_up, going_down) = evidence.inputs_kept(self.layers);
+        let layer = of_bare_layer(&draft.model.activations());
+        let loss = self.loss_bytes(survey.largest);
+        // What comes from above, of all rows, stands beside the inputs.
+        let at_loss = activation_bytes(survey.tokens * (going_up + 1) * self.hidden);
+        let at_layer = activation_bytes(
+            survey.tokens * (going_down + 1) * self.hidden
+                + survey.largest.tokens * (layer + self.working()),
+        );
+        self.before_training(at_loss.max(at_layer.saturating_sub(loss)), loss, values)
+    }
+
+    /// The layers run one after another over all rows.
+    fn of_moments(&self, draft: &Draft<'_>, evidence: &Evidence, values: OfLayer) -> Memory {
+        let survey = Survey::of_whole_rows(draft.train, &evidence.batches);
+        let in_layer = survey.tokens * 2 * self.hidden + survey.largest.tokens * self.working();
+        self.before_training(activation_bytes(in_layer), 0, values)
+    }
+
+    fn before_training(&self, activations: u64, loss: u64, values: OfLayer) -> Memory {
+        // Factors of the layers that are done; of a decomposition the matrix and its parts.
+        let values = values.all + DECOMPOSED * values.largest;
+        Memory {
+            base_weights: self.base_bytes,
+            trained: trained_bytes(self.parameters + values as u64),
+            activations,
+            loss,
+            fixed: self.fixed_bytes,
+        }
+    }
+}
+
+/// Matrices of the largest one's size that decompositions hold, two at a time.
+const DECOMPOSED: usize = 4;
+
+/// The largest sums over the adapted linear maps of a layer, and over the head.
+fn of_layers(draft: &Draft<'_>, part: usize, values: fn((usize, usize)) -> usize) -> OfLayer {
+    let adapted = linear_maps(draft.trained).filter(|site| site.part == part);
+    let adapted = adapted.filter(|site| matches!(site.form, Form::LowRank { .. }));
+    let mut layers: BTreeMap<Option<usize>, OfLayer> = BTreeMap::new();
+    for site in adapted {
+        let layer = layers.entry(site.layer).or_default();
+        let own = values(site.shape);
+        layer.all += own;
+        layer.largest = layer.largest.max(own);
+    }
+    let larger = |a: OfLayer, b: &OfLayer| OfLayer {
+        all: a.all.max(b.all),
+        largest: a.largest.max(b.largest),
+    };
+    layers.values().fold(OfLayer::default(), larger)
+}
