@@ -384,7 +384,7 @@ mod tests {
         );
         assert_eq!(usable.len(), 1);
         let error = faults.into_result().unwrap_err();
-        let DataError::Rows { faults, total: 2 } = error else {
+        let super::super::DataError::Rows { faults, total: 2 } = error else {
             panic!("two rows are unusable")
         };
         assert_eq!(

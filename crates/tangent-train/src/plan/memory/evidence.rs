@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use tangent_model::family::Model;
 use tangent_peft::init::{self, Needs};
 
 use super::{Memory, MemoryModel, activation_bytes, trained_bytes};
