@@ -6,9 +6,8 @@
 //! fast with small blocks from many threads, but sorts large ones by size into chunks of 32 MiB, and
 //! what a chunk has free serves no other size: a run takes up to a seventh more memory, and not the same
 //! twice. So glibc takes the large ones: it has one heap, gives the smallest free piece that is large
-//! enough, and joins free neighbors. What small blocks leave goes back to the system after a while. Where
-//! there is no glibc, mimalloc takes all, as it does blocks that must begin at more than a line of the
-//! processor's cache.
+//! enough, and joins free neighbors. Where there is no glibc, mimalloc takes all, as it does blocks that
+//! must begin at more than a line of the processor's cache.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -31,20 +30,19 @@ const WORD_PAIR: usize = 16;
 /// ```
 pub struct Allocator;
 
-/// Sets what takes large blocks never to give memory back by itself, for the whole process and what C
+/// Sets both allocators never to give memory back by themselves, for the whole process and what C
 /// libraries take in it. To be called first in `main`, before there are other threads.
 pub fn keep_memory() {
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-    {
-        /// mimalloc's `mi_option_purge_delay`; the bindings leave its number out.
-        const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
-        // Where the table of options has another length, the number may be another one, too.
-        const _: () = assert!(libmimalloc_sys::_mi_option_last == 47);
-        // SAFETY: options are plain integers, set before any other thread exists.
-        unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    /// mimalloc's `mi_option_purge_delay`; the bindings leave its number out.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    // Where the table of options has another length, the number may be another one, too.
+    const _: () = assert!(libmimalloc_sys::_mi_option_last == 47);
+    // SAFETY: options are plain integers, set before any other thread exists.
+    unsafe {
+        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
     }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: plain integers, under glibc's own lock.
+    // SAFETY: plain integers, which glibc and the system set under locks of their own.
     unsafe {
         // Huge pages are cleared whole where a block touches a part of one: launches take longer.
         libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
