@@ -26,7 +26,7 @@ use crate::export::{LazyTensor, WriteDtype, zero_length};
 use crate::methods::{Attach, PeftType, ia3, norms, virtual_tokens};
 use crate::targets::{Targets, ends_with_name, peft_names};
 
-pub use card::{ForOthers, for_others};
+pub use card::{ForOthers, for_others, is_known_to_peft};
 pub use settings::{Fields, read_config};
 pub use stored_type::note as note_of_stored_type;
 pub use trained_on::{TrainedOn, has_own_base, trained_on};

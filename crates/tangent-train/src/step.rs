@@ -14,8 +14,21 @@ use crate::data::Example;
 use crate::error::TrainError;
 use crate::gradients::{self, Accumulated, StepGradients};
 use crate::meter::{self, Meter, Reading};
-use crate::optim::Optimizer;
+use crate::optim::{self, Optimizer};
 use crate::sampler::{StepRows, total_steps};
+
+/// Refuses what [`Stepper::new`] would, before anything that takes long.
+///
+/// # Errors
+/// If the optimizer or the method cannot serve what trains in a run on these rows.
+pub fn check(config: &TrainConfig, adapter: &Adapter, rows: &[Example]) -> Result<(), TrainError> {
+    optim::find(&config.optimizer)?.check_pairs(!adapter.pairs.is_empty())?;
+    if let Some(plus) = &config.lora_plus {
+        plus.check(adapter.parameters.iter())?;
+    }
+    controller::of(adapter, total_steps(rows, config))?;
+    Ok(())
+}
 
 /// Takes the steps of a run: the optimizer, what the method does between steps, and all that they
 /// need.

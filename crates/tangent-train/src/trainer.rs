@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::run_report;
 use crate::sampler::epoch_steps;
 use crate::step::Stepper;
-use crate::twin::Beside;
+use crate::twin::{self, Beside};
 
 /// Everything that a run needs.
 pub struct Run<'a> {
@@ -332,6 +332,9 @@ fn begin(run: &Run<'_>, stepper: &mut Stepper<'_>) -> Result<(fs::File, Progress
             fs::remove_dir_all(&path).map_err(io("remove", &path))?;
         }
         remove_files(&run.output, OF_EARLIER_RUN)?;
+        if run.config.twin.is_none() {
+            remove_files(&run.output, &[twin::RECORD, twin::CHANGES])?;
+        }
         let text = format!("{:#}\n", run.settings);
         folder::write_file(&record, text.as_bytes())?;
         evidence::save(&run.output, run.adapter, &run.settings)?;

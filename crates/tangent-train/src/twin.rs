@@ -89,8 +89,8 @@ pub enum Readiness {
     Stopped,
 }
 
-/// Trains the twin of a run and keeps what the run is compared with; what an earlier run left is
-/// removed where none is asked for.
+/// Trains the twin of a run and keeps what the run is compared with. What an earlier run left is
+/// removed when a run without one begins.
 ///
 /// # Errors
 /// If the twin diverges, another run has the output folder, the run that is resumed had another
@@ -101,9 +101,6 @@ pub fn prepare(
     on_step: &mut dyn FnMut(TwinStep),
 ) -> Result<Readiness, TrainError> {
     let Some(twin) = of.config.twin else {
-        if !of.resume {
-            record::remove(of.output)?;
-        }
         return Ok(Readiness::NotAsked);
     };
     of.config.validate()?;

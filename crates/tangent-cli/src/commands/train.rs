@@ -271,12 +271,12 @@ fn finish(
             let folder = output.to_string();
             let quantizes = matches!(args.run.model.base_dtype, BaseDtype::Quantized(_));
             let model = (&flags(&args.run.model)[..], quantizes);
-            let way = peft_format::for_others(adapter, model, &folder);
-            if let Some(way) = way {
-                say(format_args!(
-                    "PEFT cannot load this kind of adapter: {} {}",
-                    way.command, way.does
-                ));
+            if !peft_format::is_known_to_peft(adapter) {
+                let way = peft_format::for_others(adapter, model, &folder);
+                let way = way.map_or("it runs in Tangent alone".to_owned(), |way| {
+                    format!("{} {}", way.command, way.does)
+                });
+                say(format_args!("PEFT cannot load this kind of adapter: {way}"));
             }
         }
         Outcome::Interrupted => say(format_args!(

@@ -14,6 +14,7 @@ const OVER: &str = "--output earlier --overwrite";
 fn place() -> Place {
     let place = Place::new();
     place.write("earlier/adapter_model.safetensors", "earlier");
+    place.write("earlier/twin.json", "earlier");
     place
 }
 
@@ -111,6 +112,18 @@ fn methods_targets_ranks_and_patterns() {
         (
             "--method lst --set reduction_factor=2 fisher_rows=4",
             ["fisher_rows = 4", "start=fisher", "leave it out"],
+        ),
+        (
+            "--method vera --optim lora-pro",
+            ["lora-pro", "the two factors", "adamw"],
+        ),
+        (
+            "--method vera --loraplus-lr-ratio 4",
+            ["loraplus_lr_ratio = 4", "factor B", "--method lora"],
+        ),
+        (
+            "--method adalora --rank 4 --twin 1",
+            ["target_r", "rank", "4"],
         ),
         ("--method bitfit", ["bitfit", "no bias", "norms"]),
         (

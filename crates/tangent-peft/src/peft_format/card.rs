@@ -94,8 +94,8 @@ pub struct ForOthers {
 }
 
 /// How `adapter` in `folder` gets to programs that load PEFT's adapters, or whole models; `model`
-/// are the flags that open its base, which quantize it or do not. `None` where PEFT knows all that is in it, or where no weights
-/// of a model compute what it does.
+/// are the flags that open its base, which quantize it or do not. `None` where PEFT knows all that is
+/// in it, or where no weights of a model compute what it does.
 pub fn for_others(
     adapter: &Adapter,
     (model, quantize): (&str, bool),
@@ -104,13 +104,21 @@ pub fn for_others(
     of_parts(adapter.each(), (model, quantize), folder)
 }
 
-fn of_parts(parts: &[Adapter], (model, quantize): (&str, bool), folder: &str) -> Option<ForOthers> {
+/// Whether PEFT loads every part of an adapter, or it is a model of its own.
+pub fn is_known_to_peft(adapter: &Adapter) -> bool {
+    are_known(adapter.each())
+}
+
+fn are_known(parts: &[Adapter]) -> bool {
     let is_known = |part: &Adapter| match &part.method.peft {
         Some(kind) => kind.known_to_peft,
-        // A model of its own.
         None => true,
     };
-    if parts.iter().all(is_known) {
+    parts.iter().all(is_known)
+}
+
+fn of_parts(parts: &[Adapter], (model, quantize): (&str, bool), folder: &str) -> Option<ForOthers> {
+    if are_known(parts) {
         return None;
     }
     let is_matrix = |part: &Adapter| part.parameters.iter().all(|p| p.shape().len() == 2);

@@ -294,6 +294,7 @@ impl Recipe {
         adapter.method = method.id.into();
         let rank = size.or(shared.rank);
         adapter.rank = match self.size {
+            _ if method.whole_model => method.rank,
             Size::Rank | Size::EvenRank => rank.unwrap_or(method.rank),
             Size::LastRank(name) => {
                 let left = rank.unwrap_or_else(|| adapter.own(name).number() as usize);
@@ -374,6 +375,20 @@ mod tests {
             let may_be_0 = recipe.id == "full" || recipe.size != Size::Rank;
             assert!(variant.size > 0 || may_be_0, "{}", recipe.id);
             optim::find(&variant.train.optimizer).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_has_no_size_is_possible_at_any_budget() {
+        let has_none = |recipe: &&Recipe| {
+            let variant = recipe.variant(&Shared::default(), None).unwrap();
+            variant.size == 0
+        };
+        let without: Vec<&Recipe> = RECIPES.iter().filter(has_none).collect();
+        assert!(without.iter().any(|recipe| recipe.id == "full"));
+        for recipe in without {
+            let variant = recipe.variant(&Shared::default(), Some(0)).unwrap();
+            variant.adapter.validate().unwrap();
         }
     }
 

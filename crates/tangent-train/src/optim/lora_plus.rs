@@ -68,6 +68,25 @@ impl LoraPlus {
         }
     }
 
+    /// Refuses parameters of which none has a rate of its own.
+    pub(crate) fn check<'p>(
+        &self,
+        mut parameters: impl Iterator<Item = &'p Parameter>,
+    ) -> Result<(), TrainError> {
+        let is_factor = |parameter: &Parameter| {
+            parameter.name().contains(EMBEDDING) || parameter.name().contains(FACTOR_B)
+        };
+        match parameters.any(is_factor) {
+            true => Ok(()),
+            false => Err(TrainError::Setting {
+                setting: "loraplus_lr_ratio",
+                value: self.ratio.to_string(),
+                why: "nothing that trains is a factor B of LoRA; choose a method with such \
+                      factors, as --method lora, or leave it out",
+            }),
+        }
+    }
+
     /// Sets the rates of all tensors, and the decay of those that otherwise have none.
     pub(super) fn apply(
         &self,
@@ -75,18 +94,7 @@ impl LoraPlus {
         learning_rate: f64,
         weight_decay: f32,
     ) -> Result<(), TrainError> {
-        let is_factor = |slot: &Slot| {
-            let name = slot.parameter.name();
-            name.contains(EMBEDDING) || name.contains(FACTOR_B)
-        };
-        if !slots.iter().any(is_factor) {
-            return Err(TrainError::Setting {
-                setting: "loraplus_lr_ratio",
-                value: self.ratio.to_string(),
-                why: "nothing that trains is a factor B of LoRA; choose a method with such \
-                      factors, as --method lora, or leave it out",
-            });
-        }
+        self.check(slots.iter().map(|slot| &slot.parameter))?;
         for slot in slots {
             slot.rate_factor = self.factor(&slot.parameter, learning_rate) as f32;
             if slot.parameter.name().contains(MAGNITUDE) {

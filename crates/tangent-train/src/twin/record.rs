@@ -107,13 +107,6 @@ pub(super) fn save(
     Ok(folder.finish_into(output)?)
 }
 
-/// Removes what an earlier run left.
-pub(super) fn remove(output: &Path) -> Result<(), TrainError> {
-    [RECORD, CHANGES]
-        .iter()
-        .try_for_each(|name| remove_file(&output.join(name)))
-}
-
 /// Removes the changes, which are as large as the matrices.
 pub(super) fn remove_changes(output: &Path) -> Result<(), TrainError> {
     remove_file(&output.join(CHANGES))

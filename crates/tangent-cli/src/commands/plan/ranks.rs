@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
+use tangent_peft::init;
 use tangent_peft::methods::{self, Common};
 use tangent_train::config::decimal;
 use tangent_train::meter::ranks::{Place, can_move, lost_shares, measured_ranks, ranks};
@@ -88,6 +89,13 @@ impl Choice {
             });
         }
         let ranks = ranks(&places, config.rank);
+        let of_sites = places.iter().map(|place| place.site.clone());
+        let mut chosen = config.clone();
+        init::ranks::assign(
+            &mut chosen,
+            &of_sites.zip(ranks.clone()).collect::<Vec<_>>(),
+        )?;
+        init::check(&chosen, &prepared.opened.model.sites())?;
         let (mut rank_pattern, mut alpha_pattern) = (Map::new(), Map::new());
         for (place, &rank) in places.iter().zip(&ranks) {
             if rank != config.rank {

@@ -14,6 +14,7 @@ use tangent_train::data::Example;
 use tangent_train::evidence::{self, Evidence};
 use tangent_train::meter;
 use tangent_train::plan::{Draft, Plan, TrainedSite, megabytes, memory_size};
+use tangent_train::step;
 use tangent_train::trainer;
 
 use super::{RunArgs, also, start};
@@ -72,6 +73,7 @@ impl Prepared {
             let counted = counted.collect::<Result<Vec<_>, Failure>>()?;
             let adapter = attach_all(&mut *opened.model, &counted, &begin)?;
             meter::check_adapter(typed.meter_every, &*opened.model, &adapter)?;
+            step::check(typed, &adapter, &train)?;
             let trained = TrainedSite::of_adapter(&*opened.model, &adapter);
             (Some(adapter), trained)
         };
