@@ -24,7 +24,7 @@ use crate::sampler::{StepRows, total_steps};
 pub fn check(config: &TrainConfig, adapter: &Adapter, rows: &[Example]) -> Result<(), TrainError> {
     optim::find(&config.optimizer)?.check_pairs(!adapter.pairs.is_empty())?;
     if let Some(plus) = &config.lora_plus {
-        plus.check(adapter.parameters.iter())?;
+        plus.check_parameters(adapter.parameters.iter())?;
     }
     controller::of(adapter, total_steps(rows, config))?;
     Ok(())

@@ -69,7 +69,7 @@ impl LoraPlus {
     }
 
     /// Refuses parameters of which none has a rate of its own.
-    pub(crate) fn check<'p>(
+    pub(crate) fn check_parameters<'p>(
         &self,
         mut parameters: impl Iterator<Item = &'p Parameter>,
     ) -> Result<(), TrainError> {
@@ -94,7 +94,7 @@ impl LoraPlus {
         learning_rate: f64,
         weight_decay: f32,
     ) -> Result<(), TrainError> {
-        self.check(slots.iter().map(|slot| &slot.parameter))?;
+        self.check_parameters(slots.iter().map(|slot| &slot.parameter))?;
         for slot in slots {
             slot.rate_factor = self.factor(&slot.parameter, learning_rate) as f32;
             if slot.parameter.name().contains(MAGNITUDE) {
