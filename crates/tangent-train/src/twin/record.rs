@@ -164,8 +164,5 @@ mod tests {
             text.contains("twin.json") && text.contains("remove the file"),
             "{text}"
         );
-        remove(dir.path()).unwrap();
-        remove(dir.path()).unwrap();
-        assert_eq!(Record::read(dir.path()).unwrap(), None);
     }
 }
