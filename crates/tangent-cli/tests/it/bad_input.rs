@@ -123,20 +123,20 @@ fn methods_targets_ranks_and_patterns() {
         ),
         (
             "--method adalora --rank 4 --twin 1",
-            ["target_r", "rank", "4"],
+            ["target_r = 8", "rank 4", "raise the rank"],
         ),
         ("--method bitfit", ["bitfit", "no bias", "norms"]),
         (
             "--method monarch --set nblocks=17 --target-modules k_proj",
-            ["nblocks = 17", "k_proj", "divide"],
+            ["nblocks = 17", "k_proj", "smaller side"],
         ),
         (
             "--method intrinsic --set dimension=100000000",
-            ["dimension = 100000000", "at most", "values"],
+            ["dimension = 100000000", "between 1 and", "values"],
         ),
         (
             "--method p-tuning --set num_virtual_tokens=64",
-            ["num_virtual_tokens", "64", "longest row"],
+            ["num_virtual_tokens = 64", "rows of 64", "fewer"],
         ),
         (
             "--modules-to-save lmhead",
