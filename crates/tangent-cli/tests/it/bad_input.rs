@@ -194,6 +194,12 @@ fn methods_targets_ranks_and_patterns() {
     ] {
         refused(&place, &format!("{TRAIN} {OVER} {flags}"), &words);
     }
+    // A plan is no promise of what `train` refuses.
+    refused(
+        &place,
+        "plan --model tiny.gguf --data rows.jsonl --method adalora --rank 4",
+        &["target_r = 8", "rank 4", "raise the rank"],
+    );
 }
 
 #[test]

@@ -99,6 +99,25 @@ fn nothing_is_overwritten_before_everything_is_checked() {
 }
 
 #[test]
+fn budgets_of_time_and_of_parameters_are_met() {
+    let place = Place::new();
+    let line = LINE
+        .replace("lora,dora", "lora,full")
+        .replace("1e-3,1e-2", "1e-3");
+    // More than the whole model has.
+    for budget in ["minutes=0.01", "params=1000000"] {
+        let line = format!("{line} --budget {budget} --overwrite --json");
+        let json = place.run(&line).json();
+        assert_eq!(json["complete"], true, "{budget}");
+        let methods = json["methods"].as_array().unwrap();
+        assert_eq!(methods.len(), 2, "{budget}");
+        for method in methods {
+            assert!(method["eval_loss"]["mean"].is_f64(), "{budget}: {method}");
+        }
+    }
+}
+
+#[test]
 fn methods_adapt_what_is_theirs_unless_targets_are_named() {
     let place = Place::new();
     let line = "compare --model tiny.gguf --data rows.jsonl --eval-data rows.jsonl --methods ia3 \

@@ -13,7 +13,7 @@
 //! compete by their importance (`importance.rs`) for a budget (`budget.rs`) that falls from `r` to
 //! `target_r` a site: the E of those that lose is set to 0. They go on training and may come back
 //! until the budget has fallen for good.
-//! Paper: 2303.10512; where it differs from its authors' code and PEFT, so do we.
+//! Paper: 2303.10512. Where its authors' code and PEFT differ from it, so do we: `allocator.rs` says how.
 //!
 //! Cost: `r (d_in + d_out + 1)` parameters a site and as many multiply-adds a token, however many
 //! triplets are masked; twice as many values as there are parameters, for their importance; and
