@@ -393,6 +393,27 @@ mod tests {
     }
 
     #[test]
+    fn a_fourier_matrix_is_a_monarch_matrix_once_its_columns_are_permuted() {
+        // A complex number is a 2 x 2 matrix here, so that ranks and squared errors are twice as large.
+        let fourier = |column: fn(usize) -> usize| {
+            Mat::from_fn(32, 32, |row, col| {
+                let (o, p, b) = (row / 8, row / 4 % 2, row % 4);
+                let (k, c, q) = (col / 8, col % 8 / 2, col % 2);
+                let turns = ((4 * o + b) * column(4 * k + c)) as f64 / 16.0;
+                let (sin, cos) = (std::f64::consts::TAU * turns).sin_cos();
+                [[cos, sin], [-sin, cos]][p][q] / 4.0
+            })
+        };
+        let error = |m: &Mat<f64>| {
+            let nearest = Monarch::nearest(m.as_ref(), sizes((32, 32), (4, 4), 8)).unwrap();
+            off(m, &nearest)
+        };
+        assert!((error(&fourier(|column| column)) - 2.0 * 12.0).abs() <= 1e-12);
+        let permuted = fourier(|column| column % 4 * 4 + column / 4);
+        assert!(error(&permuted) <= 1e-24);
+    }
+
+    #[test]
     fn zeros_stay_zeros_and_bad_input_is_refused() {
         let cut = sizes((8, 12), (4, 4), 4);
         let nearest = Monarch::nearest(Mat::<f64>::zeros(8, 12).as_ref(), cut).unwrap();

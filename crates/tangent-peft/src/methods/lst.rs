@@ -32,7 +32,8 @@
 //! `final_norm` puts the model's own final normalization between U and the head; the paper has
 //! none. `state_type=bf16` rounds the hidden states that are read, in training as in use, and
 //! halves what storing them takes. In the paper's encoder-decoders the decoder's side network also
-//! attends to the encoder's; there is none here.
+//! attends to the encoder's; there is none here. The authors' code ends with one more gate, between
+//! `U s` and the model's last state; here `U s` alone is what the head reads.
 //!
 //! Files have a format of Tangent's own, `"peft_type": "LST"`: `adapter_config.json` has the
 //! settings (see `lst/files.rs`), and `adapter_model.safetensors` the tensors, with the layers'
