@@ -266,7 +266,7 @@ fn remove_base(folder: &Path) -> Result<(), TrainError> {
 }
 
 /// Removes those of the named files that are there.
-fn remove_files(folder: &Path, names: &[&str]) -> Result<(), TrainError> {
+pub(crate) fn remove_files(folder: &Path, names: &[&str]) -> Result<(), TrainError> {
     let paths = names.iter().map(|name| folder.join(name));
     for path in paths.filter(|path| path.is_file()) {
         fs::remove_file(&path).map_err(io("remove", &path))?;

@@ -14,7 +14,7 @@ use tangent_peft::methods::cost::Cost;
 use super::calibration as measured;
 use super::metered;
 use super::survey::{Alone, Survey, pairs, targets};
-use super::trained::{costs, linear_maps, lowest_layer};
+use super::trained::{costs, linear_maps, low_rank_maps, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated};
 use crate::activations;
 use crate::config::TrainConfig;
@@ -217,9 +217,7 @@ impl Work {
         }
         let needs = init::find(&adapter.init)?.needs;
         let sum = |of: fn((usize, usize)) -> usize| -> f64 {
-            let adapted = linear_maps(draft.trained);
-            let adapted = adapted.filter(|site| site.part == part);
-            let adapted = adapted.filter(|site| matches!(site.form, Form::LowRank { .. }));
+            let adapted = low_rank_maps(draft.trained, part);
             adapted.map(|site| of(site.shape) as f64).sum()
         };
         if needs == Needs::Gradient {

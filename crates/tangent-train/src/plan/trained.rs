@@ -387,5 +387,14 @@ pub(super) fn linear_maps(trained: &[TrainedSite]) -> impl Iterator<Item = &Trai
     trained.iter().filter(|s| s.kind == Some(SiteKind::Linear))
 }
 
+/// Those of them that one of the adapters gives two thin factors, which start values may fill.
+pub(super) fn low_rank_maps(
+    trained: &[TrainedSite],
+    part: usize,
+) -> impl Iterator<Item = &TrainedSite> {
+    let own = linear_maps(trained).filter(move |site| site.part == part);
+    own.filter(|site| matches!(site.form, Form::LowRank { .. }))
+}
+
 #[cfg(test)]
 mod tests;

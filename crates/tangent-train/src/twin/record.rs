@@ -11,7 +11,7 @@ use tangent_peft::export::LazyTensor;
 
 use super::change::Comparison;
 use crate::error::TrainError;
-use crate::trainer::{io, refuse_changes};
+use crate::trainer::{io, refuse_changes, remove_files};
 
 /// Name of the record in a run's output folder.
 pub const RECORD: &str = "twin.json";
@@ -109,14 +109,7 @@ pub(super) fn save(
 
 /// Removes the changes, which are as large as the matrices.
 pub(super) fn remove_changes(output: &Path) -> Result<(), TrainError> {
-    remove_file(&output.join(CHANGES))
-}
-
-fn remove_file(path: &Path) -> Result<(), TrainError> {
-    match path.is_file() {
-        true => fs::remove_file(path).map_err(io("remove", path)),
-        false => Ok(()),
-    }
+    remove_files(output, &[CHANGES])
 }
 
 /// An error about one of the files.

@@ -8,10 +8,10 @@ use super::{Memory, MemoryModel, activation_bytes, trained_bytes};
 use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::evidence::{self, Evidence};
+use crate::plan::Draft;
 use crate::plan::kept::of_bare_layer;
 use crate::plan::survey::Survey;
-use crate::plan::trained::linear_maps;
-use crate::plan::{Draft, Form};
+use crate::plan::trained::low_rank_maps;
 
 /// Values of a layer at whose sites factors are computed side by side.
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,10 +97,8 @@ const DECOMPOSED: usize = 4;
 
 /// The largest sums over the adapted linear maps of a layer, and over the head.
 fn of_layers(draft: &Draft<'_>, part: usize, values: fn((usize, usize)) -> usize) -> OfLayer {
-    let adapted = linear_maps(draft.trained).filter(|site| site.part == part);
-    let adapted = adapted.filter(|site| matches!(site.form, Form::LowRank { .. }));
     let mut layers: BTreeMap<Option<usize>, OfLayer> = BTreeMap::new();
-    for site in adapted {
+    for site in low_rank_maps(draft.trained, part) {
         let layer = layers.entry(site.layer).or_default();
         let own = values(site.shape);
         layer.all += own;
