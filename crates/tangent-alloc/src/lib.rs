@@ -14,7 +14,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use mimalloc::MiMalloc;
 
 /// Blocks from this many bytes on are large.
-const LARGE: usize = 64 << 10;
+const LARGE: usize = 16 << 10;
 
 /// Large blocks begin at a line of the processor's cache, as vector instructions want it.
 const LINE: usize = 64;
