@@ -7,7 +7,7 @@
 //! what a chunk has free serves no other size: a run takes up to a seventh more memory, and not the same
 //! twice. So glibc takes the large ones: it has one heap, gives the smallest free piece that is large
 //! enough, and joins free neighbors. Where there is no glibc, mimalloc takes all, as it does blocks that
-//! must begin at more than a line of the processor's cache.
+//! must begin at more than two lines of the processor's cache.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -16,8 +16,9 @@ use mimalloc::MiMalloc;
 /// Blocks from this many bytes on are large.
 const LARGE: usize = 16 << 10;
 
-/// Large blocks begin at a line of the processor's cache, as vector instructions want it.
-const LINE: usize = 64;
+/// Large blocks begin at multiples of this: two lines of the processor's cache, as matrix products and
+/// decompositions ask for.
+const ALIGNMENT: usize = 128;
 
 /// The system is asked for this alignment, which its `malloc` has anyway on 64-bit machines.
 const WORD_PAIR: usize = 16;
@@ -63,17 +64,17 @@ pub fn give_back() {
     }
 }
 
-/// What is asked of the system for a block of this layout: a line more, into which the block is moved
-/// to begin at one. `None` if mimalloc takes it.
+/// What is asked of the system for a block of this layout: [`ALIGNMENT`] bytes more,
+/// in which the block begins where it should. `None` if mimalloc takes it.
 ///
 /// Asking for the alignment itself would not do: glibc then looks for a piece that is larger by more
-/// than a line, and does not find the one that a block of the same size has just left.
+/// than that, and does not find the one that a block of the same size has just left.
 fn asked(block: Layout) -> Option<Layout> {
     let has_glibc = cfg!(all(target_os = "linux", target_env = "gnu"));
-    if !has_glibc || block.size() < LARGE || block.align() > LINE {
+    if !has_glibc || block.size() < LARGE || block.align() > ALIGNMENT {
         return None;
     }
-    Layout::from_size_align(block.size().checked_add(LINE)?, WORD_PAIR).ok()
+    Layout::from_size_align(block.size().checked_add(ALIGNMENT)?, WORD_PAIR).ok()
 }
 
 /// The block within what the system gave. Where that begins stands before the block.
@@ -84,8 +85,8 @@ unsafe fn block_within(given: *mut u8) -> *mut u8 {
     if given.is_null() {
         return given;
     }
-    let before = LINE - given.addr() % LINE;
-    // SAFETY: 16 to 64 bytes, all of them asked for beside the block; a pointer fits before it, where
+    let before = ALIGNMENT - given.addr() % ALIGNMENT;
+    // SAFETY: 16 to 128 bytes, all of them asked for beside the block; a pointer fits before it, where
     // it is aligned.
     unsafe {
         let block = given.add(before);
@@ -95,8 +96,8 @@ unsafe fn block_within(given: *mut u8) -> *mut u8 {
 }
 
 // SAFETY: a block's layout alone says who takes it, at its end as at its beginning. mimalloc keeps the
-// contract for its own; the others begin at a line, within blocks of the system's that are a line
-// larger, and `block_within` noted where those begin.
+// contract for its own; the others begin at a multiple of `ALIGNMENT`, within blocks of the
+// system's that are larger by it, and `block_within` noted where those begin.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, block: Layout) -> *mut u8 {
         // SAFETY: the caller's promises are those that either wants.
@@ -215,18 +216,18 @@ mod tests {
 
     #[test]
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    fn large_blocks_begin_at_lines() {
+    fn large_blocks_are_aligned() {
         for size in [LARGE, LARGE + 1, LARGE + 17, 3 << 20] {
             let layout = Layout::from_size_align(size, 4).unwrap();
             let start = filled(layout);
-            assert_eq!(start.addr() % LINE, 0);
+            assert_eq!(start.addr() % ALIGNMENT, 0);
             // SAFETY: a block of this layout.
             unsafe { ALLOCATOR.dealloc(start, layout) };
         }
     }
 
     /// Sizes that nobody has: too large to ask for a line more, and not.
-    const TOO_LARGE: [usize; 2] = [isize::MAX as usize - LINE, isize::MAX as usize / 2];
+    const TOO_LARGE: [usize; 2] = [isize::MAX as usize - ALIGNMENT, isize::MAX as usize / 2];
 
     #[test]
     fn a_size_that_nobody_has_is_refused() {

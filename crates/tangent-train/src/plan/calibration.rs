@@ -23,6 +23,10 @@ pub(super) const ALLOCATOR_SHARE: f64 = 1.03;
 /// Without it, runs over rows of many lengths are up to 3 % above their predictions.
 pub(super) const PIECES_BYTES: u64 = 16 << 20;
 
+/// Matrices of the largest one's size that the decompositions of a layer hold, in `f32`: some are
+/// computed in `f64`, two at a time.
+pub(super) const DECOMPOSED: usize = 5;
+
 /// Share of a prediction that a limit leaves free: no run was seen to take more than this above its
 /// prediction, but for small ones.
 pub(super) const MARGIN: f64 = 0.05;

@@ -9,6 +9,7 @@ use crate::config::TrainConfig;
 use crate::error::TrainError;
 use crate::evidence::{self, Evidence};
 use crate::plan::Draft;
+use crate::plan::calibration as measured;
 use crate::plan::kept::of_bare_layer;
 use crate::plan::survey::Survey;
 use crate::plan::trained::low_rank_maps;
@@ -62,38 +63,55 @@ impl MemoryModel {
         let survey = Survey::of(draft.train, &evidence.batches);
         let (going_up, going_down) = evidence.inputs_kept(self.layers);
         let layer = of_bare_layer(&draft.model.activations());
-        let loss = self.loss_bytes(survey.largest);
         // What comes from above, of all rows, stands beside the inputs.
-        let at_loss = activation_bytes(survey.tokens * (going_up + 1) * self.hidden);
-        let at_layer = activation_bytes(
-            survey.tokens * (going_down + 1) * self.hidden
-                + survey.largest.tokens * (layer + self.working()),
-        );
-        self.before_training(at_loss.max(at_layer.saturating_sub(loss)), loss, values)
+        let at_loss = Memory {
+            activations: activation_bytes(survey.tokens * (going_up + 1) * self.hidden),
+            loss: self.loss_bytes(survey.largest),
+            ..self.before_training(0)
+        };
+        // The layer's own input and what comes to it from above are among the states of all rows.
+        let states = survey.tokens * (going_down + 1) * self.hidden;
+        let in_work = layer + self.working() - 2 * self.hidden;
+        let at_layer = Memory {
+            activations: activation_bytes(states + survey.largest.tokens * in_work),
+            ..self.before_training(values.all as u64)
+        };
+        let below = survey.tokens * going_down * self.hidden;
+        let at_factors = Memory {
+            activations: activation_bytes(below),
+            ..self.before_training(self.parameters + values.while_decomposed())
+        };
+        at_loss.larger(at_layer).larger(at_factors)
     }
 
     /// The layers run one after another over all rows.
     fn of_moments(&self, draft: &Draft<'_>, evidence: &Evidence, values: OfLayer) -> Memory {
         let survey = Survey::of_whole_rows(draft.train, &evidence.batches);
         let in_layer = survey.tokens * 2 * self.hidden + survey.largest.tokens * self.working();
-        self.before_training(activation_bytes(in_layer), 0, values)
+        Memory {
+            activations: activation_bytes(in_layer),
+            ..self.before_training(self.parameters + values.while_decomposed())
+        }
     }
 
-    fn before_training(&self, activations: u64, loss: u64, values: OfLayer) -> Memory {
-        // Factors of the layers that are done; of a decomposition the matrix and its parts.
-        let values = values.all + DECOMPOSED * values.largest;
+    /// With so many values of factors and of what they are computed from.
+    fn before_training(&self, values: u64) -> Memory {
         Memory {
             base_weights: self.base_bytes,
-            trained: trained_bytes(self.parameters + values as u64),
-            activations,
-            loss,
+            trained: trained_bytes(values),
+            activations: 0,
+            loss: 0,
             fixed: self.fixed_bytes,
         }
     }
 }
 
-/// Matrices of the largest one's size that decompositions hold, two at a time.
-const DECOMPOSED: usize = 4;
+impl OfLayer {
+    /// With the matrix and the parts of decompositions.
+    fn while_decomposed(&self) -> u64 {
+        (self.all + measured::DECOMPOSED * self.largest) as u64
+    }
+}
 
 /// The largest sums over the adapted linear maps of a layer, and over the head.
 fn of_layers(draft: &Draft<'_>, part: usize, values: fn((usize, usize)) -> usize) -> OfLayer {
