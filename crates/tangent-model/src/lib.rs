@@ -32,7 +32,9 @@ pub use error::ModelError;
 pub use family::Model;
 pub use parameter::Parameter;
 pub use pass::Pass;
-pub use site::{Beside, Original, Site, SiteKind, Triplets, WeightAdapter};
+pub use site::{
+    Beside, KroneckerFactor, Original, Site, SiteKind, Tangent, Triplets, WeightAdapter,
+};
 pub use sublayer::{ActivationAdapter, Streams, Sublayer};
 pub use tokenizer::Tokenizer;
 pub use weights::{BaseDtype, Weights};

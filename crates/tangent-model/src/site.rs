@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use tangent_ops::{FrozenMatrix, Head, LowRank, NormedLinear, StoredType, Tap};
+use tangent_ops::{FrozenMatrix, Head, LowRank, MonarchShape, NormedLinear, StoredType, Tap};
 
 use crate::error::ModelError;
 use crate::parameter::Parameter;
@@ -44,6 +44,84 @@ pub struct Triplets<'a> {
     pub b: &'a Parameter,
     /// What multiplies the product.
     pub scaling: f32,
+}
+
+/// How the parameters at a site move its weight, where more is known of that than the definition
+/// says: the meter then needs no derivatives of it. Parameters are row-major.
+pub enum Tangent<'a> {
+    /// `W' = W + scaling B diag(e) A`.
+    Triplets(Triplets<'a>),
+    /// `W' = diag(l) W`, or `W' = W diag(l)`.
+    Scales {
+        /// `l`, as many as the weight has outputs or inputs.
+        vector: &'a Parameter,
+        /// Whether it scales inputs.
+        of_inputs: bool,
+    },
+    /// `W' = W + diag(b) B diag(d) A` with constant A and B, which may be larger than the site: its
+    /// own are the first columns of A and the first rows of B.
+    Vectors {
+        /// `d: (rank)`.
+        inner: &'a Parameter,
+        /// `b: (d_out)`.
+        outer: &'a Parameter,
+        /// `A: (rank, d_in or more)`.
+        a: &'a Parameter,
+        /// `B: (d_out or more, rank)`.
+        b: &'a Parameter,
+    },
+    /// `W' = W + scaling F (x) S`, a Kronecker product.
+    Kronecker {
+        /// `F: (l, m)`.
+        first: KroneckerFactor<'a>,
+        /// `S: (d_out / l, d_in / m)`.
+        second: KroneckerFactor<'a>,
+        /// What multiplies the product.
+        scaling: f32,
+    },
+    /// `W' = W + M`, a Monarch matrix.
+    Monarch {
+        /// The first factor, block below block.
+        first: &'a Parameter,
+        /// The second factor, block below block.
+        second: &'a Parameter,
+        /// How they are cut into blocks.
+        shape: MonarchShape,
+    },
+}
+
+/// A factor of a Kronecker product.
+#[derive(Clone, Copy)]
+pub enum KroneckerFactor<'a> {
+    /// A matrix.
+    Whole(&'a Parameter),
+    /// `A B` for `A: (rows, rank)` and `B: (rank, cols)`.
+    Product(&'a Parameter, &'a Parameter),
+}
+
+impl<'a> KroneckerFactor<'a> {
+    /// What it is made of.
+    pub fn parameters(self) -> Vec<&'a Parameter> {
+        match self {
+            Self::Whole(matrix) => vec![matrix],
+            Self::Product(a, b) => vec![a, b],
+        }
+    }
+}
+
+impl<'a> Tangent<'a> {
+    /// All that moves the weight, as the variants name it.
+    pub fn parameters(&self) -> Vec<&'a Parameter> {
+        match *self {
+            Self::Triplets(Triplets { a, e, b, .. }) => vec![a, e, b],
+            Self::Scales { vector, .. } => vec![vector],
+            Self::Vectors { inner, outer, .. } => vec![inner, outer],
+            Self::Kronecker { first, second, .. } => {
+                [first.parameters(), second.parameters()].concat()
+            }
+            Self::Monarch { first, second, .. } => vec![first, second],
+        }
+    }
 }
 
 /// What an adapter does at a site with a weight: its definition, and fast paths held to it.
@@ -117,8 +195,8 @@ pub trait WeightAdapter: Send + Sync {
         None
     }
 
-    /// The trained triplets, where the definition is `W' = W + scaling B diag(e) A`.
-    fn triplets(&self) -> Option<Triplets<'_>> {
+    /// How the parameters move the weight, where the definition is one of these.
+    fn tangent(&self) -> Option<Tangent<'_>> {
         None
     }
 

@@ -25,6 +25,10 @@
 //! | two factors of a product | in closed form, from orthonormal bases (`factors.rs`) |
 //! | the same, and lengths of rows | from thin products and a small system (`lengths.rs`) |
 //! | triplets of a number and two vectors | in closed form, from the same bases (`triplets.rs`) |
+//! | scales of rows or columns | in closed form (`scales.rs`) |
+//! | factors of a Kronecker product | in closed form, one factor at a time (`kronecker.rs`) |
+//! | factors of a Monarch matrix | in closed form, block by block (`monarch.rs`) |
+//! | vectors around constant projections | from a system as large as their rank (`vectors.rs`) |
 //! | the weight | 1 |
 //! | anything else | by least squares over the parameters (`implicit.rs`) |
 //!
@@ -45,9 +49,14 @@ mod collector;
 mod factors;
 mod gmres;
 mod implicit;
+mod known;
+mod kronecker;
 mod lengths;
+mod monarch;
 pub mod ranks;
+mod scales;
 mod triplets;
+mod vectors;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -67,7 +76,6 @@ use collector::{Collector, Evidence};
 use factors::{Bases, Parts};
 use implicit::Definition;
 use lengths::Directed;
-use triplets::Triplets;
 
 /// How close one site's step was to full fine-tuning.
 #[derive(Clone, Debug, PartialEq)]
@@ -142,8 +150,8 @@ enum Freedom<'a> {
     Factors(&'a Pair),
     /// Those of two factors of a product that is added to directions, and of the lengths of rows.
     Lengths(&'a Pair),
-    /// Those of triplets, which are multiplied by so much.
-    Triplets(f64),
+    /// Those that the adapter names.
+    Known,
     /// All: it is a trained tensor itself.
     Whole,
     /// Those of its definition.
@@ -313,16 +321,21 @@ impl<'a> Measured<'a> {
                 parameters.push(*one);
                 (Freedom::Lengths(pair), parameters)
             }
-            _ => match attached.triplets() {
-                Some(t) if own.len() == 3 => {
+            _ => {
+                let named = attached.tangent().map_or(vec![], |t| {
                     let by_name =
                         |p: &Parameter| own.iter().find(|(_, own)| own.name() == p.name());
-                    let own = [t.a, t.e, t.b].map(|p| by_name(p).map(|(_, own)| *own));
-                    let parameters: Option<Vec<&Parameter>> = own.into_iter().collect();
-                    (Freedom::Triplets(f64::from(t.scaling)), parameters?)
+                    let named = t.parameters().into_iter();
+                    named
+                        .filter_map(|p| by_name(p).map(|(_, own)| *own))
+                        .collect()
+                });
+                // What is trained beside them would move the weight, too.
+                match !named.is_empty() && named.len() == own.len() {
+                    true => (Freedom::Known, named),
+                    false => (Freedom::Implicit, values_of(&own)),
                 }
-                _ => (Freedom::Implicit, values_of(&own)),
-            },
+            }
         };
         (!parameters.is_empty()).then(|| Self {
             site,
@@ -390,12 +403,13 @@ impl<'a> Measured<'a> {
             return self.by_lengths(pair, g);
         }
         let after = self.after();
-        if let (Freedom::Triplets(scaling), Some(before), Some(after)) =
-            (&self.freedom, triplets(&self.before), triplets(&after))
-        {
-            let (inner, change_norm) = before.change(self.shape(), g, &after, *scaling);
+        if let Freedom::Known = self.freedom {
+            let attached = self.site.attached()?;
+            let tangent = attached.tangent()?;
+            let directions = known::directions(&tangent, &self.site.weight, &self.before)?;
+            let (inner, change_norm) = directions.change(g, &after);
             return Some(Found {
-                kappa: before.captured(self.shape(), g) / gradient_norm.powi(2),
+                kappa: directions.captured(g) / gradient_norm.powi(2),
                 cosine: cosine(inner, change_norm, gradient_norm),
                 gradient_norm,
             });
@@ -404,10 +418,7 @@ impl<'a> Measured<'a> {
         let moved: Vec<f64> = pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
         let (kappa, change) = match self.freedom {
             Freedom::Whole => (1.0, moved),
-            Freedom::Factors(_)
-            | Freedom::Lengths(_)
-            | Freedom::Triplets(_)
-            | Freedom::Implicit => {
+            Freedom::Factors(_) | Freedom::Lengths(_) | Freedom::Known | Freedom::Implicit => {
                 let near = Definition::new(self.site, &self.parameters, &self.before, device)?;
                 let found = (near.captured(g), near.push(&moved));
                 for (parameter, values) in self.parameters.iter().zip(after) {
@@ -427,14 +438,6 @@ impl<'a> Measured<'a> {
 
 fn values_of<'a>(numbered: &[(usize, &'a Parameter)]) -> Vec<&'a Parameter> {
     numbered.iter().map(|(_, parameter)| *parameter).collect()
-}
-
-/// The values of triplets.
-fn triplets(values: &[Vec<f32>]) -> Option<Triplets<'_>> {
-    match values {
-        [a, e, b] => Some(Triplets { a, e, b }),
-        _ => None,
-    }
 }
 
 /// The factors, which come first.

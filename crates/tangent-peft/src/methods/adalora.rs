@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use rand_chacha::ChaCha8Rng;
-use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{Beside, Parameter, Pass, Site, Tangent, WeightAdapter};
 use tangent_ops::{FrozenMatrix, LowRank};
 
 use super::cost::Cost;
@@ -226,10 +226,15 @@ impl WeightAdapter for AdaLora {
         true
     }
 
-    fn triplets(&self) -> Option<tangent_model::Triplets<'_>> {
+    fn tangent(&self) -> Option<Tangent<'_>> {
         let Triplets { a, e, b } = self.triplets.as_ref()?;
         let scaling = self.scaling;
-        Some(tangent_model::Triplets { a, e, b, scaling })
+        Some(Tangent::Triplets(tangent_model::Triplets {
+            a,
+            e,
+            b,
+            scaling,
+        }))
     }
 
     fn beside(&self, pass: &Pass) -> Beside {

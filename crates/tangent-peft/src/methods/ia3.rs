@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{Parameter, Pass, Site, Tangent, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
@@ -196,6 +196,13 @@ impl WeightAdapter for Ia3 {
             true => bias,
             false => bias.map(|bias| bias * self.row(pass)),
         }
+    }
+
+    fn tangent(&self) -> Option<Tangent<'_>> {
+        Some(Tangent::Scales {
+            vector: &self.vector,
+            of_inputs: self.of_inputs,
+        })
     }
 
     fn inverse(&self, effective: Tensor<2>, pass: &Pass) -> Option<Tensor<2>> {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{KroneckerFactor, Parameter, Pass, Site, Tangent, WeightAdapter};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::{Cost, Input};
@@ -273,6 +273,13 @@ impl Factor {
         }
     }
 
+    fn tangent(&self) -> KroneckerFactor<'_> {
+        match self {
+            Self::Whole(weight) => KroneckerFactor::Whole(weight),
+            Self::LowRank(a, b) => KroneckerFactor::Product(a, b),
+        }
+    }
+
     /// `(rows, cols)`.
     fn shape(&self) -> (usize, usize) {
         let side = |parameter: &Parameter, at: usize| parameter.shape().get(at).copied();
@@ -338,6 +345,14 @@ impl WeightAdapter for LoKr {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn tangent(&self) -> Option<Tangent<'_>> {
+        Some(Tangent::Kronecker {
+            first: self.first.tangent(),
+            second: self.second.tangent(),
+            scaling: self.scaling,
+        })
     }
 }
 

@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
-use tangent_model::{Parameter, Pass, Site, WeightAdapter};
+use tangent_model::{Parameter, Pass, Site, Tangent, WeightAdapter};
 use tangent_ops::{FrozenMatrix, LowRank, MonarchShape};
 
 use super::cost::{Cost, Input};
@@ -180,6 +180,14 @@ impl WeightAdapter for Monarch {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn tangent(&self) -> Option<Tangent<'_>> {
+        Some(Tangent::Monarch {
+            first: &self.w1,
+            second: &self.w2,
+            shape: self.shape,
+        })
     }
 
     fn low_rank(&self, pass: &Pass) -> Option<LowRank> {

@@ -22,7 +22,7 @@ use burn::tensor::Tensor;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
-use tangent_model::{Beside, Parameter, Pass, Site, WeightAdapter, pass};
+use tangent_model::{Beside, Parameter, Pass, Site, Tangent, WeightAdapter, pass};
 use tangent_ops::FrozenMatrix;
 
 use super::cost::Cost;
@@ -182,6 +182,15 @@ impl WeightAdapter for Vera {
 
     fn is_additive(&self) -> bool {
         true
+    }
+
+    fn tangent(&self) -> Option<Tangent<'_>> {
+        Some(Tangent::Vectors {
+            inner: &self.inner,
+            outer: &self.outer,
+            a: &self.a,
+            b: &self.b,
+        })
     }
 }
 

@@ -1,13 +1,14 @@
 //! What the meter takes beside all else: gradients of weights in memory, and its work.
 
-use tangent_model::SiteKind;
+use tangent_model::{Parameter, Site, SiteKind, Tangent};
 
 use super::survey::Survey;
 use super::{Form, TrainedSite};
 use crate::config::TrainConfig;
 
 /// Passes over a site's weight, or as much work, where two factors and more move it: what they are
-/// added to, what is left of the gradient, and a system that is solved in a few products.
+/// added to, what is left of the gradient, and a system that is solved in a few products. Scales and
+/// the factors of Kronecker products and Monarch matrices take about as many.
 const WITH_FACTORS: f64 = 10.0;
 
 /// Products of the gradient with as many vectors as there are triplets: what A and B of those that
@@ -17,6 +18,41 @@ const WITH_TRIPLETS: f64 = 5.0;
 /// Passes by least squares: dozens of products, each of two evaluations of the weight and a
 /// derivative.
 const LEAST_SQUARES: f64 = 200.0;
+
+/// What a reading takes of a site whose adapter names all that moves its weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Known {
+    /// So many multiply-adds.
+    Products(f64),
+    /// Some passes over the weight.
+    Passes,
+}
+
+impl Known {
+    /// Of a site with trained tensors of its own.
+    pub fn of(site: &Site, own: &[&Parameter]) -> Option<Self> {
+        let attached = site.attached()?;
+        let tangent = attached.tangent()?;
+        let moving = own.iter().filter(|p| !p.name().ends_with(".bias"));
+        if moving.count() != tangent.parameters().len() {
+            return None;
+        }
+        let (d_out, d_in) = (site.weight.rows() as f64, site.weight.cols() as f64);
+        Some(match tangent {
+            Tangent::Triplets(t) => {
+                Self::Products(WITH_TRIPLETS * t.e.count() as f64 * d_out * d_in)
+            }
+            // The gradient and both projections through one of them, and a square of the other.
+            Tangent::Vectors { inner, .. } => {
+                let rank = inner.count() as f64;
+                Self::Products(rank * (d_out * d_in + rank * (2.0 * d_out + d_in)))
+            }
+            Tangent::Scales { .. } | Tangent::Kronecker { .. } | Tangent::Monarch { .. } => {
+                Self::Passes
+            }
+        })
+    }
+}
 
 /// Whether the meter reads a site: linear maps that a method adapts.
 pub(super) fn is_read(site: &TrainedSite) -> bool {
@@ -77,15 +113,14 @@ impl Work {
         for site in trained.iter().filter(|site| is_read(site)) {
             let weight = (site.shape.0 * site.shape.1) as f64;
             work.of_token += weight;
-            match (site.form, rank_of_factors(site)) {
-                (Form::Whole, _) => {}
+            match (site.form, rank_of_factors(site), site.known) {
+                (Form::Whole, _, _) => {}
                 // The products with what either factor spans.
-                (_, Some(rank)) => work.of_reading += 2.0 * rank as f64 * weight,
-                (_, None) if site.triplets > 0 => {
-                    work.of_reading += WITH_TRIPLETS * site.triplets as f64 * weight;
-                }
-                (_, None) if site.pair.is_some() => work.evaluated += WITH_FACTORS * weight,
-                (_, None) => work.evaluated += LEAST_SQUARES * weight,
+                (_, Some(rank), _) => work.of_reading += 2.0 * rank as f64 * weight,
+                (_, None, Some(Known::Products(products))) => work.of_reading += products,
+                (_, None, Some(Known::Passes)) => work.evaluated += WITH_FACTORS * weight,
+                (_, None, None) if site.pair.is_some() => work.evaluated += WITH_FACTORS * weight,
+                (_, None, None) => work.evaluated += LEAST_SQUARES * weight,
             }
         }
         work
@@ -160,7 +195,9 @@ mod tests {
         assert_eq!((work.of_token, work.of_reading), (all, 0.0));
         for (method, products, passes) in [
             ("dora", 0.0, WITH_FACTORS),
-            ("vera", 0.0, LEAST_SQUARES),
+            ("loha", 0.0, LEAST_SQUARES),
+            ("lokr", 0.0, WITH_FACTORS),
+            ("monarch", 0.0, WITH_FACTORS),
             ("adalora", WITH_TRIPLETS * 4.0, 0.0),
         ] {
             let config = tangent_peft::AdapterConfig {

@@ -7,6 +7,7 @@ use tangent_peft::methods::{self, Common};
 use tangent_peft::{Adapter, AdapterConfig, Attach, PeftError};
 
 use super::Draft;
+use super::metered::Known;
 use crate::optim::PairShape;
 
 /// How a site trains.
@@ -61,8 +62,8 @@ pub struct TrainedSite {
     pub shared: usize,
     /// Sizes of the factors, where some optimizers move two of them together.
     pub pair: Option<PairShape>,
-    /// Triplets of a number and two vectors, where these are all that moves its weight; else 0.
-    pub triplets: usize,
+    /// What the meter takes for it, where the adapter names all that moves its weight.
+    pub known: Option<Known>,
 }
 
 impl TrainedSite {
@@ -98,7 +99,7 @@ impl TrainedSite {
             replaced,
             shared: 0,
             pair: None,
-            triplets: 0,
+            known: None,
         }
     }
 
@@ -127,7 +128,7 @@ impl TrainedSite {
             trained.push(Self {
                 part: part.map_or(0, |(index, _)| index),
                 pair: pair.map(|pair| PairShape::of(pair, &adapter.parameters)),
-                triplets: triplets(site, &own),
+                known: Known::of(site, &own),
                 ..Self::new(site, form, parameters, replaced)
             });
         }
@@ -158,7 +159,7 @@ impl TrainedSite {
             replaced: 0,
             shared: 0,
             pair: None,
-            triplets: 0,
+            known: None,
         }
     }
 
@@ -253,16 +254,6 @@ fn form(site: &Site, own: &[&Parameter], adapter: Option<&Adapter>) -> Form {
     match own.iter().find(|p| p.shape().len() == 2) {
         Some(rows) => Form::Rows(rows.shape().first().copied().unwrap_or(0)),
         None => Form::Bias,
-    }
-}
-
-/// The triplets of a site, if they are all that moves its weight.
-fn triplets(site: &Site, own: &[&Parameter]) -> usize {
-    let moving = own.iter().filter(|p| !p.name().ends_with(".bias"));
-    let are_three = moving.count() == 3;
-    match site.attached() {
-        Some(attached) if are_three => attached.triplets().map_or(0, |t| t.e.count()),
-        _ => 0,
     }
 }
 
