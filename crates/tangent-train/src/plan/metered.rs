@@ -13,17 +13,17 @@ const WITH_FACTORS: f64 = 10.0;
 
 /// Products of the gradient with as many vectors as there are triplets: what A and B of those that
 /// move span, and three sums of the step.
-const WITH_TRIPLETS: f64 = 5.0;
+const WITH_TRIPLETS: usize = 5;
 
 /// Passes by least squares: dozens of products, each of two evaluations of the weight and a
 /// derivative.
 const LEAST_SQUARES: f64 = 200.0;
 
 /// What a reading takes of a site whose adapter names all that moves its weight.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Known {
     /// So many multiply-adds.
-    Products(f64),
+    Products(usize),
     /// Some passes over the weight.
     Passes,
 }
@@ -37,15 +37,13 @@ impl Known {
         if moving.count() != tangent.parameters().len() {
             return None;
         }
-        let (d_out, d_in) = (site.weight.rows() as f64, site.weight.cols() as f64);
+        let (d_out, d_in) = (site.weight.rows(), site.weight.cols());
         Some(match tangent {
-            Tangent::Triplets(t) => {
-                Self::Products(WITH_TRIPLETS * t.e.count() as f64 * d_out * d_in)
-            }
+            Tangent::Triplets(t) => Self::Products(WITH_TRIPLETS * t.e.count() * d_out * d_in),
             // The gradient and both projections through one of them, and a square of the other.
             Tangent::Vectors { inner, .. } => {
-                let rank = inner.count() as f64;
-                Self::Products(rank * (d_out * d_in + rank * (2.0 * d_out + d_in)))
+                let rank = inner.count();
+                Self::Products(rank * (d_out * d_in + rank * (2 * d_out + d_in)))
             }
             Tangent::Scales { .. } | Tangent::Kronecker { .. } | Tangent::Monarch { .. } => {
                 Self::Passes
@@ -117,7 +115,7 @@ impl Work {
                 (Form::Whole, _, _) => {}
                 // The products with what either factor spans.
                 (_, Some(rank), _) => work.of_reading += 2.0 * rank as f64 * weight,
-                (_, None, Some(Known::Products(products))) => work.of_reading += products,
+                (_, None, Some(Known::Products(products))) => work.of_reading += products as f64,
                 (_, None, Some(Known::Passes)) => work.evaluated += WITH_FACTORS * weight,
                 (_, None, None) if site.pair.is_some() => work.evaluated += WITH_FACTORS * weight,
                 (_, None, None) => work.evaluated += LEAST_SQUARES * weight,
@@ -198,7 +196,7 @@ mod tests {
             ("loha", 0.0, LEAST_SQUARES),
             ("lokr", 0.0, WITH_FACTORS),
             ("monarch", 0.0, WITH_FACTORS),
-            ("adalora", WITH_TRIPLETS * 4.0, 0.0),
+            ("adalora", WITH_TRIPLETS as f64 * 4.0, 0.0),
         ] {
             let config = tangent_peft::AdapterConfig {
                 method: method.into(),

@@ -36,18 +36,30 @@ fn low_rank_sites_are_grouped_over_layers() {
     assert!(trained.iter().all(|site| site.replaced == 0));
 }
 
+/// What a reading takes of a weight with so many outputs and inputs.
+type Reading = fn(usize, usize) -> Known;
+
 #[test]
 fn ranks_have_rows_and_columns_of_their_own_or_none() {
     let mut model = fixture::model("llama/tied_gqa");
-    for (method, times, triplets) in [
-        ("lora", Some(1), 0),
+    let methods: [(&str, Option<usize>, Option<Reading>); 6] = [
+        ("lora", Some(1), None),
         // Lengths of rows do not grow with the rank.
-        ("dora", Some(1), 0),
-        ("loha", Some(2), 0),
-        ("lokr", None, 0),
-        ("vera", None, 0),
-        ("adalora", None, 4),
-    ] {
+        ("dora", Some(1), None),
+        ("loha", Some(2), None),
+        ("lokr", None, Some(|_, _| Known::Passes)),
+        (
+            "vera",
+            None,
+            Some(|d_out, d_in| Known::Products(4 * (d_out * d_in + 4 * (2 * d_out + d_in)))),
+        ),
+        (
+            "adalora",
+            None,
+            Some(|d_out, d_in| Known::Products(5 * 4 * d_out * d_in)),
+        ),
+    ];
+    for (method, times, known) in methods {
         let config = AdapterConfig {
             method: method.into(),
             ..fixture::lora(&["all-linear"])
@@ -56,7 +68,8 @@ fn ranks_have_rows_and_columns_of_their_own_or_none() {
         for site in trained.iter().filter(|site| site.parameters > 0) {
             let want = times.map(|times| times * (site.shape.0 + site.shape.1));
             assert_eq!(site.of_one_rank(), want, "{method} {}", site.path);
-            assert_eq!(site.triplets, triplets, "{method} {}", site.path);
+            let known = known.map(|known| known(site.shape.0, site.shape.1));
+            assert_eq!(site.known, known, "{method} {}", site.path);
         }
     }
     let whole = TrainedSite::whole_model(&*model);
