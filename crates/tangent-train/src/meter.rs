@@ -407,10 +407,10 @@ impl<'a> Measured<'a> {
             let attached = self.site.attached()?;
             let tangent = attached.tangent()?;
             let directions = known::directions(&tangent, &self.site.weight, &self.before)?;
-            let (inner, change_norm) = directions.change(g, &after);
+            let read = directions.read(g, &after)?;
             return Some(Found {
-                kappa: directions.captured(g) / gradient_norm.powi(2),
-                cosine: cosine(inner, change_norm, gradient_norm),
+                kappa: read.captured / gradient_norm.powi(2),
+                cosine: cosine(read.along, read.change_norm, gradient_norm),
                 gradient_norm,
             });
         }

@@ -9,13 +9,21 @@ use super::scales::Scales;
 use super::triplets::Triplets;
 use super::vectors::Vectors;
 
+/// A gradient and a step, as the directions of a site have them.
+pub(super) struct Read {
+    /// `||P_T G||^2`.
+    pub captured: f64,
+    /// `<dW, G>`, to first order.
+    pub along: f64,
+    /// `||dW||`, to first order.
+    pub change_norm: f64,
+}
+
 /// In which directions a site's weight moves with its parameters, at their values before the step.
 pub(super) trait Directions {
-    /// `||P_T G||^2` of a row-major gradient.
-    fn captured(&self, g: &[f32]) -> f64;
-
-    /// `<dW, G>` and `||dW||` of a step to the values `after`, to first order.
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64);
+    /// What they have of a row-major gradient and of a step to the values `after`, of which there are
+    /// as many as before.
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read>;
 }
 
 /// The directions at a frozen `weight` where parameters have the values `at`, in the order of
@@ -124,10 +132,6 @@ pub(super) mod tests {
                 all.push(along(which, unit));
             }
         }
-        let (got, want) = (directions.captured(&g), explicit(all, &g));
-        let whole: f64 = g.iter().map(|v| f64::from(*v).powi(2)).sum();
-        assert!((got - want).abs() < 1e-5 * whole, "{got}, not {want}");
-
         let moves = at.iter().enumerate().map(|(which, values_at)| {
             let by = values(values_at.len(), 20 + which as u64);
             let after = values_at.iter().zip(by).map(|(v, by)| v + 0.5 * by);
@@ -141,7 +145,11 @@ pub(super) mod tests {
             let part = along(which, by);
             change.iter_mut().zip(part).for_each(|(sum, p)| *sum += p);
         }
-        let (inner, size) = directions.change(&g, &after);
+        let read = directions.read(&g, &after).unwrap();
+        let (got, want) = (read.captured, explicit(all, &g));
+        let whole: f64 = g.iter().map(|v| f64::from(*v).powi(2)).sum();
+        assert!((got - want).abs() < 1e-5 * whole, "{got}, not {want}");
+        let (inner, size) = (read.along, read.change_norm);
         let want = change
             .iter()
             .zip(&g)

@@ -15,7 +15,7 @@
 
 use super::basis::{Factors, difference};
 use super::factors::Bases;
-use super::known::Directions;
+use super::known::{Directions, Read};
 
 /// The values of a factor, row-major.
 pub(super) enum Factor<'a> {
@@ -63,18 +63,18 @@ impl<'a> Side<'a> {
     }
 
     /// The factor's change to what `after` begins with, to first order, and what `after` has left.
-    fn change<'v>(&self, after: &'v [Vec<f32>]) -> (Vec<f64>, &'v [Vec<f32>]) {
+    fn change<'v>(&self, after: &'v [Vec<f32>]) -> Option<(Vec<f64>, &'v [Vec<f32>])> {
         match (&self.factor, after) {
             (Factor::Whole(values), [matrix, rest @ ..]) => {
-                (wide(&difference(matrix, values)), rest)
+                Some((wide(&difference(matrix, values)), rest))
             }
             (Factor::Product(a, b), [new_a, new_b, rest @ ..]) => {
                 let of_a = product(&wide(&difference(new_a, a)), &wide(b), self.cols);
                 let of_b = product(&wide(a), &wide(&difference(new_b, b)), self.cols);
                 let sum = of_a.iter().zip(of_b).map(|(x, y)| x + y);
-                (sum.collect(), rest)
+                Some((sum.collect(), rest))
             }
-            _ => (vec![0.0; self.matrix.len()], &[]),
+            _ => None,
         }
     }
 }
@@ -115,35 +115,31 @@ impl Kronecker<'_> {
 }
 
 impl Directions for Kronecker<'_> {
-    fn captured(&self, g: &[f32]) -> f64 {
-        if self.scaling == 0.0 {
-            return 0.0;
-        }
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read> {
         let (of_first, of_second) = self.contracted(g);
-        let (first, second) = (square(&self.first.matrix), square(&self.second.matrix));
+        let (first, second) = (&self.first.matrix, &self.second.matrix);
+        let (first2, second2) = (square(first), square(second));
         let share = |captured: f64, square: f64| match square > 0.0 {
             true => captured / square,
             false => 0.0,
         };
-        let both = dot(&of_first, &self.first.matrix);
-        share(self.first.captured(&of_first), second)
-            + share(self.second.captured(&of_second), first)
-            - share(share(both * both, first), second)
-    }
+        let both = dot(&of_first, first);
+        let captured = share(self.first.captured(&of_first), second2)
+            + share(self.second.captured(&of_second), first2)
+            - share(share(both * both, first2), second2);
 
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64) {
-        let (of_first, of_second) = self.contracted(g);
-        let (d_first, rest) = self.first.change(after);
-        let (d_second, _) = self.second.change(rest);
-        let (first, second) = (&self.first.matrix, &self.second.matrix);
+        let (d_first, rest) = self.first.change(after)?;
+        let (d_second, _) = self.second.change(rest)?;
         let along = dot(&d_first, &of_first) + dot(&d_second, &of_second);
-        let norm2 = square(&d_first) * square(second)
-            + square(first) * square(&d_second)
+        let norm2 = square(&d_first) * second2
+            + first2 * square(&d_second)
             + 2.0 * dot(&d_first, first) * dot(second, &d_second);
-        (
-            self.scaling * along,
-            self.scaling.abs() * norm2.max(0.0).sqrt(),
-        )
+        Some(Read {
+            // Parameters that are multiplied by 0 move nothing.
+            captured: if self.scaling == 0.0 { 0.0 } else { captured },
+            along: self.scaling * along,
+            change_norm: self.scaling.abs() * norm2.max(0.0).sqrt(),
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use tangent_ops::MonarchShape;
 
 use super::basis::Factors;
 use super::factors::Bases;
-use super::known::Directions;
+use super::known::{Directions, Read};
 
 /// The factors before the step, block below block.
 pub(super) struct Monarch<'a> {
@@ -81,37 +81,30 @@ impl Monarch<'_> {
             .collect();
         [a, b]
     }
-
-    fn bases(&self, pair: &PairOfBlocks) -> Bases {
-        let [a, b] = self.factors(pair, self.first, self.second);
-        Bases::of((pair.outputs, pair.inputs), &Factors { a: &a, b: &b })
-    }
 }
 
 impl Directions for Monarch<'_> {
-    fn captured(&self, g: &[f32]) -> f64 {
-        let captured = self.pairs().map(|pair| {
-            let bases = self.bases(&pair);
-            bases.captured(&bases.of_gradient(&self.part(&pair, g)))
-        });
-        captured.sum()
-    }
-
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64) {
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read> {
         let [first, second] = after else {
-            return (0.0, 0.0);
+            return None;
         };
-        let (mut along, mut norm2) = (0.0, 0.0);
+        let (mut captured, mut along, mut norm2) = (0.0, 0.0, 0.0);
         for pair in self.pairs() {
-            let bases = self.bases(&pair);
-            let parts = bases.of_gradient(&self.part(&pair, g));
             let before = self.factors(&pair, self.first, self.second);
             let after = self.factors(&pair, first, second);
-            let (own, norm) = bases.change(&parts, &both(&before), &both(&after), 1.0);
+            let (before, after) = (both(&before), both(&after));
+            let bases = Bases::of((pair.outputs, pair.inputs), &before);
+            let parts = bases.of_gradient(&self.part(&pair, g));
+            let (own, norm) = bases.change(&parts, &before, &after, 1.0);
+            captured += bases.captured(&parts);
             along += own;
             norm2 += norm * norm;
         }
-        (along, norm2.sqrt())
+        Some(Read {
+            captured,
+            along,
+            change_norm: norm2.sqrt(),
+        })
     }
 }
 

@@ -6,7 +6,7 @@
 //! i: rows, or columns where W' = W diag(l)
 //! ```
 
-use super::known::Directions;
+use super::known::{Directions, Read};
 
 /// Rows or columns of a weight that are scaled.
 pub(super) struct Scales<'a> {
@@ -47,24 +47,26 @@ impl<'a> Scales<'a> {
 }
 
 impl Directions for Scales<'_> {
-    fn captured(&self, g: &[f32]) -> f64 {
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read> {
+        let [after] = after else {
+            return None;
+        };
         let (of_g, of_w) = (self.products(g), self.products(&self.weight));
-        let shares = of_g.iter().zip(&of_w).filter(|(_, square)| **square > 0.0);
-        shares
-            .map(|(product, square)| product * product / square)
-            .sum()
-    }
-
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64) {
-        let (of_g, of_w) = (self.products(g), self.products(&self.weight));
-        let moved = after.iter().flatten().zip(self.vector);
+        let moved = after.iter().zip(self.vector);
         let moved = moved.map(|(after, before)| f64::from(*after) - f64::from(*before));
-        let (mut along, mut norm2) = (0.0, 0.0);
+        let (mut captured, mut along, mut norm2) = (0.0, 0.0, 0.0);
         for ((moved, product), square) in moved.zip(of_g).zip(of_w) {
+            if square > 0.0 {
+                captured += product * product / square;
+            }
             along += moved * product;
             norm2 += moved * moved * square;
         }
-        (along, norm2.sqrt())
+        Some(Read {
+            captured,
+            along,
+            change_norm: norm2.sqrt(),
+        })
     }
 }
 

@@ -20,7 +20,7 @@ use tangent_ops::ThinMatrix;
 
 use super::basis::{Basis, Factors, difference, inner, inner_by_row, sum_of_products, transposed};
 use super::factors::Bases;
-use super::known::Directions;
+use super::known::{Directions, Read};
 
 /// What of a vector is left beside a span counts as none below this share of it, and eigenvalues of
 /// M below this share of the largest.
@@ -64,9 +64,8 @@ impl Triplets<'_> {
             b: of(&columns, d_out),
         }
     }
-}
 
-impl Directions for Triplets<'_> {
+    /// `||P_T G||^2`.
     fn captured(&self, g: &[f32]) -> f64 {
         let shape @ (d_out, d_in) = self.shape;
         let moving = self.rows(|e| e != 0.0);
@@ -113,11 +112,8 @@ impl Directions for Triplets<'_> {
                 .sum::<f64>()
     }
 
-    /// `dW = s (dB diag(e) A + B diag(de) A + B diag(e) dA)`.
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64) {
-        let [new_a, new_e, new_b] = after else {
-            return (0.0, 0.0);
-        };
+    /// `<dW, G>` and `||dW||` of `dW = s (dB diag(e) A + B diag(de) A + B diag(e) dA)`.
+    fn change(&self, g: &[f32], [new_a, new_e, new_b]: [&[f32]; 3]) -> (f64, f64) {
         let ((d_out, d_in), rank, scaling) = (self.shape, self.e.len(), self.scaling);
         let d_e = difference(new_e, self.e);
         let b = transposed(self.b, rank);
@@ -133,6 +129,20 @@ impl Directions for Triplets<'_> {
         let norm2 = sum_of_products(&inner(&left, &left, d_out), &inner(&right, &right, d_in));
         let along: f64 = along.iter().sum();
         (scaling * along, scaling.abs() * norm2.max(0.0).sqrt())
+    }
+}
+
+impl Directions for Triplets<'_> {
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read> {
+        let [a, e, b] = after else {
+            return None;
+        };
+        let (along, change_norm) = self.change(g, [a, e, b]);
+        Some(Read {
+            captured: self.captured(g),
+            along,
+            change_norm,
+        })
     }
 }
 
@@ -214,6 +224,6 @@ mod tests {
         };
         let g = values(9 * 7, 3);
         assert_eq!(none.captured(&g), 0.0);
-        assert_eq!(none.change(&g, &[vec![], vec![], vec![]]), (0.0, 0.0));
+        assert_eq!(none.change(&g, [&[], &[], &[]]), (0.0, 0.0));
     }
 }

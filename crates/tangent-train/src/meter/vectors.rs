@@ -17,7 +17,7 @@ use tangent_ops::{ThinMatrix, thin_outer};
 
 use super::basis::{inner_by_row, sum_of_products};
 use super::gmres::{self, Limits};
-use super::known::Directions;
+use super::known::{Directions, Read};
 
 /// How exactly the system is solved.
 const LIMITS: Limits = Limits {
@@ -141,13 +141,9 @@ impl System {
 }
 
 impl Directions for Vectors<'_> {
-    fn captured(&self, g: &[f32]) -> f64 {
-        self.system(g).captured()
-    }
-
-    fn change(&self, g: &[f32], after: &[Vec<f32>]) -> (f64, f64) {
+    fn read(&self, g: &[f32], after: &[Vec<f32>]) -> Option<Read> {
         let [inner, outer] = after else {
-            return (0.0, 0.0);
+            return None;
         };
         let system = self.system(g);
         let moved = |after: &[f32], before: &[f32]| -> Vec<f64> {
@@ -160,7 +156,11 @@ impl Directions for Vectors<'_> {
         let norm2 = of_b
             + 2.0 * sum_of_products(&d_b, &system.across(&d_d))
             + sum_of_products(&d_d, &system.within(&d_d));
-        (along, norm2.max(0.0).sqrt())
+        Some(Read {
+            captured: system.captured(),
+            along,
+            change_norm: norm2.max(0.0).sqrt(),
+        })
     }
 }
 

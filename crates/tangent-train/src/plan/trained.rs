@@ -63,7 +63,7 @@ pub struct TrainedSite {
     /// Sizes of the factors, where some optimizers move two of them together.
     pub pair: Option<PairShape>,
     /// What the meter takes for it, where the adapter names all that moves its weight.
-    pub known: Option<Known>,
+    pub(super) known: Option<Known>,
 }
 
 impl TrainedSite {
