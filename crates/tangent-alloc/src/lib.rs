@@ -64,8 +64,8 @@ pub fn give_back() {
     }
 }
 
-/// What is asked of the system for a block of this layout: [`ALIGNMENT`] bytes more,
-/// in which the block begins where it should. `None` if mimalloc takes it.
+/// What is asked of the system for a block of this layout: [`ALIGNMENT`] bytes more, in which the
+/// block begins where it should. `None` if mimalloc takes it.
 ///
 /// Asking for the alignment itself would not do: glibc then looks for a piece that is larger by more
 /// than that, and does not find the one that a block of the same size has just left.
@@ -226,7 +226,7 @@ mod tests {
         }
     }
 
-    /// Sizes that nobody has: too large to ask for a line more, and not.
+    /// Sizes that nobody has: too large to ask for [`ALIGNMENT`] bytes more, and not.
     const TOO_LARGE: [usize; 2] = [isize::MAX as usize - ALIGNMENT, isize::MAX as usize / 2];
 
     #[test]
