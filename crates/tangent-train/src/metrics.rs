@@ -46,8 +46,10 @@ impl Metrics {
     }
 
     fn append(&self, line: &Value) -> Result<(), TrainError> {
+        // At once: `Value` writes itself token by token.
+        let line = format!("{line}\n");
         let file = OpenOptions::new().append(true).open(&self.path);
-        file.and_then(|mut f| writeln!(f, "{line}"))
+        file.and_then(|mut f| f.write_all(line.as_bytes()))
             .map_err(io("write", &self.path))
     }
 
