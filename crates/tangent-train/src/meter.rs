@@ -71,7 +71,7 @@ use tangent_peft::{Adapter, Pair};
 
 use crate::error::TrainError;
 
-use basis::{Factors, norm2};
+use basis::{Factors, moved, norm2};
 use collector::{Collector, Evidence};
 use factors::{Bases, Parts};
 use implicit::Definition;
@@ -414,8 +414,7 @@ impl<'a> Measured<'a> {
                 gradient_norm,
             });
         }
-        let pairs = after.iter().flatten().zip(self.before.iter().flatten());
-        let moved: Vec<f64> = pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
+        let moved = moved(&after.concat(), &self.before.concat());
         let (kappa, change) = match self.freedom {
             Freedom::Whole => (1.0, moved),
             Freedom::Factors(_) | Freedom::Lengths(_) | Freedom::Known | Freedom::Implicit => {
@@ -450,6 +449,8 @@ fn factors(values: &[Vec<f32>]) -> Option<Factors<'_>> {
 
 #[cfg(test)]
 mod tests {
+    use tangent_peft::{AdapterConfig, attach};
+
     use super::*;
 
     fn site(kappa: f64, cosine: Option<f64>, gradient_norm: f64) -> SiteReading {
@@ -458,6 +459,28 @@ mod tests {
             kappa,
             cosine,
             gradient_norm,
+        }
+    }
+
+    #[test]
+    fn methods_that_name_their_directions_are_read_by_them() {
+        for method in ["ia3", "vera", "lokr", "monarch", "adalora"] {
+            let base = tangent_testkit::folder("llama/tied_gqa");
+            let mut model = tangent_testkit::model(&base);
+            let config = AdapterConfig {
+                method: method.into(),
+                ..AdapterConfig::default()
+            };
+            let adapter = attach(&mut *model, &config, 1).unwrap();
+            let all: Vec<Measured<'_>> = measured(&*model, &adapter).collect();
+            assert!(!all.is_empty(), "{method}");
+            for measured in all {
+                let path = &measured.site.path;
+                assert!(
+                    matches!(measured.freedom, Freedom::Known),
+                    "{method}: {path}"
+                );
+            }
         }
     }
 

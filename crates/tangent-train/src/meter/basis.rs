@@ -192,6 +192,12 @@ pub(super) fn difference(after: &[f32], before: &[f32]) -> Vec<f32> {
     after.iter().zip(before).map(|(a, b)| a - b).collect()
 }
 
+/// `after - before` without rounding.
+pub(super) fn moved(after: &[f32], before: &[f32]) -> Vec<f64> {
+    let pairs = after.iter().zip(before);
+    pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect()
+}
+
 /// The transposed of a matrix with `cols` columns, row-major.
 pub(super) fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
     let rows = values.len() / cols.max(1);

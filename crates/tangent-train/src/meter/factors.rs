@@ -48,6 +48,16 @@ impl Bases {
         }
     }
 
+    /// Of the rows of A.
+    pub fn of_rows(&self) -> &Basis {
+        &self.a
+    }
+
+    /// Of the columns of B.
+    pub fn of_columns(&self) -> &Basis {
+        &self.b
+    }
+
     /// What is kept of `g`, row-major.
     pub fn of_gradient(&self, g: &[f32]) -> Parts {
         let (d_out, d_in) = self.shape;

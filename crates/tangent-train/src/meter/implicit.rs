@@ -23,7 +23,8 @@ use rand_chacha::ChaCha8Rng;
 use tangent_model::site::{WeightAdapter, dense};
 use tangent_model::{Parameter, Pass, Site};
 
-use super::gmres::{self, Limits, dot, norm};
+use super::basis::sum_of_products as dot;
+use super::gmres::{self, Limits, norm};
 
 /// How exactly the least squares are solved. Such residuals leave some 1e-5 of `kappa`; a dozen
 /// products do for a scaled low-rank product, a hundred for products of entries.

@@ -30,7 +30,7 @@ pub(super) trait Directions {
 /// [`Tangent::parameters`].
 pub(super) fn directions<'v>(
     tangent: &Tangent<'_>,
-    weight: &FrozenMatrix,
+    weight: &'v FrozenMatrix,
     at: &'v [Vec<f32>],
 ) -> Option<Box<dyn Directions + 'v>> {
     let (d_out, d_in) = (weight.rows(), weight.cols());
@@ -42,9 +42,11 @@ pub(super) fn directions<'v>(
             e,
             b,
         }),
-        (Tangent::Scales { of_inputs, .. }, [vector]) => {
-            Box::new(Scales::new(weight.to_values(), d_in, *of_inputs, vector))
-        }
+        (Tangent::Scales { of_inputs, .. }, [vector]) => Box::new(Scales {
+            weight,
+            of_inputs: *of_inputs,
+            vector,
+        }),
         (Tangent::Vectors { a, b, .. }, [inner, outer]) => {
             let rank = inner.len().max(1);
             let (all_a, mut b) = (a.values(), b.values());
@@ -84,7 +86,6 @@ pub(super) fn directions<'v>(
 
 /// A factor with the values that `at` begins with, and what `at` has left.
 fn side<'v>(factor: KroneckerFactor<'_>, at: &'v [Vec<f32>]) -> Option<(Side<'v>, &'v [Vec<f32>])> {
-    let extent = |side: Option<&usize>| side.copied();
     Some(match (factor, at) {
         (KroneckerFactor::Whole(matrix), [values, rest @ ..]) => {
             let [rows, cols] = matrix.shape() else {
@@ -93,7 +94,7 @@ fn side<'v>(factor: KroneckerFactor<'_>, at: &'v [Vec<f32>]) -> Option<(Side<'v>
             (Side::new((*rows, *cols), Factor::Whole(values)), rest)
         }
         (KroneckerFactor::Product(a, b), [of_a, of_b, rest @ ..]) => {
-            let shape = (extent(a.shape().first())?, extent(b.shape().last())?);
+            let shape = (*a.shape().first()?, *b.shape().last()?);
             (Side::new(shape, Factor::Product(of_a, of_b)), rest)
         }
         _ => return None,

@@ -13,7 +13,7 @@
 //! factor that is a matrix can be moved by any; one that is a product of two, as `factors.rs` has
 //! it. Where F or S is 0, the terms that divide by its norm are left out.
 
-use super::basis::{Factors, difference};
+use super::basis::{Factors, moved, sum_of_products as dot};
 use super::factors::Bases;
 use super::known::{Directions, Read};
 
@@ -56,8 +56,13 @@ impl<'a> Side<'a> {
             Factor::Product(a, b) => {
                 let shape = (self.rows, self.cols);
                 let bases = Bases::of(shape, &Factors { a: b, b: a });
-                let x: Vec<f32> = x.iter().map(|v| *v as f32).collect();
-                bases.captured(&bases.of_gradient(&x))
+                // Of length 1, since squares of small numbers are none in `f32`.
+                let length = square(x).sqrt();
+                if length == 0.0 {
+                    return 0.0;
+                }
+                let unit: Vec<f32> = x.iter().map(|v| (v / length) as f32).collect();
+                bases.captured(&bases.of_gradient(&unit)) * length * length
             }
         }
     }
@@ -65,12 +70,10 @@ impl<'a> Side<'a> {
     /// The factor's change to what `after` begins with, to first order, and what `after` has left.
     fn change<'v>(&self, after: &'v [Vec<f32>]) -> Option<(Vec<f64>, &'v [Vec<f32>])> {
         match (&self.factor, after) {
-            (Factor::Whole(values), [matrix, rest @ ..]) => {
-                Some((wide(&difference(matrix, values)), rest))
-            }
+            (Factor::Whole(values), [matrix, rest @ ..]) => Some((moved(matrix, values), rest)),
             (Factor::Product(a, b), [new_a, new_b, rest @ ..]) => {
-                let of_a = product(&wide(&difference(new_a, a)), &wide(b), self.cols);
-                let of_b = product(&wide(a), &wide(&difference(new_b, b)), self.cols);
+                let of_a = product(&moved(new_a, a), &wide(b), self.cols);
+                let of_b = product(&wide(a), &moved(new_b, b), self.cols);
                 let sum = of_a.iter().zip(of_b).map(|(x, y)| x + y);
                 Some((sum.collect(), rest))
             }
@@ -135,8 +138,7 @@ impl Directions for Kronecker<'_> {
             + first2 * square(&d_second)
             + 2.0 * dot(&d_first, first) * dot(second, &d_second);
         Some(Read {
-            // Parameters that are multiplied by 0 move nothing.
-            captured: if self.scaling == 0.0 { 0.0 } else { captured },
+            captured,
             along: self.scaling * along,
             change_norm: self.scaling.abs() * norm2.max(0.0).sqrt(),
         })
@@ -145,10 +147,6 @@ impl Directions for Kronecker<'_> {
 
 fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 fn square(values: &[f64]) -> f64 {
@@ -188,7 +186,8 @@ mod tests {
     fn captured_is_the_projection_on_what_both_factors_move() {
         for (shapes, ranks) in CASES {
             // Which of the tensors is 0.
-            for zero in [None, Some(0), Some(1)] {
+            let tensors = 2 + ranks.iter().flatten().count();
+            for zero in (0..tensors).map(Some).chain([None]) {
                 let mut at: Vec<Vec<f32>> = vec![];
                 for ((rows, cols), rank) in shapes.into_iter().zip(ranks) {
                     let seed = 3 + at.len() as u64;

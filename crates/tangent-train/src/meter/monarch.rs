@@ -45,14 +45,13 @@ impl Monarch<'_> {
             let input = other * width;
             PairOfBlocks {
                 output: b,
-                outputs: shape.outputs().saturating_sub(b).div_ceil(n),
+                outputs: (shape.outputs() - b).div_ceil(n),
                 input,
-                inputs: width.min(shape.inputs().saturating_sub(input)),
+                inputs: width.min(shape.inputs() - input),
                 between: (0..k).filter(|t| (t * n + b) / k == other).collect(),
             }
         };
-        all.map(pair)
-            .filter(|pair| !pair.between.is_empty() && pair.outputs > 0 && pair.inputs > 0)
+        all.map(pair).filter(|pair| !pair.between.is_empty())
     }
 
     /// What the pair has of a weight or gradient, row-major.

@@ -6,43 +6,37 @@
 //! i: rows, or columns where W' = W diag(l)
 //! ```
 
+use tangent_ops::FrozenMatrix;
+
+use super::basis::moved;
 use super::known::{Directions, Read};
 
 /// Rows or columns of a weight that are scaled.
 pub(super) struct Scales<'a> {
-    /// Row-major.
-    weight: Vec<f32>,
-    d_in: usize,
-    of_inputs: bool,
+    pub weight: &'a FrozenMatrix,
+    pub of_inputs: bool,
     /// `l` before the step.
-    vector: &'a [f32],
+    pub vector: &'a [f32],
 }
 
-impl<'a> Scales<'a> {
-    /// Of a row-major weight with `d_in` columns.
-    pub fn new(weight: Vec<f32>, d_in: usize, of_inputs: bool, vector: &'a [f32]) -> Self {
-        Self {
-            weight,
-            d_in,
-            of_inputs,
-            vector,
-        }
-    }
-
-    /// `<X_i, W_i>` of every row or column.
-    fn products(&self, x: &[f32]) -> Vec<f64> {
-        let mut sums = vec![0.0; self.vector.len()];
-        let rows = x
-            .chunks_exact(self.d_in)
-            .zip(self.weight.chunks_exact(self.d_in));
-        for (i, (x, w)) in rows.enumerate() {
-            let products = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
-            match self.of_inputs {
-                true => sums.iter_mut().zip(products).for_each(|(sum, p)| *sum += p),
-                false => sums[i] = products.sum(),
+impl Scales<'_> {
+    /// `<G_i, W_i>` and `||W_i||^2` of every row or column.
+    fn products(&self, g: &[f32]) -> [Vec<f64>; 2] {
+        let d_in = self.weight.cols();
+        let mut of_g = vec![0.0; self.vector.len()];
+        let mut of_w = of_g.clone();
+        let mut rows = g.chunks_exact(d_in).enumerate();
+        self.weight.for_each_rows(|values| {
+            for (w, (i, g)) in values.chunks_exact(d_in).zip(&mut rows) {
+                for (j, (g, w)) in g.iter().zip(w).enumerate() {
+                    let at = if self.of_inputs { j } else { i };
+                    let w = f64::from(*w);
+                    of_g[at] += f64::from(*g) * w;
+                    of_w[at] += w * w;
+                }
             }
-        }
-        sums
+        });
+        [of_g, of_w]
     }
 }
 
@@ -51,9 +45,8 @@ impl Directions for Scales<'_> {
         let [after] = after else {
             return None;
         };
-        let (of_g, of_w) = (self.products(g), self.products(&self.weight));
-        let moved = after.iter().zip(self.vector);
-        let moved = moved.map(|(after, before)| f64::from(*after) - f64::from(*before));
+        let [of_g, of_w] = self.products(g);
+        let moved = moved(after, self.vector).into_iter();
         let (mut captured, mut along, mut norm2) = (0.0, 0.0, 0.0);
         for ((moved, product), square) in moved.zip(of_g).zip(of_w) {
             if square > 0.0 {
@@ -93,7 +86,12 @@ mod tests {
                 let scaled = weight.iter().enumerate();
                 scaled.map(|(i, w)| at(i) * f64::from(*w)).collect()
             };
-            let scales = Scales::new(weight.clone(), 5, of_inputs, &at[0]);
+            let frozen = FrozenMatrix::from_values(weight.clone(), 6, 5);
+            let scales = Scales {
+                weight: &frozen,
+                of_inputs,
+                vector: &at[0],
+            };
             check(shape, &scales, &at, scaled);
         }
     }

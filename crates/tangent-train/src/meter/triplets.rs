@@ -22,9 +22,10 @@ use super::basis::{Basis, Factors, difference, inner, inner_by_row, sum_of_produ
 use super::factors::Bases;
 use super::known::{Directions, Read};
 
-/// What of a vector is left beside a span counts as none below this share of it, and eigenvalues of
-/// M below this share of the largest.
+/// What of a vector is left beside a span counts as none below this share of it.
 const TOLERANCE: f64 = 1e-5;
+/// Eigenvalues of M, which are squares of lengths, count as none below this share of the largest.
+const SQUARED: f64 = 1e-8;
 
 /// The triplets of a site, row-major.
 #[derive(Clone, Copy)]
@@ -70,29 +71,19 @@ impl Triplets<'_> {
         let shape @ (d_out, d_in) = self.shape;
         let moving = self.rows(|e| e != 0.0);
         let mut still = self.rows(|e| e == 0.0);
-        let mut captured = 0.0;
-        if !moving.a.is_empty() {
-            let b = transposed(&moving.b, d_out);
-            let bases = Bases::of(
-                shape,
-                &Factors {
-                    a: &moving.a,
-                    b: &b,
-                },
-            );
-            captured = bases.captured(&bases.of_gradient(g));
-        }
+        let b = transposed(&moving.b, d_out);
+        let spanned = Factors {
+            a: &moving.a,
+            b: &b,
+        };
+        let bases = Bases::of(shape, &spanned);
+        let captured = bases.captured(&bases.of_gradient(g));
         let count = still.a.len() / d_in.max(1);
-        let lengths = [norms(&still.a, d_in), norms(&still.b, d_out)];
-        if !moving.a.is_empty() && count > 0 {
-            Basis::of_rows(&moving.a, d_in).take_out(&mut still.a);
-            Basis::of_rows(&moving.b, d_out).take_out(&mut still.b);
-        }
         if count == 0 {
             return captured;
         }
-        scale_to_unit(&mut still.a, d_in, &lengths[0]);
-        scale_to_unit(&mut still.b, d_out, &lengths[1]);
+        beside(bases.of_rows(), &mut still.a, d_in);
+        beside(bases.of_columns(), &mut still.b, d_out);
         let through = ThinMatrix::new(&still.a, count, d_in).dots(g, 1.0);
         let c = inner_by_row(&transposed(&through, count), &still.b, d_out);
         let (of_a, of_b) = (
@@ -102,7 +93,7 @@ impl Triplets<'_> {
         let m = Mat::from_fn(count, count, |i, j| {
             of_a[i * count + j] * of_b[i * count + j]
         });
-        let Ok(inverse) = pseudo_inverse_spd(m.as_ref(), TOLERANCE) else {
+        let Ok(inverse) = pseudo_inverse_spd(m.as_ref(), SQUARED) else {
             return f64::NAN;
         };
         let terms = (0..count).flat_map(|i| (0..count).map(move |j| (i, j)));
@@ -152,6 +143,16 @@ fn norms(rows: &[f32], d: usize) -> Vec<f64> {
     squares.into_iter().map(f64::sqrt).collect()
 }
 
+/// Makes of rows what is left of them beside a basis, of length 1.
+fn beside(basis: &Basis, rows: &mut [f32], d: usize) {
+    // Twice: rounding leaves a part of what is taken out, and little may be left.
+    for _ in 0..2 {
+        let lengths = norms(rows, d);
+        basis.take_out(rows);
+        scale_to_unit(rows, d, &lengths);
+    }
+}
+
 /// Scales rows to length 1; those of which nearly nothing is left of their `lengths` become 0.
 fn scale_to_unit(rows: &mut [f32], d: usize, lengths: &[f64]) {
     let left = norms(rows, d);
@@ -197,13 +198,23 @@ mod tests {
         // A triplet whose vectors others span.
         let mut spanned = a.clone();
         spanned.copy_within(0..7, 7);
+        // A triplet whose vectors others nearly span.
+        let near = |rows: &[f32], d: usize| -> Vec<f32> {
+            let by = values(d, 5);
+            let mut near = rows.to_vec();
+            for (j, by) in by.iter().enumerate() {
+                near[d + j] = near[j] + 3e-3 * by;
+            }
+            near
+        };
+        let (near_a, near_b) = (near(&a, 7), transposed(&near(&transposed(&b, 4), 9), 9));
         for e in [
             [0.0; 4],
             [0.5, 0.0, 0.0, -2.0],
             [0.3, 0.0, 1e-2, 0.0],
             [1.0; 4],
         ] {
-            for a in [&a, &spanned] {
+            for (a, b) in [(&a, &b), (&spanned, &b), (&near_a, &near_b)] {
                 let at = [a.clone(), e.to_vec(), b.clone()];
                 let triplets = Triplets {
                     shape: SHAPE,

@@ -8,15 +8,17 @@
 //! ||P_T G||^2 = h^T N^+ h        N = [ diag(p)  C; C^T  D ]      h: gradients of b and of d
 //!
 //! K = A A^T      p_i = (B d K d B^T)_ii      C_ik = b_i B_ik (B d K)_ik      D = (B^T b^2 B) * K
-//! h_b = rows of B d * G A^T                  h_d = columns of b B * G A^T
+//! h_b = sums of the rows of B d * G A^T      h_d = sums of the columns of b B * G A^T
 //! ```
 //!
-//! `b` is solved for one by one, and what is left for `d` has as many unknowns as the rank.
+//! `*` is by elements. `b` is solved for one by one, and what is left for `d` has as many unknowns
+//! as the rank. That system is singular: to make `b` larger and `d` smaller by the same factor moves
+//! nothing. So `d` itself is taken out of it, in which there is nothing but rounding.
 
 use tangent_ops::{ThinMatrix, thin_outer};
 
-use super::basis::{inner_by_row, sum_of_products};
-use super::gmres::{self, Limits};
+use super::basis::{inner_by_row, moved, sum_of_products};
+use super::gmres::{self, Limits, norm};
 use super::known::{Directions, Read};
 
 /// How exactly the system is solved.
@@ -110,7 +112,8 @@ impl System {
             .collect()
     }
 
-    fn captured(&self) -> f64 {
+    /// `||P_T G||^2` where `inner` is `d`.
+    fn captured(&self, inner: &[f32]) -> f64 {
         let of_b = self.divided(&self.h_b);
         let rank = self.h_d.len();
         // Directions of d are brought to one length; those of length 0 are left out.
@@ -129,11 +132,24 @@ impl System {
                 .map(|(all, taken)| all - taken)
                 .collect()
         };
-        let right = scaled(&rest(self.h_d.clone(), &self.back(&of_b)));
+        let still = inner.iter().zip(&scales).map(|(d, s)| match *s > 0.0 {
+            true => f64::from(*d) / s,
+            false => 0.0,
+        });
+        let still: Vec<f64> = still.collect();
+        let length = norm(&still);
+        let beside = |mut z: Vec<f64>| -> Vec<f64> {
+            if length > 0.0 {
+                let along = sum_of_products(&z, &still) / length / length;
+                z.iter_mut().zip(&still).for_each(|(z, s)| *z -= along * s);
+            }
+            z
+        };
+        let right = beside(scaled(&rest(self.h_d.clone(), &self.back(&of_b))));
         let product = |z: &[f64]| {
             let v = scaled(z);
             let taken = self.back(&self.divided(&self.across(&v)));
-            scaled(&rest(self.within(&v), &taken))
+            beside(scaled(&rest(self.within(&v), &taken)))
         };
         let v = gmres::solve(product, &right, LIMITS);
         sum_of_products(&self.h_b, &of_b) + sum_of_products(&right, &v)
@@ -146,10 +162,6 @@ impl Directions for Vectors<'_> {
             return None;
         };
         let system = self.system(g);
-        let moved = |after: &[f32], before: &[f32]| -> Vec<f64> {
-            let pairs = after.iter().zip(before);
-            pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect()
-        };
         let (d_d, d_b) = (moved(inner, self.inner), moved(outer, self.outer));
         let along = sum_of_products(&d_b, &system.h_b) + sum_of_products(&d_d, &system.h_d);
         let of_b: f64 = d_b.iter().zip(&system.p).map(|(d, p)| d * d * p).sum();
@@ -157,7 +169,7 @@ impl Directions for Vectors<'_> {
             + 2.0 * sum_of_products(&d_b, &system.across(&d_d))
             + sum_of_products(&d_d, &system.within(&d_d));
         Some(Read {
-            captured: system.captured(),
+            captured: system.captured(self.inner),
             along,
             change_norm: norm2.max(0.0).sqrt(),
         })
@@ -186,12 +198,12 @@ mod tests {
         let (d_out, d_in) = (9, 7);
         for rank in [1, 3, 12] {
             let (a, b) = (values(rank * d_in, 1), values(d_out * rank, 2));
-            for is_zero in [false, true] {
-                let outer = match is_zero {
-                    true => vec![0.0; d_out],
-                    false => values(d_out, 4),
-                };
-                let at = [values(rank, 3), outer];
+            // How many values of b, and of d, are 0.
+            for (outer_zeros, inner_zeros) in [(0, 0), (d_out, 0), (2, 0), (0, 1), (2, rank / 2)] {
+                let (mut inner, mut outer) = (values(rank, 3), values(d_out, 4));
+                outer[..outer_zeros].fill(0.0);
+                inner[..inner_zeros].fill(0.0);
+                let at = [inner, outer];
                 let vectors = Vectors {
                     inner: &at[0],
                     outer: &at[1],

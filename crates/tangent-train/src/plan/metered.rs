@@ -196,6 +196,7 @@ mod tests {
             ("loha", 0.0, LEAST_SQUARES),
             ("lokr", 0.0, WITH_FACTORS),
             ("monarch", 0.0, WITH_FACTORS),
+            ("ia3", 0.0, WITH_FACTORS),
             ("adalora", WITH_TRIPLETS as f64 * 4.0, 0.0),
         ] {
             let config = tangent_peft::AdapterConfig {

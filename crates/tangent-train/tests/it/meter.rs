@@ -16,6 +16,8 @@ use tangent_train::meter::{Meter, Reading, SiteReading};
 const BASE: &str = "llama/tied_gqa";
 /// A small site, `(16, 32)`.
 const SMALL: &str = "model.layers.0.self_attn.k_proj";
+/// One of `(32, 48)`.
+const DOWN: &str = "model.layers.0.mlp.down_proj";
 
 fn rows() -> Vec<(Vec<u32>, Vec<bool>)> {
     Reference::open(&folder("llama/everything/reference.safetensors")).rows()
@@ -207,22 +209,36 @@ fn tangent_basis(site: &Site, adapter: &Adapter) -> Vec<Vec<f64>> {
 fn every_method_is_measured_as_the_explicit_computation_says() {
     let rows = rows();
     let batch = batch(&rows);
-    let mut configs: Vec<AdapterConfig> = of_weights()
-        .map(|method| config(method, &[SMALL]))
+    let by = |id: &str, targets: &[&str]| config(tangent_peft::methods::find(id).unwrap(), targets);
+    let mut cases: Vec<(AdapterConfig, &str)> = of_weights()
+        .map(|method| (config(method, &[SMALL]), SMALL))
         .collect();
     // A constant product beside the trained one.
-    configs.push(AdapterConfig {
+    let pissa = AdapterConfig {
         init: "pissa".into(),
         ..lora(&[SMALL])
-    });
-    for config in configs {
+    };
+    // Projections that are larger than the site, factors that are products themselves, and inputs
+    // that are scaled.
+    let products = AdapterConfig {
+        rank: 1,
+        own: BTreeMap::from([("decompose_both".to_owned(), SettingValue::Flag(true))]),
+        ..by("lokr", &[SMALL])
+    };
+    cases.extend([
+        (pissa, SMALL),
+        (by("vera", &[SMALL, DOWN]), SMALL),
+        (products, SMALL),
+        (by("ia3", &[DOWN]), DOWN),
+    ]);
+    for (config, path) in cases {
         let (model, adapter) = attached(BASE, &config);
         let whole_model = adapter.method.whole_model;
-        let site = at(&*model, SMALL);
+        let site = at(&*model, path);
         let pass = Pass::inference(&Device::flex());
         let weight = || wide(&tangent_ops::values(site.effective_weight(&pass)));
         let before = weight();
-        let g = wide(&full_gradients(BASE, &*model, &batch)[SMALL]);
+        let g = wide(&full_gradients(BASE, &*model, &batch)[path]);
         let kappa = match whole_model {
             true => 1.0,
             false => {
@@ -239,8 +255,8 @@ fn every_method_is_measured_as_the_explicit_computation_says() {
         let change: Vec<f64> = weight().iter().zip(&before).map(|(a, b)| a - b).collect();
         let reading = meter.finish();
 
-        let found = of(&reading, SMALL);
-        let id = format!("{} from {}", config.method, config.init);
+        let found = of(&reading, path);
+        let id = format!("{} from {} at {path}", config.method, config.init);
         assert!(
             (found.kappa - kappa).abs() < 1e-4,
             "{id}: {} {kappa}",
