@@ -229,11 +229,15 @@ impl Report {
         let mut page = Page::new("Intrinsic dimension");
         page.paragraph(&self.sentence());
         if let Some(chart) = self.chart() {
-            page.figure(
-                "Score on the evaluation rows by dimension, mean over seeds; shaded from the lowest \
-                 to the highest seed.",
-                &chart.svg(),
+            let shaded = match self.seeds.len() {
+                0 | 1 => ".",
+                _ => "; shaded from the lowest to the highest seed.",
+            };
+            let scores = format!(
+                "Score on the evaluation rows by dimension, {}{shaded}",
+                self.of_seeds()
             );
+            page.figure(&scores, &chart.svg());
         }
         let (headers, rows) = self.table();
         page.table(&headers, &rows);
@@ -338,26 +342,31 @@ impl Report {
         (headers.map(String::from).to_vec(), rows)
     }
 
+    /// With which seeds a score is found.
+    fn of_seeds(&self) -> String {
+        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
+        match &seeds[..] {
+            [seed] => format!("with seed {seed}"),
+            _ => format!("mean over seeds {}", seeds.join(", ")),
+        }
+    }
+
     /// What the columns are, in sentences.
     fn explanations(&self) -> Vec<String> {
         let Some((metric, untrained)) = self.untrained else {
             return vec![];
         };
-        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
-        let seeds = seeds.join(", ");
+        let seeds = self.of_seeds();
         let [_, reference] = self.named;
         let mut told = match metric {
             Metric::Accuracy => vec![
                 format!(
-                    "score: accuracy on the evaluation rows, whose answers are labels, mean over \
-                     seeds {seeds}."
+                    "score: accuracy on the evaluation rows, whose answers are labels, {seeds}."
                 ),
                 format!("share: of the accuracy of {reference}."),
             ],
             Metric::Loss => vec![
-                format!(
-                    "score: loss on the evaluation rows in nats per token, mean over seeds {seeds}."
-                ),
+                format!("score: loss on the evaluation rows in nats per token, {seeds}."),
                 format!(
                     "share: of the improvement from the untrained model, {}, to {reference}.",
                     metric.text(untrained)

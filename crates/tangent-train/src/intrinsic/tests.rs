@@ -226,6 +226,7 @@ fn rates_are_searched_for_each_dimension() {
     assert_eq!(rates[1], ("d = 30".to_owned(), 1.7e-2));
     assert_eq!(report.points[0].dimension, 30);
     assert!(report.text().contains("structure-aware"));
+    assert!(report.text().contains(", with seed "), "{}", report.text());
 }
 
 #[test]
