@@ -414,7 +414,7 @@ impl<'a> Measured<'a> {
                 gradient_norm,
             });
         }
-        let moved = moved(&after.concat(), &self.before.concat());
+        let moved = moved(after.iter().flatten(), self.before.iter().flatten());
         let (kappa, change) = match self.freedom {
             Freedom::Whole => (1.0, moved),
             Freedom::Factors(_) | Freedom::Lengths(_) | Freedom::Known | Freedom::Implicit => {

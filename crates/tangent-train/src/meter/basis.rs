@@ -193,8 +193,11 @@ pub(super) fn difference(after: &[f32], before: &[f32]) -> Vec<f32> {
 }
 
 /// `after - before` without rounding.
-pub(super) fn moved(after: &[f32], before: &[f32]) -> Vec<f64> {
-    let pairs = after.iter().zip(before);
+pub(super) fn moved<'a>(
+    after: impl IntoIterator<Item = &'a f32>,
+    before: impl IntoIterator<Item = &'a f32>,
+) -> Vec<f64> {
+    let pairs = after.into_iter().zip(before);
     pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect()
 }
 

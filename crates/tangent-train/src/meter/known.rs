@@ -103,6 +103,7 @@ fn side<'v>(factor: KroneckerFactor<'_>, at: &'v [Vec<f32>]) -> Option<(Side<'v>
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::basis::moved;
     use super::super::basis::tests::{explicit, values};
     use super::*;
 
@@ -141,9 +142,7 @@ pub(super) mod tests {
         let after: Vec<Vec<f32>> = moves.collect();
         let mut change = vec![0.0; g.len()];
         for (which, (after, before)) in after.iter().zip(at).enumerate() {
-            let pairs = after.iter().zip(before);
-            let by = pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
-            let part = along(which, by);
+            let part = along(which, moved(after, before));
             change.iter_mut().zip(part).for_each(|(sum, p)| *sum += p);
         }
         let read = directions.read(&g, &after).unwrap();

@@ -70,10 +70,10 @@ impl<'a> Side<'a> {
     /// The factor's change to what `after` begins with, to first order, and what `after` has left.
     fn change<'v>(&self, after: &'v [Vec<f32>]) -> Option<(Vec<f64>, &'v [Vec<f32>])> {
         match (&self.factor, after) {
-            (Factor::Whole(values), [matrix, rest @ ..]) => Some((moved(matrix, values), rest)),
+            (Factor::Whole(values), [matrix, rest @ ..]) => Some((moved(matrix, *values), rest)),
             (Factor::Product(a, b), [new_a, new_b, rest @ ..]) => {
-                let of_a = product(&moved(new_a, a), &wide(b), self.cols);
-                let of_b = product(&wide(a), &moved(new_b, b), self.cols);
+                let of_a = product(&moved(new_a, *a), &wide(b), self.cols);
+                let of_b = product(&wide(a), &moved(new_b, *b), self.cols);
                 let sum = of_a.iter().zip(of_b).map(|(x, y)| x + y);
                 Some((sum.collect(), rest))
             }

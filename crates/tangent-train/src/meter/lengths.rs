@@ -268,6 +268,7 @@ fn solve(times_m: impl Fn(&[f64]) -> Vec<f64>, h: &[f64]) -> Vec<f64> {
 mod tests {
     use tangent_peft::Factors as Offset;
 
+    use super::super::basis::moved as change;
     use super::super::basis::tests::{explicit, values};
     use super::*;
 
@@ -422,11 +423,11 @@ mod tests {
             from.iter().zip(by).map(|(v, d)| v + 1e-3 * d).collect()
         };
         let (a, b, m) = (moved(&case.a, 8), moved(&case.b, 9), moved(&case.m, 10));
-        let wide = |after: &[f32], before: &[f32]| -> Vec<f64> {
-            let pairs = after.iter().zip(before);
-            pairs.map(|(a, b)| f64::from(*a) - f64::from(*b)).collect()
-        };
-        let want = case.derivative(&wide(&a, &case.a), &wide(&b, &case.b), &wide(&m, &case.m));
+        let want = case.derivative(
+            &change(&a, &case.a),
+            &change(&b, &case.b),
+            &change(&m, &case.m),
+        );
         let want_norm = want.iter().map(|v| v * v).sum::<f64>().sqrt();
         let want_inner: f64 = want.iter().zip(&g).map(|(w, g)| w * f64::from(*g)).sum();
         let directed = case.directed();

@@ -118,11 +118,10 @@ impl System {
         let rank = self.h_d.len();
         // Directions of d are brought to one length; those of length 0 are left out.
         let diagonal = self.d.iter().step_by(rank + 1);
-        let scales: Vec<f64> = diagonal
-            .map(|d| match *d > 0.0 {
-                true => f64::from(*d).sqrt().recip(),
-                false => 0.0,
-            })
+        let lengths: Vec<f64> = diagonal.map(|d| f64::from(d.max(0.0)).sqrt()).collect();
+        let scales: Vec<f64> = lengths
+            .iter()
+            .map(|l| if *l > 0.0 { l.recip() } else { 0.0 })
             .collect();
         let scaled =
             |v: &[f64]| -> Vec<f64> { v.iter().zip(&scales).map(|(v, s)| v * s).collect() };
@@ -132,10 +131,7 @@ impl System {
                 .map(|(all, taken)| all - taken)
                 .collect()
         };
-        let still = inner.iter().zip(&scales).map(|(d, s)| match *s > 0.0 {
-            true => f64::from(*d) / s,
-            false => 0.0,
-        });
+        let still = inner.iter().zip(&lengths).map(|(d, l)| f64::from(*d) * l);
         let still: Vec<f64> = still.collect();
         let length = norm(&still);
         let beside = |mut z: Vec<f64>| -> Vec<f64> {
