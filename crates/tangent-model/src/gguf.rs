@@ -198,6 +198,8 @@ pub(crate) fn stored_type(id: u32) -> Option<StoredType> {
         35 => StoredType::TQ2_0,
         39 => StoredType::MXFP4,
         40 => StoredType::NVFP4,
+        41 => StoredType::Q1_0,
+        42 => StoredType::Q2_0,
         _ => return None,
     })
 }

@@ -21,6 +21,8 @@ pub enum StoredType {
     F32,
     F16,
     BF16,
+    Q1_0,
+    Q2_0,
     Q8_0,
     Q4_0,
     Q4_1,
@@ -52,6 +54,8 @@ impl StoredType {
         match self {
             Self::F32 => (1, 4),
             Self::F16 | Self::BF16 => (1, 2),
+            Self::Q1_0 => (128, 18),
+            Self::Q2_0 => (64, 18),
             Self::Q8_0 => (32, 34),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
@@ -125,6 +129,8 @@ pub(crate) fn widen_rows(stored: StoredType, bytes: &[u8], out: &mut [f32]) {
                 }
             },
         ),
+        StoredType::Q1_0 => blocks::widen(bytes, out, blocks::q1_0),
+        StoredType::Q2_0 => blocks::widen(bytes, out, blocks::q2_0),
         StoredType::Q8_0 => widen_blocks::<k_quants::BlockQ8_0>(bytes, out),
         StoredType::Q4_0 => widen_blocks::<k_quants::BlockQ4_0>(bytes, out),
         StoredType::Q4_1 => widen_blocks::<k_quants::BlockQ4_1>(bytes, out),

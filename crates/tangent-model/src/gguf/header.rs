@@ -296,8 +296,8 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// ggml's types that are known but not read: numbers that are no weights, blocks that are formed in
-/// products only, and two of a bit or two that ggml's Python reader does not know either.
+/// ggml's types that are known but not read: numbers that are no weights, and blocks that are formed
+/// in products only.
 fn unsupported_type(id: u32) -> Option<&'static str> {
     Some(match id {
         9 => "Q8_1",
@@ -307,8 +307,6 @@ fn unsupported_type(id: u32) -> Option<&'static str> {
         26 => "I32",
         27 => "I64",
         28 => "F64",
-        41 => "Q1_0",
-        42 => "Q2_0",
         _ => return None,
     })
 }

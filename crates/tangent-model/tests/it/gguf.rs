@@ -14,11 +14,17 @@ use crate::{batch, rows};
 
 /// One weight of every type with its name and the values that it stands for.
 fn blocks() -> Vec<(String, FrozenMatrix, Vec<f32>)> {
-    let golden = folder("gguf");
-    let reference = Reference::open(&golden.join("blocks.safetensors"));
-    let file = GgufFile::open(golden.join("blocks.gguf")).unwrap();
-    let blocks: Vec<_> = file
-        .tensors()
+    let blocks = [blocks_of("blocks"), blocks_of("bits")].concat();
+    assert_eq!(blocks.len(), 28);
+    blocks
+}
+
+/// The weights of a file and their values.
+fn blocks_of(name: &str) -> Vec<(String, FrozenMatrix, Vec<f32>)> {
+    let path = folder("gguf").join(name);
+    let reference = Reference::open(&path.with_extension("safetensors"));
+    let file = GgufFile::open(path.with_extension("gguf")).unwrap();
+    file.tensors()
         .values()
         .map(|tensor| {
             let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
@@ -28,9 +34,7 @@ fn blocks() -> Vec<(String, FrozenMatrix, Vec<f32>)> {
             let matrix = FrozenMatrix::new(rows, cols, stored, bytes).unwrap();
             (tensor.name.clone(), matrix, reference.values(&tensor.name))
         })
-        .collect();
-    assert_eq!(blocks.len(), 26);
-    blocks
+        .collect()
 }
 
 #[test]
@@ -38,7 +42,7 @@ fn every_block_type_widens_to_its_values() {
     for (name, matrix, values) in blocks() {
         let widened = matrix.to_values();
         // Those that are widened by code of ours follow the reference operation by operation.
-        let ours = ["t.IQ", "t.TQ", "t.MXFP4", "t.NVFP4"];
+        let ours = ["t.IQ", "t.TQ", "t.MXFP4", "t.NVFP4", "t.Q1_0", "t.Q2_0"];
         if !matrix.is_quantized() || ours.iter().any(|kind| name.starts_with(kind)) {
             assert_eq!(widened, values, "{name}");
         } else {

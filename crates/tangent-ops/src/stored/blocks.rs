@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! IQ4_NL, IQ4_XS, MXFP4, NVFP4                    scale * codebook[code]
+//! Q1_0                                            scale * (-1 or 1)
+//! Q2_0                                            scale * (-1, 0, 1 or 2)
 //! TQ1_0, TQ2_0                                    scale * (-1, 0 or 1)
 //! IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S          scale * point * signs
 //! IQ1_S, IQ1_M                                    scale * (point + shift)
@@ -146,6 +148,28 @@ pub(super) fn tq1_0(block: &[u8; 54], out: &mut [f32; 256]) {
             for (out, byte) in out.iter_mut().zip(bytes) {
                 *out = scale * digit(*byte, power);
             }
+        }
+    }
+}
+
+/// Scale 2, bytes of eight signs 16, the first in the lowest bit; a set bit is 1.
+#[inline(always)]
+pub(super) fn q1_0(block: &[u8; 18], out: &mut [f32; 128]) {
+    let scale = f16_at(block, 0);
+    for (out, byte) in out.as_chunks_mut::<8>().0.iter_mut().zip(&block[2..]) {
+        for (bit, out) in out.iter_mut().enumerate() {
+            *out = scale * (f32::from((byte >> bit & 1) << 1) - 1.0);
+        }
+    }
+}
+
+/// Scale 2, bytes of four numbers 16, the first in the lowest bits.
+#[inline(always)]
+pub(super) fn q2_0(block: &[u8; 18], out: &mut [f32; 64]) {
+    let scale = f16_at(block, 0);
+    for (out, byte) in out.as_chunks_mut::<4>().0.iter_mut().zip(&block[2..]) {
+        for (part, out) in out.iter_mut().enumerate() {
+            *out = scale * (f32::from((byte >> (2 * part)) & 3) - 1.0);
         }
     }
 }

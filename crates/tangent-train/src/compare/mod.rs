@@ -56,6 +56,7 @@ pub use standing::{Standing, Standings};
 pub(crate) use ledger::Ledger;
 pub(crate) use runs::{RunPlan, Starts, make};
 pub(crate) use search::halving;
+pub(crate) use table::of_seeds;
 
 /// Steps of a run at least, so that a quarter of them trains.
 pub const LEAST_STEPS: usize = 8;

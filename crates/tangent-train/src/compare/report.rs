@@ -119,7 +119,11 @@ impl Report {
             true => "; shaded from the lowest to the highest seed",
             false => "",
         };
-        let caption = "Training loss with the rate that was found, mean over seeds";
+        let over_seeds = match self.standings.seeds.len() {
+            1 => "",
+            _ => ", mean over seeds",
+        };
+        let caption = format!("Training loss with the rate that was found{over_seeds}");
         page.figure(&format!("{caption}{shaded}.{ended}"), &chart.svg());
         page.heading("Quality against cost");
         for chart in charts::costs(&self.standings.rows) {
@@ -451,10 +455,16 @@ mod tests {
     fn few_seeds_and_errors_are_told() {
         let mut report = report(vec![standing("lora", 1.0)], vec!["lora"]);
         assert!(!report.text().contains("too narrow") && !report.text().contains("error"));
+        assert!(
+            report.text().contains(", with seed 42."),
+            "{}",
+            report.text()
+        );
         report.standings.seeds = vec![1, 2, 3];
         report.fault = Some("pissa: the disk is full".into());
         let text = report.text();
         for words in [
+            ", mean over seeds 1, 2, 3.",
             "With 3 seeds, the part of intervals that seeds add is too narrow by about 18 %.",
             "10,000 resamples",
             "It ended with an error: pissa: the disk is full.",

@@ -102,6 +102,15 @@ pub fn counted(count: usize, what: &str) -> String {
     format!("{} {what}{several}", grouped(count))
 }
 
+/// With which seeds a number is found.
+pub(crate) fn of_seeds(seeds: &[u64]) -> String {
+    let seeds: Vec<String> = seeds.iter().map(u64::to_string).collect();
+    match &seeds[..] {
+        [seed] => format!("with seed {seed}"),
+        _ => format!("mean over seeds {}", seeds.join(", ")),
+    }
+}
+
 fn estimate(estimate: Option<Estimate>, text: fn(Estimate) -> String) -> String {
     estimate.map_or(NOTHING.into(), text)
 }

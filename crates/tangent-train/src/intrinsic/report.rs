@@ -6,6 +6,7 @@ use super::bisection::CLOSE;
 use super::scale::{Metric, Scale};
 use super::session::Found;
 use super::{Dimensions, Point, Setup};
+use crate::compare::of_seeds;
 use crate::plan::grouped;
 use crate::report::{Axis, LineChart, Page, Series, number};
 
@@ -235,7 +236,7 @@ impl Report {
             };
             let scores = format!(
                 "Score on the evaluation rows by dimension, {}{shaded}",
-                self.of_seeds()
+                of_seeds(&self.seeds)
             );
             page.figure(&scores, &chart.svg());
         }
@@ -342,21 +343,12 @@ impl Report {
         (headers.map(String::from).to_vec(), rows)
     }
 
-    /// With which seeds a score is found.
-    fn of_seeds(&self) -> String {
-        let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
-        match &seeds[..] {
-            [seed] => format!("with seed {seed}"),
-            _ => format!("mean over seeds {}", seeds.join(", ")),
-        }
-    }
-
     /// What the columns are, in sentences.
     fn explanations(&self) -> Vec<String> {
         let Some((metric, untrained)) = self.untrained else {
             return vec![];
         };
-        let seeds = self.of_seeds();
+        let seeds = of_seeds(&self.seeds);
         let [_, reference] = self.named;
         let mut told = match metric {
             Metric::Accuracy => vec![

@@ -3,6 +3,7 @@
 use super::super::Finding;
 use super::super::bootstrap::LEVEL;
 use super::super::charts::NATS;
+use super::super::table::of_seeds;
 use super::Report;
 use crate::plan::grouped;
 
@@ -93,19 +94,19 @@ impl Report {
         if standings.seeds.is_empty() {
             return vec![];
         }
-        let seeds: Vec<String> = standings.seeds.iter().map(u64::to_string).collect();
-        let drawn = match seeds.len() {
+        let seeds = standings.seeds.len();
+        let drawn = match seeds {
             1 => "evaluation rows (one seed: its chance is not in them)",
             _ => "evaluation rows and seeds, the same ones for all methods",
         };
         let rows = &standings.rows;
         let mut told = vec![
             format!(
-                "loss: {NATS} on the evaluation rows, mean over seeds {}. Intervals: {percent:.0} \
+                "loss: {NATS} on the evaluation rows, {}. Intervals: {percent:.0} \
                  %, bootstrap with {} resamples of {drawn}.{}",
-                seeds.join(", "),
+                of_seeds(&standings.seeds),
                 grouped(standings.resamples),
-                few_seeds(seeds.len()),
+                few_seeds(seeds),
             ),
             format!(
                 "group: methods that share a letter cannot be told apart; in short, a ~ b < c: b \
