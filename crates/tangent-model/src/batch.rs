@@ -126,6 +126,27 @@ impl Batch {
         }
     }
 
+    /// The batch with tokens of no row after all others, so that there are at least so many.
+    pub(crate) fn filled(&self, least: usize) -> Self {
+        let tokens = self.ids.len();
+        let missing = least.saturating_sub(tokens);
+        if missing == 0 {
+            return self.clone();
+        }
+        let rest = Segment {
+            start: tokens,
+            len: missing,
+            parent: None,
+        };
+        let segments = self.segments.list().iter().copied().chain([rest]);
+        let ids = self.ids.iter().copied();
+        Self {
+            ids: ids.chain(std::iter::repeat_n(0, missing)).collect(),
+            segments: Arc::new(Segments::new(segments.collect())),
+            ..self.clone()
+        }
+    }
+
     /// Tokens of all rows as given, shared ones counted in every row.
     pub fn row_tokens(&self) -> usize {
         self.rows.iter().map(|row| row.tokens).sum()

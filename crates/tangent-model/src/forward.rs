@@ -5,13 +5,14 @@ use std::sync::Arc;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use tangent_ops::cross_entropy::CHUNK;
 use tangent_ops::{
-    AttentionShape, Target, linear_cross_entropy, linear_log_softmax_at, log_softmax_at,
+    AttentionShape, STEADY_TOKENS, Target, linear_cross_entropy, linear_log_softmax_at,
+    log_softmax_at,
 };
 
 use crate::batch::Batch;
 use crate::family::Model;
 use crate::pass::Pass;
-use crate::whole::SideAdapter;
+use crate::whole::{RowStates, SideAdapter};
 
 /// Hidden states after the embedding, `(tokens, d)`.
 pub fn embed(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
@@ -127,16 +128,18 @@ fn head_input(model: &dyn Model, x: Tensor<2>, pass: &Pass) -> Tensor<2> {
 /// Hidden states after the last layer, or after the network beside the layers. In training that
 /// reads states which do not depend on what else is in the batch, so that they may be stored.
 pub fn hidden(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
-    if let Some(side) = &model.whole().side {
-        return match pass.training {
-            true => {
-                let states = states_by_row(model, batch, &**side, pass);
-                side_hidden(&**side, &mut states.into_iter(), batch, pass)
+    let whole = model.whole();
+    if let Some(side) = whole.side.as_deref() {
+        return match &whole.known_states {
+            Some(known) if pass.training => {
+                let states = states_by_row(model, batch, side, &**known);
+                side_hidden(side, &mut states.into_iter(), batch, pass)
             }
-            false => {
-                let mut states = states(model, batch, &**side, pass);
-                side_hidden(&**side, &mut states, batch, pass)
+            None if pass.training => {
+                let mut states = steady_states(model, batch, side);
+                side_hidden(side, &mut states, batch, pass)
             }
+            _ => side_hidden(side, &mut states(model, batch, side, pass), batch, pass),
         };
     }
     let pass = &with_prefix(model, pass);
@@ -182,23 +185,59 @@ pub(crate) fn states_through<'a>(
     })
 }
 
-/// The hidden states that `side` reads of the row `tokens`, computed alone: row-major
-/// `(tokens, d)` each, in ascending order.
-pub fn row_states(model: &dyn Model, side: &dyn SideAdapter, tokens: &[u32]) -> Vec<Vec<f32>> {
-    let unsupervised = vec![false; tokens.len()];
-    let batch = Batch::new([(tokens, &unsupervised[..])]);
+/// [`states`] of a batch that is made long enough for its kernels to give each token the same to the
+/// bit, whatever other rows there are.
+fn steady_states<'a>(
+    model: &'a dyn Model,
+    batch: &Batch,
+    side: &'a dyn SideAdapter,
+) -> impl Iterator<Item = Tensor<2>> + use<'a> {
+    let (batch, tokens) = (batch.filled(STEADY_TOKENS), batch.ids.len());
     let pass = Pass::inference(&model.device());
-    let states = states(model, &batch, side, &pass);
-    states.map(tangent_ops::values).collect()
+    let x = embed(model, &batch, &pass);
+    let is_filled = batch.ids.len() > tokens;
+    let states = states_through(model, side, x, move |index, x| {
+        layer(model, index, x, &batch, &pass)
+    });
+    states.map(move |x| match is_filled {
+        true => {
+            let width = x.dims()[1];
+            x.slice([0..tokens, 0..width])
+        }
+        false => x,
+    })
 }
 
-/// [`states`] of rows that are computed one by one, or known: those of a row do not depend on the
-/// batch. A token that several rows share has the states of the first of them.
+/// The hidden states that `side` reads of rows that are computed together, each row with its own:
+/// row-major `(tokens, d)` each, in ascending order. They do not depend on the other rows.
+pub fn states_of_rows<'a>(
+    model: &'a dyn Model,
+    side: &'a dyn SideAdapter,
+    rows: &[&[u32]],
+) -> impl Iterator<Item = Vec<Vec<f32>>> + use<'a> {
+    let longest = rows.iter().map(|row| row.len()).max();
+    let unsupervised = vec![false; longest.unwrap_or(0)];
+    let batch = Batch::new(rows.iter().map(|row| (*row, &unsupervised[..row.len()])));
+    let states = steady_states(model, &batch, side);
+    let states: Vec<_> = states.map(tangent_ops::values).collect();
+    let width = model.head().weight.cols();
+    batch.rows.into_iter().map(move |row| {
+        let of_row = |state: &Vec<f32>| {
+            let places = row.places.iter();
+            let values = places.flat_map(|&place| &state[place * width..][..width]);
+            values.copied().collect()
+        };
+        states.iter().map(of_row).collect()
+    })
+}
+
+/// [`steady_states`] of rows that are known, or computed if they are not. A token that several rows
+/// share has the states of the first of them.
 fn states_by_row(
     model: &dyn Model,
     batch: &Batch,
     side: &dyn SideAdapter,
-    pass: &Pass,
+    known: &dyn RowStates,
 ) -> Vec<Tensor<2>> {
     let (n, width) = (batch.ids.len(), model.head().weight.cols());
     let read = (0..=model.layers()).filter(|&state| side.reads(state));
@@ -209,9 +248,10 @@ fn states_by_row(
             continue;
         }
         let tokens: Vec<u32> = row.places.iter().map(|&place| batch.ids[place]).collect();
-        let known = model.whole().known_states.as_ref();
-        let known = known.and_then(|known| known.row(&tokens));
-        let own = known.unwrap_or_else(|| row_states(model, side, &tokens));
+        let computed = || states_of_rows(model, side, &[&tokens]).next();
+        let Some(own) = known.row(&tokens).or_else(computed) else {
+            continue;
+        };
         for (state, own) in states.iter_mut().zip(&own) {
             for (&place, values) in row.places.iter().zip(own.chunks_exact(width)) {
                 if !placed[place] {
@@ -223,7 +263,8 @@ fn states_by_row(
             placed[place] = true;
         }
     }
-    let tensor = |values| tangent_ops::tensor(values, n, width, &pass.device);
+    let device = model.device();
+    let tensor = |values| tangent_ops::tensor(values, n, width, &device);
     states.into_iter().map(tensor).collect()
 }
 

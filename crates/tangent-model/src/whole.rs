@@ -78,7 +78,7 @@ pub trait SideAdapter: Send + Sync {
 /// Hidden states of rows that are known without running the layers.
 pub trait RowStates: Send + Sync {
     /// The states that the network beside the layers reads of the row `tokens`, in ascending order,
-    /// row-major `(tokens, d)` each, as [`row_states`](crate::forward::row_states) gives them
+    /// row-major `(tokens, d)` each, as [`states_of_rows`](crate::forward::states_of_rows) gives them
     /// after rounding to its [`StateType`]; `None` if they are not known.
     fn row(&self, tokens: &[u32]) -> Option<Vec<Vec<f32>>>;
 }

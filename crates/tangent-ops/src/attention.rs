@@ -5,6 +5,8 @@
 //! formed again in the backward pass.
 
 mod block;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -127,7 +129,7 @@ pub fn attend(
         .flat_map(|first| (0..shape.kv_heads).map(move |g| (first, g)))
         .collect();
     let task = |&(first, g): &(usize, usize)| {
-        let mut block = Block::new(shape, shape.block_tokens().min(n), total);
+        let mut block = Block::new(shape, shape.block_tokens().min(n), total).in_any_order();
         let tokens = shape.block_tokens().min(n - first);
         block.gather(q, first, tokens, g, None);
         let k = View::new(&keys[g * d..], total, d, kv_width);
@@ -415,174 +417,5 @@ impl CpuOp for Attention {
             Some(Matrix::new(d_k, n, k.cols())),
             Some(Matrix::new(d_v, n, v.cols())),
         ]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::block::BLOCK_ROWS;
-    use super::*;
-    use crate::Segment;
-    use crate::check::{self, Case};
-
-    fn rotary() -> Arc<Rotary> {
-        Arc::new(Rotary::new(vec![1.0, 0.3], 400))
-    }
-
-    fn shape(window: Option<usize>) -> AttentionShape {
-        AttentionShape {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 4,
-            window,
-        }
-    }
-
-    fn attention_of(
-        t: &[Tensor<2>],
-        segments: &Arc<Segments>,
-        rotary: &Arc<Rotary>,
-        window: Option<usize>,
-    ) -> Tensor<2> {
-        let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-        attention(q, k, v, segments, rotary, shape(window))
-    }
-
-    fn definition_of(
-        t: &[Tensor<2>],
-        segments: &Segments,
-        rotary: &Rotary,
-        window: Option<usize>,
-    ) -> Tensor<2> {
-        let [q, k, v] = [t[0].clone(), t[1].clone(), t[2].clone()];
-        definition(q, k, v, segments, rotary, shape(window))
-    }
-
-    fn forest() -> Segments {
-        let segment = |start, len, parent| Segment { start, len, parent };
-        Segments::new(vec![
-            segment(0, 3, None),
-            segment(3, 2, Some(0)),
-            segment(5, 1, Some(0)),
-            segment(6, 2, Some(2)),
-            segment(8, 4, None),
-        ])
-    }
-
-    #[test]
-    fn kernel_equals_definition_and_differences() {
-        for (segments, window) in [
-            (Segments::rows(&[5, 1, 3]), None),
-            (Segments::rows(&[9, 2]), Some(3)),
-            (forest(), None),
-            (forest(), Some(2)),
-        ] {
-            let (n, segments, rotary) = (segments.tokens(), Arc::new(segments), rotary());
-            check::operation(Case {
-                shapes: &[(n, 16), (n, 8), (n, 8)],
-                fused: |t| attention_of(t, &segments, &rotary, window),
-                definition: |t| definition_of(t, &segments, &rotary, window),
-            });
-        }
-    }
-
-    #[test]
-    fn long_rows_equal_definition_across_blocks() {
-        let long = 2 * BLOCK_ROWS + 7;
-        let child = |start, len, parent| Segment { start, len, parent };
-        // A long row beside a short one, and a long continuation of a long beginning.
-        let rows = Segments::rows(&[long, 3]);
-        let tree = vec![
-            child(0, long, None),
-            child(long, 5, Some(0)),
-            child(long + 5, long, Some(0)),
-        ];
-        for (segments, window) in [
-            (rows.clone(), None),
-            (rows, Some(BLOCK_ROWS / 2)),
-            (Segments::new(tree.clone()), None),
-            (Segments::new(tree), Some(BLOCK_ROWS / 2)),
-        ] {
-            let (n, rotary) = (segments.tokens(), rotary());
-            let segments = Arc::new(segments);
-            check::equal(Case {
-                shapes: &[(n, 16), (n, 8), (n, 8)],
-                fused: |t| attention_of(t, &segments, &rotary, window),
-                definition: |t| definition_of(t, &segments, &rotary, window),
-            });
-        }
-    }
-
-    #[test]
-    fn parts_of_many_branches_are_added_in_chunks() {
-        // Many short branches of a long beginning see far more tokens than there are.
-        let mut list = vec![Segment {
-            start: 0,
-            len: 40,
-            parent: None,
-        }];
-        list.extend((0..30).map(|i| Segment {
-            start: 40 + i,
-            len: 1,
-            parent: Some(0),
-        }));
-        let (segments, rotary) = (Arc::new(Segments::new(list)), rotary());
-        let op = Attention {
-            segments: segments.clone(),
-            rotary: rotary.clone(),
-            shape: shape(None),
-        };
-        assert!(op.chunks().len() > 3, "{:?}", op.chunks());
-        check::equal(Case {
-            shapes: &[(70, 16), (70, 8), (70, 8)],
-            fused: |t| attention_of(t, &segments, &rotary, None),
-            definition: |t| definition_of(t, &segments, &rotary, None),
-        });
-    }
-
-    #[test]
-    fn threads_change_no_bit() {
-        let segment = |start, len, parent| Segment { start, len, parent };
-        // Rows of several blocks of queries, of which two share their beginning.
-        let segments = Arc::new(Segments::new(vec![
-            segment(0, 120, None),
-            segment(120, 60, Some(0)),
-            segment(180, 70, Some(0)),
-            segment(250, 100, None),
-        ]));
-        let rotary = rotary();
-        for window in [None, Some(50)] {
-            check::same_in_every_pool(&[(350, 16), (350, 8), (350, 8)], |t| {
-                attention_of(t, &segments, &rotary, window)
-            });
-        }
-    }
-
-    #[test]
-    fn cached_steps_equal_the_whole_row() {
-        let (n, rotary) = (11, rotary());
-        let segments = Arc::new(Segments::rows(&[n]));
-        let (q, k, v) = (
-            check::values(n * 16, 1),
-            check::values(n * 8, 2),
-            check::values(n * 8, 3),
-        );
-        let device = burn::tensor::Device::flex();
-        let whole = crate::values(attention(
-            crate::tensor(q.clone(), n, 16, &device),
-            crate::tensor(k.clone(), n, 8, &device),
-            crate::tensor(v.clone(), n, 8, &device),
-            &segments,
-            &rotary,
-            shape(Some(6)),
-        ));
-        let (mut q, mut k) = (q, k);
-        rotary.rotate(&mut q, segments.positions());
-        rotary.rotate(&mut k, segments.positions());
-        for (from, to) in [(0, 4), (4, 5), (5, 11)] {
-            let (q, k, v) = (&q[from * 16..to * 16], &k[..to * 8], &v[..to * 8]);
-            let part = attend(q, k, v, to, shape(Some(6)));
-            check::close(&part, &whole[from * 16..to * 16], 1e-5);
-        }
     }
 }

@@ -28,6 +28,10 @@ pub fn definition(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
 /// it panels go through the matrix product.
 pub(crate) const FEW_TOKENS: usize = 8;
 
+/// From so many tokens on, what a frozen map gives for one of them is the same to the bit whatever the
+/// others are and however many: `gemm` takes other orders of additions for smaller products.
+pub const STEADY_TOKENS: usize = 65;
+
 /// `x W^T` for row-major `x: (n, d_in)`.
 pub(crate) fn forward(x: &[f32], n: usize, weight: &FrozenMatrix) -> Vec<f32> {
     forward_part(x, n, weight, 0..weight.rows())
@@ -47,14 +51,12 @@ pub(crate) fn forward_part(
         return y;
     }
     weight.for_each_panel_of(part, |first, rows, panel| {
-        kernel::matmul(
-            ViewMut::new(&mut y[first - start..], n, rows, width),
-            Into::Overwrite,
-            1.0,
-            View::dense(x, n, d_in),
-            View::dense(panel, rows, d_in).t(),
-            Threads::Pool,
-        );
+        let dst = ViewMut::new(&mut y[first - start..], n, rows, width);
+        let (x, panel) = (View::dense(x, n, d_in), View::dense(panel, rows, d_in).t());
+        match n >= STEADY_TOKENS && kernel::is_small(n, rows) {
+            true => kernel::small_matmul(dst, Into::Overwrite, 1.0, x, panel),
+            false => kernel::matmul(dst, Into::Overwrite, 1.0, x, panel, Threads::Pool),
+        }
     });
     y
 }
@@ -125,6 +127,27 @@ mod tests {
     use super::*;
     use crate::check::{self, Case};
     use crate::{Quantization, StoredType};
+
+    #[test]
+    fn of_many_tokens_each_is_as_with_any_others() {
+        let stored = [StoredType::F32, StoredType::BF16];
+        // Of 576 features 455 rows are widened together: two are left.
+        let sizes = [(1, 64), (16, 64), (457, 576), (60, 1536)];
+        for (stored, (d_out, d_in)) in sizes.iter().flat_map(|size| stored.map(|s| (s, *size))) {
+            let values = check::values(d_out * d_in, 5);
+            let weight = FrozenMatrix::from_values(values, d_out, d_in).convert(stored);
+            let x = check::values(400 * d_in, 6);
+            let all = forward(&x, 400, &weight);
+            for (first, n) in [(0, STEADY_TOKENS), (7, 66), (300, 100), (1, 257)] {
+                let some = forward(&x[first * d_in..][..n * d_in], n, &weight);
+                let want = &all[first * d_out..][..n * d_out];
+                assert!(
+                    check::bits(&some) == check::bits(want),
+                    "{d_out} {d_in} {n}"
+                );
+            }
+        }
+    }
 
     #[test]
     fn kernel_equals_definition_and_differences() {

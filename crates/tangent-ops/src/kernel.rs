@@ -1,6 +1,10 @@
 //! What kernels share: matrix products over strided views, run-time SIMD dispatch, the exponential.
 
+mod steady;
+
 use rayon::prelude::*;
+
+pub(crate) use steady::{is_small, small_matmul, steady_matmul};
 
 /// A strided read-only view of a matrix.
 #[derive(Clone, Copy)]
@@ -55,6 +59,11 @@ impl<'a> View<'a> {
             rows: self.rows - rows,
             ..self
         }
+    }
+
+    /// Columns of the view.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
     }
 
     fn last(&self) -> usize {

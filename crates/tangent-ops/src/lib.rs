@@ -43,7 +43,7 @@ pub use cross_entropy::{
 };
 pub use dropout::dropout;
 pub use embedding::{embedding, frozen_embedding};
-pub use frozen_linear::frozen_linear;
+pub use frozen_linear::{STEADY_TOKENS, frozen_linear};
 pub use kernel::simd;
 pub use linear::linear;
 pub use low_rank::{LowRank, gated_low_rank_linear, low_rank_delta, low_rank_linear};

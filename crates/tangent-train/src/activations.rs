@@ -15,11 +15,11 @@
 //! repetition of rows in the data matters. The checksum covers the mark, the head of the record and
 //! its values.
 //!
-//! **Equal to the bit.** In training the states of a row are those of the row computed alone (see
-//! `forward::hidden`), whatever batch it is in, and rounded to the network's
-//! [`StateType`](tangent_model::StateType), stored or not. So a run with stored states and one
-//! without take the same steps, and a row whose record turns out damaged is simply computed.
-//! Between builds and kinds of processors last bits may differ: of a folder that is used again, one
+//! **Equal to the bit.** In training the states of a row do not depend on the batch that it is in (see
+//! `forward::hidden`) and are rounded to the network's [`StateType`](tangent_model::StateType), stored
+//! or not. So a run with stored states and one without take the same steps, and a row whose record
+//! turns out damaged is simply computed. Rows that are stored are computed together with their
+//! neighbours in the order of tokens, which share most with them. Between builds and kinds of processors last bits may differ: of a folder that is used again, one
 //! row is computed and compared before anything trusts it. Rows of an evaluation are computed as
 //! always.
 
@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Value;
 use tangent_model::family::Model;
-use tangent_model::{RowStates, SideAdapter, forward};
+use tangent_model::{DistinctTokens, RowStates, SideAdapter, forward};
 
 use crate::data::Example;
 use crate::error::TrainError;
@@ -50,6 +50,9 @@ pub(crate) use manifest::identity;
 
 /// Largest size of a file, unless one row takes more.
 const FILE_BYTES: u64 = 1 << 30;
+/// Most tokens of several rows whose states are computed together: more would save little, and take
+/// memory.
+pub(crate) const TOGETHER: usize = 256;
 /// Most that is stored if nothing else is said.
 pub const LIMIT: u64 = 20_000_000_000;
 
@@ -181,6 +184,22 @@ pub(crate) fn distinct(rows: &[Example]) -> BTreeMap<&[u32], &Example> {
     computed.map(|row| (row.inputs(), row)).collect()
 }
 
+/// Runs of neighbouring rows, in the order of their tokens, whose states are computed together.
+pub(crate) fn groups<'r, 't>(rows: &'r [&'t [u32]]) -> Vec<&'r [&'t [u32]]> {
+    let (mut groups, mut rest) = (vec![], rows);
+    while !rest.is_empty() {
+        let mut tokens = DistinctTokens::default();
+        let fits = rest.iter().take_while(|row| {
+            tokens.add(row);
+            tokens.count() <= TOGETHER
+        });
+        let (group, others) = rest.split_at(fits.count().max(1));
+        groups.push(group);
+        rest = others;
+    }
+    groups
+}
+
 /// An open file of states and its path.
 struct Opened {
     path: PathBuf,
@@ -248,11 +267,24 @@ impl Stored {
         Some(bytes)
     }
 
-    /// The record of a row as it is computed.
-    fn computed(&self, model: &dyn Model, side: &dyn SideAdapter, row: usize) -> Vec<u8> {
-        let tokens = self.rows.get(row).map(Vec::as_slice).unwrap_or_default();
-        let states = forward::row_states(model, side, tokens);
-        self.format.record(row, tokens.len(), &states)
+    /// The tokens of a row.
+    fn tokens(&self, row: usize) -> &[u32] {
+        self.rows.get(row).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// The records of rows as they are computed together.
+    fn computed<'a>(
+        &'a self,
+        model: &'a dyn Model,
+        side: &'a dyn SideAdapter,
+        rows: &'a [usize],
+    ) -> impl Iterator<Item = Vec<u8>> + 'a {
+        let tokens: Vec<&[u32]> = rows.iter().map(|&row| self.tokens(row)).collect();
+        let states = forward::states_of_rows(model, side, &tokens);
+        rows.iter().zip(states).map(|(&row, states)| {
+            let tokens = self.tokens(row).len();
+            self.format.record(row, tokens, &states)
+        })
     }
 
     /// Tells what is there, and gives the rows that are missing or damaged. Files that are
@@ -303,7 +335,7 @@ impl Stored {
         let Some(row) = there else {
             return Ok(());
         };
-        if self.read(row) == Some(self.computed(model, side, row)) {
+        if self.read(row) == self.computed(model, side, &[row]).next() {
             return Ok(());
         }
         Err(TrainError::StoredStates {
@@ -323,20 +355,25 @@ impl Stored {
         stop: &AtomicBool,
     ) -> Result<bool, TrainError> {
         let mut is_complete = true;
-        for &row in rows {
+        let tokens: Vec<&[u32]> = rows.iter().map(|&row| self.tokens(row)).collect();
+        let mut rest = rows;
+        for group in groups(&tokens) {
             if stop.load(Ordering::Relaxed) {
                 is_complete = false;
                 break;
             }
-            let Some((place, opened)) = self.place(row) else {
-                continue;
-            };
-            let record = self.computed(model, side, row);
-            let mut file = opened.file();
-            let written = file
-                .seek(SeekFrom::Start(place.offset))
-                .and_then(|_| file.write_all(&record));
-            written.map_err(trainer::io("write", &opened.path))?;
+            let (group, others) = rest.split_at(group.len());
+            rest = others;
+            for (&row, record) in group.iter().zip(self.computed(model, side, group)) {
+                let Some((place, opened)) = self.place(row) else {
+                    continue;
+                };
+                let mut file = opened.file();
+                let written = file
+                    .seek(SeekFrom::Start(place.offset))
+                    .and_then(|_| file.write_all(&record));
+                written.map_err(trainer::io("write", &opened.path))?;
+            }
         }
         if !rows.is_empty() {
             for opened in &self.files {

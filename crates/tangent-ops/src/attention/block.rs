@@ -30,7 +30,7 @@ impl AttentionShape {
 
     /// Most keys of a block of up to `tokens` tokens that see `total`, themselves included.
     fn most_keys(&self, tokens: usize, total: usize) -> usize {
-        let in_windows = |window: usize| total.min(window.saturating_add(tokens));
+        let in_windows = |window: usize| total.min(window.saturating_add(tokens + LANES));
         self.window.map_or(total, in_windows)
     }
 }
@@ -39,6 +39,8 @@ impl AttentionShape {
 /// `t`, so that the heads share one product with their keys.
 pub(super) struct Block {
     shape: AttentionShape,
+    /// Whether what becomes of a token is the same to the bit whatever block it is in.
+    steady: bool,
     /// `(rows, head_dim)` queries.
     q: Vec<f32>,
     /// `(rows, keys)` probabilities, rows `stride` apart; zeros after the keys.
@@ -71,6 +73,7 @@ impl Block {
         let stride = shape.most_keys(tokens, total).next_multiple_of(LANES);
         Self {
             shape,
+            steady: true,
             most: tokens * shape.group() * stride,
             q: vec![],
             p: vec![],
@@ -79,6 +82,14 @@ impl Block {
             rows: 0,
             low: 0,
             keys: 0,
+        }
+    }
+
+    /// The block with sums in whatever order is fastest where it has a few rows, as in decoding.
+    pub(super) fn in_any_order(self) -> Self {
+        Self {
+            steady: false,
+            ..self
         }
     }
 
@@ -112,7 +123,8 @@ impl Block {
     /// Fills `p` for `tokens` tokens of which the first has position `first`, over the keys `k`
     /// of all positions; those before the first query's window are left out.
     pub(super) fn probabilities(&mut self, k: View<'_>, tokens: usize, first: usize) {
-        let low = self.shape.first_key(first);
+        // Whole lanes are left out, so that all sums have the same order wherever a block begins.
+        let low = self.shape.first_key(first) / LANES * LANES;
         let keys = first + tokens - low;
         (self.low, self.keys) = (low, keys);
         let d = self.shape.head_dim;
@@ -123,7 +135,7 @@ impl Block {
         let p = &mut room(&mut self.p, self.most)[..self.rows * stride];
         let k = k.skip_rows(low).first_rows(keys);
         let (shape, sizes) = (self.shape, [self.rows, keys, stride]);
-        product_with_keys(p, sizes, shape.scale(), q, k, d);
+        product_with_keys(p, sizes, shape.scale(), q, k, self.steady);
         kernel::simd(
             #[inline(always)]
             || {
@@ -163,7 +175,7 @@ impl Block {
     ) -> &'a mut [f32] {
         let d_p = &mut room(room_for, self.most)[..self.rows * self.stride];
         let sizes = [self.rows, self.keys, self.stride];
-        product_with_keys(d_p, sizes, 1.0, d_out, self.seen(v), self.shape.head_dim);
+        product_with_keys(d_p, sizes, 1.0, d_out, self.seen(v), self.steady);
         d_p
     }
 
@@ -183,7 +195,11 @@ impl Block {
         );
         let v = self.seen(v);
         let out = room(&mut self.output, self.rows * d);
-        product(ViewMut::dense(out, self.rows, d), Into::Overwrite, p, v);
+        let out = ViewMut::dense(out, self.rows, d);
+        match self.steady || self.rows > LANES {
+            true => kernel::steady_matmul(out, 1.0, p, v, self.low),
+            false => product(out, Into::Overwrite, p, v),
+        }
     }
 
     /// Writes the outputs of group `g` to their tokens from `first` on.
@@ -230,23 +246,22 @@ fn product_with_keys(
     factor: f32,
     x: View<'_>,
     keys: View<'_>,
-    d: usize,
+    steady: bool,
 ) {
-    for panel in panels(rows, count, d) {
+    if !steady && rows <= LANES {
+        let dst = ViewMut::new(dst, rows, count, stride);
+        return kernel::matmul(dst, Into::Overwrite, factor, x, keys.t(), Threads::One);
+    }
+    for panel in panels(count, keys.cols()) {
         let dst = ViewMut::new(&mut dst[panel.start..], rows, panel.len(), stride);
         let keys = keys.skip_rows(panel.start).first_rows(panel.len()).t();
-        kernel::matmul(dst, Into::Overwrite, factor, x, keys, Threads::One);
+        kernel::steady_matmul(dst, factor, x, keys, 0);
     }
 }
 
-/// Keys that are multiplied together. Panels must not change the order of additions: `gemm` takes
-/// another one for products of up to 256 values, and may divide sums over more than 512. With few rows
-/// or that many features there is one panel.
-fn panels(rows: usize, keys: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
-    let width = match rows > LANES && d <= 512 {
-        true => (PANEL / d.max(1)).max(1).next_multiple_of(LANES),
-        false => keys.max(1),
-    };
+/// Keys that are multiplied together.
+fn panels(keys: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
+    let width = (PANEL / d.max(1)).max(1).next_multiple_of(LANES);
     let count = (keys / width).max(1);
     (0..count).map(move |i| match i + 1 == count {
         true => i * width..keys,
@@ -262,11 +277,10 @@ mod tests {
     #[test]
     fn panels_of_keys_change_no_bit() {
         // Of 64 features 128 keys a panel, the last with up to 255.
-        let lengths = |rows, keys| panels(rows, keys, 64).map(|p| p.len()).collect::<Vec<_>>();
-        assert_eq!(lengths(96, 255), [255]);
-        assert_eq!(lengths(96, 256), [128, 128]);
-        assert_eq!(lengths(96, 1063), [&[128; 7][..], &[167]].concat());
-        assert_eq!((lengths(16, 700), lengths(96, 1)), (vec![700], vec![1]));
+        let lengths = |keys| panels(keys, 64).map(|p| p.len()).collect::<Vec<_>>();
+        assert_eq!((lengths(255), lengths(1)), (vec![255], vec![1]));
+        assert_eq!(lengths(256), [128, 128]);
+        assert_eq!(lengths(1063), [&[128; 7][..], &[167]].concat());
         for (rows, keys, d) in [(96, 1063, 64), (17, 700, 64), (96, 257, 128), (30, 99, 512)] {
             let (x, k) = (check::values(rows * d, 1), check::values(keys * 2 * d, 2));
             let (x, k) = (View::dense(&x, rows, d), View::new(&k, keys, d, 2 * d));
@@ -274,7 +288,7 @@ mod tests {
             let (mut want, mut got) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
             let dst = ViewMut::new(&mut want, rows, keys, stride);
             kernel::matmul(dst, Into::Overwrite, 0.3, x, k.t(), Threads::One);
-            product_with_keys(&mut got, [rows, keys, stride], 0.3, x, k, d);
+            product_with_keys(&mut got, [rows, keys, stride], 0.3, x, k, true);
             assert!(check::bits(&got) == check::bits(&want), "{rows} {keys} {d}");
         }
     }
@@ -283,7 +297,7 @@ mod tests {
     fn blocks_of_a_row_share_room_of_one_size() {
         let (d, total) = (4, 5 * BLOCK_ROWS);
         let (q, k) = (check::values(total * 2 * d, 1), check::values(total * d, 2));
-        for (window, most) in [(None, total), (Some(70), 70 + BLOCK_ROWS / 2)] {
+        for (window, most) in [(None, total), (Some(70), 70 + BLOCK_ROWS / 2 + LANES)] {
             let shape = AttentionShape {
                 heads: 2,
                 kv_heads: 1,

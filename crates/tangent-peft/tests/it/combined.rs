@@ -12,8 +12,8 @@ use tangent_model::folder::NewFolder;
 use tangent_model::{Batch, Parameter, Pass};
 use tangent_peft::setting::SettingValue;
 use tangent_peft::{
-    Adapter, AdapterConfig, BiasMode, Start, Targets, attach, attach_all, controller, methods,
-    peft_format,
+    Adapter, AdapterConfig, BiasMode, METHODS, Start, Targets, attach, attach_all, controller,
+    methods, peft_format,
 };
 use tangent_testkit::{Reference, all_logits, close, folder, mean_loss, model};
 
@@ -26,6 +26,7 @@ fn usual(method: &str) -> AdapterConfig {
         "prompt-tuning" | "prefix-tuning" => vec![few("num_virtual_tokens", 5.0)],
         "houlsby" | "lin" => vec![few("bottleneck_size", 6.0)],
         "last-layers" => vec![few("n", 1.0)],
+        "oft" => vec![few("oft_block_size", 8.0)],
         _ => vec![],
     };
     let entry = methods::find(method).unwrap();
@@ -260,6 +261,49 @@ fn twenty_steps_lower_the_loss() {
             name(&configs)
         );
     }
+}
+
+#[test]
+fn any_two_methods_train_together_or_are_refused_by_name() {
+    let mut together = 0;
+    for (index, first) in METHODS.iter().enumerate() {
+        for second in &METHODS[index..] {
+            let mut model = model(&folder(UNTIED));
+            let configs = [usual(first.id), usual(second.id)];
+            let what = name(&configs);
+            let adapter = match attach_all(&mut *model, &configs, &Start::default()) {
+                Ok(adapter) => adapter,
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(
+                        text.contains(first.id) && text.contains(second.id),
+                        "{text}"
+                    );
+                    assert!(
+                        model.sites().iter().all(|site| !site.is_trained()),
+                        "{what}"
+                    );
+                    continue;
+                }
+            };
+            together += 1;
+            randomize(&adapter);
+            let batch = batch_of(&*model);
+            let mut gradients = mean_loss(&*model, &batch).backward();
+            for part in &adapter.parts {
+                let own = part.parameters.iter();
+                let own = own.flat_map(|p| p.take_gradient(&mut gradients).unwrap());
+                let square: f64 = own.map(|g| f64::from(g).powi(2)).sum();
+                assert!(
+                    square > 0.0 && square.is_finite(),
+                    "{what}: {}",
+                    part.method.id
+                );
+            }
+        }
+    }
+    // Of 276 pairs; most of the others want the same weights by default.
+    assert_eq!(together, 133);
 }
 
 #[test]

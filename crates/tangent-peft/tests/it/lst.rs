@@ -1,5 +1,6 @@
 //! Ladder side-tuning against plain torch, and what its place beside the layers implies.
 
+use tangent_model::batch::Row;
 use tangent_model::family::Model;
 use tangent_model::folder::NewFolder;
 use tangent_model::{Batch, KvCache, Pass, continue_with, forward, read_json};
@@ -143,18 +144,24 @@ fn rows_read_the_same_states_alone_as_in_a_batch() {
         let pass = Pass::inference(&model.device());
         let states = forward::states(&*model, &batch, &*side, &pass);
         let states: Vec<_> = states.collect();
-        for row in &batch.rows {
-            let tokens: Vec<u32> = row.places.iter().map(|&place| batch.ids[place]).collect();
-            let own = forward::row_states(&*model, &*side, &tokens);
-            assert_eq!(own.len(), states.len());
-            for (state, own) in states.iter().zip(&own) {
+        let row_tokens = |row: &Row| row.places.iter().map(|&place| batch.ids[place]).collect();
+        let rows: Vec<Vec<u32>> = batch.rows.iter().map(row_tokens).collect();
+        // With rows that share a part of one of them or nothing, in an order of their own.
+        let others = [&rows[0][..1], &rows[0][..4], &[5, 6, 7][..]].into_iter();
+        let all: Vec<&[u32]> = others.chain(rows.iter().map(Vec::as_slice)).collect();
+        let together = forward::states_of_rows(&*model, &*side, &all).skip(3);
+        for ((row, tokens), together) in batch.rows.iter().zip(&rows).zip(together) {
+            let own = forward::states_of_rows(&*model, &*side, &[tokens]).next();
+            assert!(own.as_ref() == Some(&together));
+            assert_eq!(together.len(), states.len());
+            for (state, own) in states.iter().zip(&together) {
                 let width = state.dims()[1];
                 let all = tangent_ops::values(state.clone());
                 let places = row.places.iter();
-                let together: Vec<f32> = places
+                let in_batch: Vec<f32> = places
                     .flat_map(|&place| all[place * width..][..width].to_vec())
                     .collect();
-                close("states", own, &together, 1e-5);
+                close("states", own, &in_batch, 1e-5);
             }
         }
     }

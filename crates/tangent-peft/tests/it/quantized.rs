@@ -170,9 +170,11 @@ fn in_blocks(dir: &Path, file: &GgufFile, tensor: &TensorInfo) -> Box<dyn Model>
 fn gradients_through_every_block_type_are_those_of_its_values() {
     let dir = tempfile::tempdir().unwrap();
     write_zeros(dir.path());
-    let file = GgufFile::open(folder("gguf").join("blocks.gguf")).unwrap();
-    assert_eq!(file.tensors().len(), 26);
-    for tensor in file.tensors().values() {
-        check(&tensor.name, &|| in_blocks(dir.path(), &file, tensor));
+    for (name, types) in [("blocks.gguf", 26), ("bits.gguf", 2)] {
+        let file = GgufFile::open(folder("gguf").join(name)).unwrap();
+        assert_eq!(file.tensors().len(), types);
+        for tensor in file.tensors().values() {
+            check(&tensor.name, &|| in_blocks(dir.path(), &file, tensor));
+        }
     }
 }

@@ -181,6 +181,31 @@ fn virtual_tokens_that_begin_with_tokens_are_these_tokens() {
 }
 
 #[test]
+fn sampled_virtual_tokens_are_tokens_of_the_vocabulary() {
+    for name in MODELS {
+        let mut model = model(&folder(name));
+        let pass = Pass::inference(&model.device());
+        let all: Vec<u32> = (0..model.vocabulary() as u32).collect();
+        let embedded = tangent_ops::values(model.embed(&all.into(), &pass));
+        let width = model.head().weight.cols();
+        let sampled = SettingValue::text("sample-vocab");
+        let own = [
+            ("num_virtual_tokens", number(5.0)),
+            ("prompt_tuning_init", sampled),
+        ];
+        let adapter = attach(&mut *model, &config("prompt-tuning", &own), 1).unwrap();
+        let virtual_tokens = adapter.parameters[0].values();
+        assert_eq!(virtual_tokens.len(), 5 * width);
+        let ids = virtual_tokens.chunks_exact(width).map(|own| {
+            let mut tokens = embedded.chunks_exact(width);
+            tokens.position(|token| token == own)
+        });
+        let ids: Option<std::collections::BTreeSet<usize>> = ids.collect();
+        assert!(ids.is_some_and(|ids| ids.len() > 1), "{name}");
+    }
+}
+
+#[test]
 fn texts_of_other_lengths_are_cut_or_repeated() {
     let start = Start {
         prompt: vec![5, 17, 33],

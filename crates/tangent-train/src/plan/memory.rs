@@ -15,6 +15,7 @@ use super::metered;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{Costed, costs, lowest_layer, trains_embedding};
 use super::{Draft, Form, evaluated};
+use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -85,15 +86,23 @@ struct Beside {
     states: usize,
     /// Features of its widest activation.
     widest: usize,
+    /// Most tokens whose states are computed together to be stored; 0 if they are not.
+    stored_together: usize,
 }
 
 impl Beside {
-    fn of(model: &dyn Model) -> Option<Self> {
+    fn of(draft: &Draft<'_>) -> Option<Self> {
+        let model = draft.model;
         let side = model.whole().side.as_ref()?;
         let read = (0..=model.layers()).filter(|&state| side.reads(state));
+        let stored_together = || {
+            let rows: Vec<_> = activations::distinct(draft.train).into_keys().collect();
+            Survey::of_groups(activations::groups(&rows)).largest.tokens
+        };
         Some(Self {
             states: read.count() * model.head().weight.cols(),
             widest: side.widest(),
+            stored_together: draft.stored_states.then(stored_together).unwrap_or(0),
         })
     }
 }
@@ -187,7 +196,7 @@ impl MemoryModel {
             vocabulary: model.vocabulary(),
             widest: widths.max().unwrap_or(0),
             kept: Kept::new(draft, &costs, config.meter_every > 0),
-            beside: Beside::of(model),
+            beside: Beside::of(draft),
             importances: Importances::of(draft)?,
             head: head_site.map(|(site, cost)| (site.form, cost.per_token)),
             shared_head: head_site.is_some_and(|(site, _)| site.parameters == 0),
@@ -210,7 +219,8 @@ impl MemoryModel {
         [
             self.evaluation(),
             self.of_importances(survey),
-            self.before_side(survey),
+            self.last_state(survey),
+            self.of_stored_states(survey),
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey, checkpointing),
         ]
@@ -241,18 +251,40 @@ impl MemoryModel {
         }
     }
 
-    /// The layers have computed the states of all rows of a micro-batch, row by row, which are not
-    /// yet let go of for the last one. Nothing without a network beside the layers.
-    fn before_side(&self, survey: &Survey) -> Memory {
-        let Some(Beside { states, .. }) = self.beside else {
+    /// The last layer computes its state of a micro-batch, and all before it are there with what the
+    /// network made of them. Nothing without a network beside the layers.
+    fn last_state(&self, survey: &Survey) -> Memory {
+        if self.beside.is_none() {
             return Memory::default();
-        };
+        }
         let vectors = 1 + self.earlier(survey);
-        let row = survey.longest_row * (states + self.working());
+        let of_token = self.kept.beside + self.working();
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters * vectors + self.state + self.held),
-            activations: activation_bytes(survey.largest.tokens * states + row),
+            activations: activation_bytes(survey.largest.tokens * of_token),
+            loss: 0,
+            fixed: self.fixed_bytes,
+        }
+    }
+
+    /// Before the first step, the last layer computes its state of rows that are stored, with all
+    /// states before it; or all of them are there, and those of one row once more and as bytes.
+    fn of_stored_states(&self, survey: &Survey) -> Memory {
+        let Some(Beside {
+            states,
+            stored_together: together @ 1..,
+            ..
+        }) = self.beside
+        else {
+            return Memory::default();
+        };
+        let of_row = survey.longest_row * 2 * states;
+        let values = together * states + of_row.max(together * self.working());
+        Memory {
+            base_weights: self.base_bytes,
+            trained: trained_bytes(self.parameters + self.held),
+            activations: activation_bytes(values),
             loss: 0,
             fixed: self.fixed_bytes,
         }

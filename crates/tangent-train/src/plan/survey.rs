@@ -37,16 +37,12 @@ impl Alone {
     /// Sums over these rows.
     pub fn of<'a>(rows: impl IntoIterator<Item = &'a Example>) -> Self {
         let mut alone = Self::default();
-        alone.add(rows);
-        alone
-    }
-
-    fn add<'a>(&mut self, rows: impl IntoIterator<Item = &'a Example>) {
         for row in rows.into_iter().filter(|row| !row.inputs().is_empty()) {
-            self.rows += 1;
-            self.tokens += row.inputs().len();
-            self.pairs += pairs([row], 0);
+            alone.rows += 1;
+            alone.tokens += row.inputs().len();
+            alone.pairs += pairs([row], 0);
         }
+        alone
     }
 }
 
@@ -63,8 +59,6 @@ pub(super) struct Survey {
     pub targets: usize,
     /// Pairs of a token and one that it may see, times two.
     pub pairs: f64,
-    /// The rows of these micro-batches, each by itself.
-    pub alone: Alone,
     /// The largest numbers that a micro-batch has.
     pub largest: MicroBatch,
     /// The fewest tokens that one computes.
@@ -122,12 +116,19 @@ impl Survey {
     /// The micro-batches, tokens and pairs of these, and the most tokens of one, where rows are computed
     /// whole, whether they have targets or not.
     pub fn of_whole_rows(train: &[Example], batches: &StepRows) -> Self {
-        let mut survey = Self::default();
-        for rows in batches {
+        Self::of_groups(batches.iter().map(|rows| {
             let rows = rows.iter().filter_map(|&row| train.get(row));
-            let rows: Vec<&[u32]> = rows.map(|row| &row.tokens[..]).collect();
+            rows.map(|row| &row.tokens[..]).collect::<Vec<_>>()
+        }))
+    }
+
+    /// The same of groups of rows that are given as what is computed of them.
+    pub fn of_groups<'a>(groups: impl IntoIterator<Item: AsRef<[&'a [u32]]>>) -> Self {
+        let mut survey = Self::default();
+        for rows in groups {
+            let rows = rows.as_ref();
             let mut distinct = DistinctTokens::default();
-            for row in &rows {
+            for row in rows {
                 distinct.add(row);
             }
             let all: usize = rows.iter().map(|row| row.len()).sum();
@@ -160,7 +161,6 @@ impl Survey {
             self.tokens += tokens;
             self.targets += targets;
             self.pairs += pairs(rows.iter().copied(), virtual_tokens) * share;
-            self.alone.add(rows.iter().copied());
             self.longest_row = self.longest_row.max(longest);
             self.largest = self.largest.larger(MicroBatch { tokens, targets });
             self.smallest = Some(self.smallest.unwrap_or(tokens).min(tokens));
@@ -202,12 +202,7 @@ mod tests {
         assert_eq!((survey.largest.tokens, survey.largest.targets), (3, 2));
         assert_eq!((survey.spread(), Survey::default().spread()), (0, 0));
         assert_eq!(survey.pairs, 9.0 * survey.micro_batches as f64);
-        let alone = Alone {
-            rows: survey.micro_batches,
-            tokens: 3 * survey.micro_batches,
-            pairs: survey.pairs,
-        };
-        assert_eq!((survey.alone, survey.longest_row), (alone, 3));
+        assert_eq!(survey.longest_row, 3);
         // Virtual tokens come before every row, and once in a micro-batch.
         let after = Survey::new(&rows, &config, 4);
         assert_eq!((after.largest.tokens, after.largest.targets), (7, 2));

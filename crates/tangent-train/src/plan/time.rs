@@ -161,9 +161,8 @@ impl Work {
         let upper = tokens * ((1.0 + again) * self.upper + own);
         let upper_queries = (backward + forward * again) * self.upper_queries;
         let layers = match self.beside {
-            None => 2.0 * tokens * self.layers + forward * self.queries * survey.pairs,
             Some(Beside { stored: true, .. }) => 0.0,
-            Some(_) => self.of_rows(survey.alone),
+            _ => self.through_layers(survey),
         };
         let beside = (forward + backward) * self.beside.map_or(0.0, |beside| beside.queries);
         layers + 2.0 * (upper + head) + (upper_queries + beside) * survey.pairs
@@ -174,9 +173,10 @@ impl Work {
         if self.head_trains { 3.0 } else { 2.0 }
     }
 
-    /// Operations of the layers, forward, of rows that are computed one by one.
-    fn of_rows(&self, rows: Alone) -> f64 {
-        2.0 * (tokens(rows.tokens, rows.rows) * self.layers + self.queries * rows.pairs)
+    /// Operations of the layers, forward.
+    fn through_layers(&self, survey: &Survey) -> f64 {
+        let tokens = tokens(survey.tokens, survey.micro_batches);
+        2.0 * (tokens * self.layers + self.queries * survey.pairs)
     }
 
     /// Operations of what start values see of the data before the first step, and of hidden states
@@ -187,7 +187,8 @@ impl Work {
     pub fn of_start(&self, draft: &Draft<'_>, config: &TrainConfig) -> Result<f64, TrainError> {
         let states = match self.beside {
             Some(Beside { stored: true, .. }) => {
-                self.of_rows(Alone::of(activations::distinct(draft.train).into_values()))
+                let rows: Vec<_> = activations::distinct(draft.train).into_keys().collect();
+                self.through_layers(&Survey::of_groups(activations::groups(&rows)))
             }
             _ => 0.0,
         };

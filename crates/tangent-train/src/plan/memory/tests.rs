@@ -137,11 +137,10 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
     let survey = Survey::new(&train, &settings, 0);
     // Three states; of the layers gate, up, their product, and what goes around them.
     let (states, working) = (3 * 32, 3 * 48 + 2 * 32);
-    let before = memory.before_side(&survey);
-    let of_row = 10 * (states + working);
-    assert_eq!(before.activations, activation_bytes(16 * states + of_row));
     // What the network keeps, the states among it, and what the head reads.
     let kept = model.whole().side.as_ref().unwrap().kept();
+    let last = memory.last_state(&survey);
+    assert_eq!(last.activations, activation_bytes(16 * (kept + working)));
     let start = memory.start_of_backward(&survey, false);
     assert_eq!(start.activations, activation_bytes(16 * (kept + 32)));
     // Values and two moments.
@@ -158,6 +157,17 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
         memory.predict(&survey, true),
         memory.predict(&survey, false)
     );
+    // States of both rows are stored together, those of one once more and as bytes.
+    assert_eq!(memory.of_stored_states(&survey), Memory::default());
+    let draft = Draft {
+        stored_states: true,
+        ..draft
+    };
+    let memory = MemoryModel::new(&draft, &settings).unwrap();
+    let stored = memory.of_stored_states(&survey);
+    let most = (2 * 10 * states).max(16 * working);
+    assert_eq!(stored.activations, activation_bytes(16 * states + most));
+    assert_eq!(stored.trained, trained_bytes(count));
 }
 
 #[test]

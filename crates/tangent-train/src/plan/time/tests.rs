@@ -151,17 +151,15 @@ fn beside(own: &[(&str, SettingValue)], act: impl FnOnce(&Draft<'_>, Work)) {
 }
 
 #[test]
-fn layers_beside_a_network_are_gone_through_once_row_by_row() {
+fn layers_beside_a_network_are_gone_through_once() {
     beside(&[], |draft, work| {
         let config = TrainConfig::default();
         let survey = Survey::new(draft.train, &config, 0);
-        // Of a micro-batch, and of each of its rows by itself.
-        let more = measured::MICRO_BATCH_TOKENS;
-        let (together, alone) = (20.0 + more, 20.0 + 2.0 * more);
+        let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
         let parameters: usize = draft.trained.iter().map(|site| site.parameters).sum();
         // Both rows see 100 pairs; two blocks have queries of 16.
-        let layers = 2.0 * alone * 2.0 * LAYER + 2.0 * (2.0 * 32.0) * 200.0;
-        let side = 3.0 * 2.0 * together * parameters as f64 + 7.0 * (2.0 * 16.0) * 200.0;
+        let layers = 2.0 * tokens * 2.0 * LAYER + 2.0 * (2.0 * 32.0) * 200.0;
+        let side = 3.0 * 2.0 * tokens * parameters as f64 + 7.0 * (2.0 * 16.0) * 200.0;
         let head = 2.0 * 2.0 * f64::from(96 * 32 * 18);
         for checkpointing in [false, true] {
             let got = work.of_steps(&survey, checkpointing);
@@ -169,17 +167,6 @@ fn layers_beside_a_network_are_gone_through_once_row_by_row() {
             assert!((got / want - 1.0).abs() < 1e-12, "{got} {want}");
         }
         assert_eq!(work.of_start(draft, &config).unwrap(), 0.0);
-        // Rows that a batch has in common are not shared there.
-        let twice = Survey {
-            alone: Alone {
-                rows: 2 * survey.alone.rows,
-                tokens: 2 * survey.alone.tokens,
-                pairs: 2.0 * survey.alone.pairs,
-            },
-            ..survey.clone()
-        };
-        let more = work.of_steps(&twice, false) - work.of_steps(&survey, false);
-        assert!((more / (3.0 * layers) - 1.0).abs() < 1e-12, "{more}");
         // With stored states they run before the first step.
         let draft = Draft {
             stored_states: true,
