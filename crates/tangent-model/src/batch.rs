@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tangent_ops::{Segment, Segments, Target};
+use tangent_ops::{STEADY_TOKENS, Segment, Segments, Target};
 
 use crate::family::Model;
 
@@ -126,23 +126,21 @@ impl Batch {
         }
     }
 
-    /// The batch with tokens of no row after all others, so that there are at least so many.
-    pub(crate) fn filled(&self, least: usize) -> Self {
+    /// The batch whose layers on the CPU, without adapters, give each token the same to the bit whatever
+    /// other rows there are. Tokens of no row stand after all others where there are few.
+    pub(crate) fn steady(&self) -> Self {
         let tokens = self.ids.len();
-        let missing = least.saturating_sub(tokens);
-        if missing == 0 {
-            return self.clone();
-        }
-        let rest = Segment {
+        let missing = STEADY_TOKENS.saturating_sub(tokens);
+        let rest = (missing > 0).then_some(Segment {
             start: tokens,
             len: missing,
             parent: None,
-        };
-        let segments = self.segments.list().iter().copied().chain([rest]);
+        });
+        let segments = self.segments.list().iter().copied().chain(rest);
         let ids = self.ids.iter().copied();
         Self {
             ids: ids.chain(std::iter::repeat_n(0, missing)).collect(),
-            segments: Arc::new(Segments::new(segments.collect())),
+            segments: Arc::new(Segments::new(segments.collect()).steady()),
             ..self.clone()
         }
     }

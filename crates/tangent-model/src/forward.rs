@@ -5,8 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use tangent_ops::cross_entropy::CHUNK;
 use tangent_ops::{
-    AttentionShape, STEADY_TOKENS, Target, linear_cross_entropy, linear_log_softmax_at,
-    log_softmax_at,
+    AttentionShape, Target, linear_cross_entropy, linear_log_softmax_at, log_softmax_at,
 };
 
 use crate::batch::Batch;
@@ -185,14 +184,13 @@ pub(crate) fn states_through<'a>(
     })
 }
 
-/// [`states`] of a batch that is made long enough for its kernels to give each token the same to the
-/// bit, whatever other rows there are.
+/// [`states`] of which each token has the same to the bit, whatever other rows there are.
 fn steady_states<'a>(
     model: &'a dyn Model,
     batch: &Batch,
     side: &'a dyn SideAdapter,
 ) -> impl Iterator<Item = Tensor<2>> + use<'a> {
-    let (batch, tokens) = (batch.filled(STEADY_TOKENS), batch.ids.len());
+    let (batch, tokens) = (batch.steady(), batch.ids.len());
     let pass = Pass::inference(&model.device());
     let x = embed(model, &batch, &pass);
     let is_filled = batch.ids.len() > tokens;
@@ -249,9 +247,7 @@ fn states_by_row(
         }
         let tokens: Vec<u32> = row.places.iter().map(|&place| batch.ids[place]).collect();
         let computed = || states_of_rows(model, side, &[&tokens]).next();
-        let Some(own) = known.row(&tokens).or_else(computed) else {
-            continue;
-        };
+        let own = known.row(&tokens).or_else(computed).unwrap_or_default();
         for (state, own) in states.iter_mut().zip(&own) {
             for (&place, values) in row.places.iter().zip(own.chunks_exact(width)) {
                 if !placed[place] {

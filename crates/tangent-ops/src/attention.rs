@@ -129,7 +129,7 @@ pub fn attend(
         .flat_map(|first| (0..shape.kv_heads).map(move |g| (first, g)))
         .collect();
     let task = |&(first, g): &(usize, usize)| {
-        let mut block = Block::new(shape, shape.block_tokens().min(n), total).in_any_order();
+        let mut block = Block::new(shape, shape.block_tokens().min(n), total);
         let tokens = shape.block_tokens().min(n - first);
         block.gather(q, first, tokens, g, None);
         let k = View::new(&keys[g * d..], total, d, kv_width);
@@ -184,10 +184,11 @@ impl Attention {
         })
     }
 
-    /// Tokens of a segment's largest block.
-    fn block_tokens(&self, segment: usize) -> usize {
+    /// Room for the blocks of a segment that sees so many tokens.
+    fn block(&self, segment: usize, total: usize) -> Block {
         let len = self.segments.list()[segment].len;
-        self.shape.block_tokens().min(len)
+        let tokens = self.shape.block_tokens().min(len);
+        Block::new(self.shape, tokens, total).steady(self.segments.is_steady())
     }
 
     /// The rows of key head `g` that lie in `ranges`, gathered where these are several.
@@ -228,7 +229,7 @@ impl Attention {
         let ranges = self.segments.visible(segment);
         let (mut k_rows, mut v_rows) = (vec![], vec![]);
         let total = ranges.iter().map(ExactSizeIterator::len).sum();
-        let mut block = Block::new(self.shape, self.block_tokens(segment), total);
+        let mut block = self.block(segment, total);
         let rotation = Some((&*self.rotary, self.segments.positions()));
         block.gather(q, queries.first, queries.tokens, g, rotation);
         let keys = self.rows(k, &ranges, g, &mut k_rows);
@@ -254,7 +255,7 @@ impl Attention {
         let values = self.rows(v, &ranges, g, &mut v_rows);
         let positions = self.segments.positions();
         let (mut d_k, mut d_v) = (vec![0f32; total * d], vec![0f32; total * d]);
-        let mut block = Block::new(self.shape, self.block_tokens(segment), total);
+        let mut block = self.block(segment, total);
         let (mut d_p, mut d_o) = (vec![], vec![]);
         for queries in self.queries(segment) {
             let Queries { first, tokens, .. } = queries;

@@ -28,8 +28,9 @@ pub fn definition(x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
 /// it panels go through the matrix product.
 pub(crate) const FEW_TOKENS: usize = 8;
 
-/// From so many tokens on, what a frozen map gives for one of them is the same to the bit whatever the
-/// others are and however many: `gemm` takes other orders of additions for smaller products.
+/// From so many tokens on, what a frozen map of more than two inputs gives for one of them is the same
+/// to the bit whatever the others are and however many: `gemm` takes other orders of additions for
+/// smaller products.
 pub const STEADY_TOKENS: usize = 65;
 
 /// `x W^T` for row-major `x: (n, d_in)`.
@@ -130,12 +131,17 @@ mod tests {
 
     #[test]
     fn of_many_tokens_each_is_as_with_any_others() {
-        let stored = [StoredType::F32, StoredType::BF16];
-        // Of 576 features 455 rows are widened together: two are left.
-        let sizes = [(1, 64), (16, 64), (457, 576), (60, 1536)];
-        for (stored, (d_out, d_in)) in sizes.iter().flat_map(|size| stored.map(|s| (s, *size))) {
-            let values = check::values(d_out * d_in, 5);
-            let weight = FrozenMatrix::from_values(values, d_out, d_in).convert(stored);
+        let wide =
+            |d_out, d_in| FrozenMatrix::from_values(check::values(d_out * d_in, 5), d_out, d_in);
+        // Of 576 features 455 rows are widened together: one or two are left.
+        let sizes = [(1, 64), (16, 64), (456, 576), (457, 576), (60, 1536)];
+        let weights = sizes.iter().flat_map(|&(d_out, d_in)| {
+            let wide = wide(d_out, d_in);
+            let codes = wide.quantize(Quantization::ALL[0]).unwrap();
+            [codes, wide.convert(StoredType::BF16), wide]
+        });
+        for weight in weights {
+            let (d_out, d_in) = (weight.rows(), weight.cols());
             let x = check::values(400 * d_in, 6);
             let all = forward(&x, 400, &weight);
             for (first, n) in [(0, STEADY_TOKENS), (7, 66), (300, 100), (1, 257)] {

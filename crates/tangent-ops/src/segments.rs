@@ -20,6 +20,7 @@ pub struct Segments {
     list: Vec<Segment>,
     positions: Vec<u32>,
     trees: Vec<Vec<usize>>,
+    is_steady: bool,
 }
 
 impl Segments {
@@ -68,7 +69,21 @@ impl Segments {
             list,
             positions,
             trees,
+            is_steady: false,
         }
+    }
+
+    /// The same of which attention on the CPU gives each token what it would, to the bit, were its row
+    /// cut into other segments, or the only one. That is slower for short segments.
+    pub fn steady(self) -> Self {
+        Self {
+            is_steady: true,
+            ..self
+        }
+    }
+
+    pub(crate) fn is_steady(&self) -> bool {
+        self.is_steady
     }
 
     /// Number of tokens.

@@ -15,7 +15,7 @@
 //! repetition of rows in the data matters. The checksum covers the mark, the head of the record and
 //! its values.
 //!
-//! **Equal to the bit.** In training the states of a row do not depend on the batch that it is in (see
+//! **Equal to the bit**, on the CPU. In training the states of a row do not depend on the batch that it is in (see
 //! `forward::hidden`) and are rounded to the network's [`StateType`](tangent_model::StateType), stored
 //! or not. So a run with stored states and one without take the same steps, and a row whose record
 //! turns out damaged is simply computed. Rows that are stored are computed together with their
@@ -50,8 +50,8 @@ pub(crate) use manifest::identity;
 
 /// Largest size of a file, unless one row takes more.
 const FILE_BYTES: u64 = 1 << 30;
-/// Most tokens of several rows whose states are computed together: more would save little, and take
-/// memory.
+/// Most tokens that rows add to a first one with which their states are computed together: more would
+/// save little, and take memory.
 pub(crate) const TOGETHER: usize = 256;
 /// Most that is stored if nothing else is said.
 pub const LIMIT: u64 = 20_000_000_000;
@@ -189,11 +189,12 @@ pub(crate) fn groups<'r, 't>(rows: &'r [&'t [u32]]) -> Vec<&'r [&'t [u32]]> {
     let (mut groups, mut rest) = (vec![], rows);
     while !rest.is_empty() {
         let mut tokens = DistinctTokens::default();
+        let most = TOGETHER + rest[0].len();
         let fits = rest.iter().take_while(|row| {
             tokens.add(row);
-            tokens.count() <= TOGETHER
+            tokens.count() <= most
         });
-        let (group, others) = rest.split_at(fits.count().max(1));
+        let (group, others) = rest.split_at(fits.count());
         groups.push(group);
         rest = others;
     }
@@ -392,5 +393,30 @@ impl RowStates for Stored {
         let found = self.rows.binary_search_by(|row| row[..].cmp(tokens));
         let row = found.ok()?;
         self.format.states(&self.read(row)?, row, tokens.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_computed_together_up_to_a_number_of_added_tokens() {
+        let lengths = |rows: &[Vec<u32>]| {
+            let mut rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+            rows.sort_unstable();
+            let groups = groups(&rows);
+            assert!(groups.concat() == rows);
+            groups.iter().map(|group| group.len()).collect::<Vec<_>>()
+        };
+        assert!(lengths(&[]).is_empty());
+        // Each adds 5 tokens to a beginning that is long by itself.
+        let beginning: Vec<u32> = (0..300).collect();
+        let row = |i: u32| [&beginning[..], &[400 + i; 5]].concat();
+        let rows: Vec<_> = (0..60).map(row).collect();
+        assert_eq!(lengths(&rows), [52, 8]);
+        // Nothing in common: what comes with the first one has up to 256 tokens.
+        let rows: Vec<_> = (0..5).map(|i| vec![i; 100]).collect();
+        assert_eq!(lengths(&rows), [3, 2]);
     }
 }

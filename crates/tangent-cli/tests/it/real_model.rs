@@ -120,6 +120,35 @@ fn rows_of_a_batch_never_see_each_other() {
 }
 
 #[test]
+fn hidden_states_of_a_row_are_the_same_bits_in_every_batch() {
+    let Some(mut opened) = open() else { return };
+    let config = AdapterConfig {
+        method: "lst".into(),
+        ..AdapterConfig::default()
+    };
+    attach(&mut *opened.model, &config, 1).unwrap();
+    let model = &*opened.model;
+    let side = model.whole().side.clone().unwrap();
+    // Longer than a sum that is formed in one go, with what others have in common with it.
+    let long: Vec<u32> = (0..540).map(|i| 100 + i * 37 % 997).collect();
+    let rows = [
+        long.clone(),
+        [&long[..200], &[7, 8, 9]].concat(),
+        [&long[..200], &[7]].concat(),
+        long[..1].to_vec(),
+        vec![5, 6, 7],
+        (0..90).collect(),
+    ];
+    let all: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let together = forward::states_of_rows(model, &*side, &all);
+    for (row, together) in all.iter().zip(together) {
+        let alone = forward::states_of_rows(model, &*side, &[row]).next();
+        let tokens = row.len();
+        assert!(alone == Some(together), "a row of {tokens} tokens");
+    }
+}
+
+#[test]
 fn methods_train_as_many_parameters_as_the_readme_says() {
     let Some(mut opened) = open() else { return };
     for row in crate::readme::methods() {

@@ -73,7 +73,7 @@ impl Block {
         let stride = shape.most_keys(tokens, total).next_multiple_of(LANES);
         Self {
             shape,
-            steady: true,
+            steady: false,
             most: tokens * shape.group() * stride,
             q: vec![],
             p: vec![],
@@ -85,12 +85,9 @@ impl Block {
         }
     }
 
-    /// The block with sums in whatever order is fastest where it has a few rows, as in decoding.
-    pub(super) fn in_any_order(self) -> Self {
-        Self {
-            steady: false,
-            ..self
-        }
+    /// The block with sums whose order does not depend on what else is in it.
+    pub(super) fn steady(self, steady: bool) -> Self {
+        Self { steady, ..self }
     }
 
     /// Takes the queries of `tokens` tokens from `first` on, rotated where a table is given.
@@ -196,7 +193,7 @@ impl Block {
         let v = self.seen(v);
         let out = room(&mut self.output, self.rows * d);
         let out = ViewMut::dense(out, self.rows, d);
-        match self.steady || self.rows > LANES {
+        match self.steady {
             true => kernel::steady_matmul(out, 1.0, p, v, self.low),
             false => product(out, Into::Overwrite, p, v),
         }
@@ -248,20 +245,24 @@ fn product_with_keys(
     keys: View<'_>,
     steady: bool,
 ) {
-    if !steady && rows <= LANES {
-        let dst = ViewMut::new(dst, rows, count, stride);
-        return kernel::matmul(dst, Into::Overwrite, factor, x, keys.t(), Threads::One);
-    }
-    for panel in panels(count, keys.cols()) {
+    for panel in panels(rows, count, x.cols()) {
         let dst = ViewMut::new(&mut dst[panel.start..], rows, panel.len(), stride);
         let keys = keys.skip_rows(panel.start).first_rows(panel.len()).t();
-        kernel::steady_matmul(dst, factor, x, keys, 0);
+        match steady {
+            true => kernel::steady_matmul(dst, factor, x, keys, 0),
+            false => kernel::matmul(dst, Into::Overwrite, factor, x, keys, Threads::One),
+        }
     }
 }
 
-/// Keys that are multiplied together.
-fn panels(keys: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
-    let width = (PANEL / d.max(1)).max(1).next_multiple_of(LANES);
+/// Keys that are multiplied together. Panels must not change the order of additions: `gemm` takes
+/// another one for products of up to 256 values, and may divide sums over more than 512. With few rows
+/// or that many features there is one panel.
+fn panels(rows: usize, keys: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
+    let width = match rows > LANES && d <= 512 {
+        true => (PANEL / d.max(1)).max(1).next_multiple_of(LANES),
+        false => keys.max(1),
+    };
     let count = (keys / width).max(1);
     (0..count).map(move |i| match i + 1 == count {
         true => i * width..keys,
@@ -277,10 +278,11 @@ mod tests {
     #[test]
     fn panels_of_keys_change_no_bit() {
         // Of 64 features 128 keys a panel, the last with up to 255.
-        let lengths = |keys| panels(keys, 64).map(|p| p.len()).collect::<Vec<_>>();
-        assert_eq!((lengths(255), lengths(1)), (vec![255], vec![1]));
-        assert_eq!(lengths(256), [128, 128]);
-        assert_eq!(lengths(1063), [&[128; 7][..], &[167]].concat());
+        let lengths = |rows, keys| panels(rows, keys, 64).map(|p| p.len()).collect::<Vec<_>>();
+        assert_eq!(lengths(96, 255), [255]);
+        assert_eq!(lengths(96, 256), [128, 128]);
+        assert_eq!(lengths(96, 1063), [&[128; 7][..], &[167]].concat());
+        assert_eq!((lengths(16, 700), lengths(96, 1)), (vec![700], vec![1]));
         for (rows, keys, d) in [(96, 1063, 64), (17, 700, 64), (96, 257, 128), (30, 99, 512)] {
             let (x, k) = (check::values(rows * d, 1), check::values(keys * 2 * d, 2));
             let (x, k) = (View::dense(&x, rows, d), View::new(&k, keys, d, 2 * d));
@@ -288,7 +290,7 @@ mod tests {
             let (mut want, mut got) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
             let dst = ViewMut::new(&mut want, rows, keys, stride);
             kernel::matmul(dst, Into::Overwrite, 0.3, x, k.t(), Threads::One);
-            product_with_keys(&mut got, [rows, keys, stride], 0.3, x, k, true);
+            product_with_keys(&mut got, [rows, keys, stride], 0.3, x, k, false);
             assert!(check::bits(&got) == check::bits(&want), "{rows} {keys} {d}");
         }
     }

@@ -154,20 +154,59 @@ fn a_token_has_the_same_bits_however_its_row_is_cut() {
             let parent = list.len().checked_sub(1);
             list.push(Segment { start, len, parent });
         }
+        // Another row continues the first segment.
+        let first = list[0].len;
+        list.push(Segment {
+            start: n,
+            len: 9,
+            parent: Some(0),
+        });
+        let (cut, whole) = (
+            Segments::new(list).steady(),
+            Segments::rows(&[n, first + 9]),
+        );
+        let whole = whole.steady();
         let rotary = Arc::new(Rotary::new(vec![1.0, 0.3], 2000));
         let device = burn::tensor::Device::flex();
-        for window in [None, Some(30), Some(600)] {
-            let values = |width, seed| {
-                let values = check::values(n * width, seed);
-                crate::tensor(values, n, width, &device)
+        for (kv_heads, window) in [(2, None), (2, Some(30)), (2, Some(600)), (4, None)] {
+            let shape = AttentionShape {
+                kv_heads,
+                ..shape(window)
             };
-            let inputs = [values(16, 1), values(8, 2), values(8, 3)];
-            let of = |segments| {
-                let segments = Arc::new(segments);
-                crate::values(attention_of(&inputs, &segments, &rotary, window))
+            let of = |segments: &Segments| {
+                // In the second layout the first tokens come once more.
+                let again = segments.list()[1..].iter().all(|s| s.parent.is_none());
+                let rows = segments.tokens();
+                let values = |width: usize, seed| {
+                    let values = check::values((n + 9) * width, seed);
+                    let place = |i: usize| match again && i >= n {
+                        true if i - n < first => i - n,
+                        true => i - first,
+                        false => i,
+                    };
+                    let of_token = |i| values[place(i) * width..][..width].to_vec();
+                    let values: Vec<f32> = (0..rows).flat_map(of_token).collect();
+                    crate::tensor(values, rows, width, &device)
+                };
+                let [q, k, v] = [
+                    values(16, 1),
+                    values(4 * kv_heads, 2),
+                    values(4 * kv_heads, 3),
+                ];
+                let segments = Arc::new(segments.clone());
+                crate::values(attention(q, k, v, &segments, &rotary, shape))
             };
-            let (cut, whole) = (of(Segments::new(list.clone())), of(Segments::rows(&[n])));
-            assert!(check::bits(&cut) == check::bits(&whole), "{n} {window:?}");
+            let (cut, whole) = (of(&cut), of(&whole));
+            let what = format!("{n} {kv_heads} {window:?}");
+            assert!(
+                check::bits(&cut[..n * 16]) == check::bits(&whole[..n * 16]),
+                "{what}"
+            );
+            let (cut, whole) = (&cut[n * 16..], &whole[(n + first) * 16..]);
+            assert!(
+                check::bits(cut) == check::bits(whole),
+                "{what}, the other row"
+            );
         }
     }
 }

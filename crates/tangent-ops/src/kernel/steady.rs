@@ -29,6 +29,7 @@ pub(crate) fn steady_matmul(
         cols,
         row_stride,
     } = dst;
+    assert!(lhs.cols == rhs.rows, "terms of the product");
     let (depth, mut from, mut mode) = (lhs.cols, 0, Into::Overwrite);
     while from < depth || mode == Into::Overwrite {
         let to = depth.min(from + TERMS - (first + from) % TERMS);
@@ -51,7 +52,11 @@ pub(crate) fn is_small(rows: usize, cols: usize) -> bool {
     rows * cols <= 256 || rows == 1 || cols == 1
 }
 
-/// [`matmul`] on this thread with zeros around both sides, so many that `gemm` takes its usual way.
+/// [`matmul`] on this thread with zeros around both sides, so many that `gemm` takes its usual way. Of
+/// more than 512 terms that is another one up to 64 rows and columns.
+///
+/// # Panics
+/// As [`matmul`], and with so many terms and so few rows.
 pub(crate) fn small_matmul(
     dst: ViewMut<'_>,
     mode: Into,
@@ -59,6 +64,11 @@ pub(crate) fn small_matmul(
     lhs: View<'_>,
     rhs: View<'_>,
 ) {
+    assert!(lhs.rows == dst.rows && rhs.cols == dst.cols && lhs.cols == rhs.rows);
+    assert!(
+        lhs.cols <= TERMS || dst.rows > 64,
+        "terms of a small product"
+    );
     let (m, n, k) = (dst.rows.max(17), dst.cols.max(17), lhs.cols.max(3));
     let (lhs, rhs) = (lhs.padded(m, k), rhs.padded(k, n));
     let mut out = match mode {
@@ -84,8 +94,15 @@ impl View<'_> {
     fn padded(&self, rows: usize, cols: usize) -> Vec<f32> {
         let mut values = vec![0.0; rows * cols];
         for (row, out) in values.chunks_exact_mut(cols).take(self.rows).enumerate() {
-            for (col, out) in out.iter_mut().take(self.cols).enumerate() {
-                *out = self.data[row * self.row_stride + col * self.col_stride];
+            let from = &self.data[row * self.row_stride..];
+            let out = &mut out[..self.cols];
+            match self.col_stride {
+                1 => out.copy_from_slice(&from[..self.cols]),
+                stride => {
+                    for (out, v) in out.iter_mut().zip(from.iter().step_by(stride)) {
+                        *out = *v;
+                    }
+                }
             }
         }
         values

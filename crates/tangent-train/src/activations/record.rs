@@ -7,7 +7,7 @@ use tangent_model::{SideAdapter, StateType};
 /// What every file of states begins with.
 const MAGIC: &[u8; 8] = b"TANGENTH";
 /// Version of the format.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// Bytes of a record before its values, the last four of them a checksum.
 const HEAD: usize = 16;
 

@@ -5,8 +5,8 @@ mod evidence;
 use serde_json::{Value, json};
 use tangent_model::SiteKind;
 use tangent_model::family::Model;
-use tangent_ops::FrozenMatrix;
 use tangent_ops::cross_entropy::CHUNK;
+use tangent_ops::{FrozenMatrix, STEADY_TOKENS};
 use tangent_peft::{Attach, methods};
 
 use super::calibration as measured;
@@ -86,8 +86,9 @@ struct Beside {
     states: usize,
     /// Features of its widest activation.
     widest: usize,
-    /// Most tokens whose states are computed together to be stored; 0 if they are not.
-    stored_together: usize,
+    /// Where states are stored, the most tokens whose states are computed together, and those of the
+    /// longest row.
+    stored: Option<[usize; 2]>,
 }
 
 impl Beside {
@@ -95,14 +96,16 @@ impl Beside {
         let model = draft.model;
         let side = model.whole().side.as_ref()?;
         let read = (0..=model.layers()).filter(|&state| side.reads(state));
-        let stored_together = || {
+        let stored = || {
             let rows: Vec<_> = activations::distinct(draft.train).into_keys().collect();
-            Survey::of_groups(activations::groups(&rows)).largest.tokens
+            let longest = rows.iter().map(|row| row.len()).max();
+            let groups = Survey::of_groups(activations::groups(&rows));
+            [groups.largest.tokens, longest.unwrap_or(0)]
         };
         Some(Self {
             states: read.count() * model.head().weight.cols(),
             widest: side.widest(),
-            stored_together: draft.stored_states.then(stored_together).unwrap_or(0),
+            stored: draft.stored_states.then(stored),
         })
     }
 }
@@ -220,7 +223,7 @@ impl MemoryModel {
             self.evaluation(),
             self.of_importances(survey),
             self.last_state(survey),
-            self.of_stored_states(survey),
+            self.of_stored_states(),
             self.start_of_backward(survey, checkpointing),
             self.end_of_backward(survey, checkpointing),
         ]
@@ -252,17 +255,22 @@ impl MemoryModel {
     }
 
     /// The last layer computes its state of a micro-batch, and all before it are there with what the
-    /// network made of them. Nothing without a network beside the layers.
+    /// network made of them; or all states are read that are stored, those of a row also as bytes.
+    /// Nothing without a network beside the layers.
     fn last_state(&self, survey: &Survey) -> Memory {
-        if self.beside.is_none() {
+        let Some(Beside { states, stored, .. }) = self.beside else {
             return Memory::default();
-        }
+        };
         let vectors = 1 + self.earlier(survey);
-        let of_token = self.kept.beside + self.working();
+        let tokens = survey.largest.tokens;
+        let values = match stored {
+            Some([_, longest]) => (tokens + 2 * longest) * states,
+            None => tokens * self.kept.beside + tokens.max(STEADY_TOKENS) * self.working(),
+        };
         Memory {
             base_weights: self.base_bytes,
             trained: trained_bytes(self.parameters * vectors + self.state + self.held),
-            activations: activation_bytes(survey.largest.tokens * of_token),
+            activations: activation_bytes(values),
             loss: 0,
             fixed: self.fixed_bytes,
         }
@@ -270,16 +278,16 @@ impl MemoryModel {
 
     /// Before the first step, the last layer computes its state of rows that are stored, with all
     /// states before it; or all of them are there, and those of one row once more and as bytes.
-    fn of_stored_states(&self, survey: &Survey) -> Memory {
+    fn of_stored_states(&self) -> Memory {
         let Some(Beside {
             states,
-            stored_together: together @ 1..,
+            stored: Some([together, longest]),
             ..
         }) = self.beside
         else {
             return Memory::default();
         };
-        let of_row = survey.longest_row * 2 * states;
+        let of_row = longest * 2 * states;
         let values = together * states + of_row.max(together * self.working());
         Memory {
             base_weights: self.base_bytes,

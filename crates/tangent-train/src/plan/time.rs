@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 use tangent_model::family::Model;
 use tangent_model::{Site, SiteKind};
+use tangent_ops::STEADY_TOKENS;
 use tangent_ops::{FrozenMatrix, frozen_linear};
 use tangent_peft::AdapterConfig;
 use tangent_peft::init::{self, Needs};
@@ -175,7 +176,12 @@ impl Work {
 
     /// Operations of the layers, forward.
     fn through_layers(&self, survey: &Survey) -> f64 {
-        let tokens = tokens(survey.tokens, survey.micro_batches);
+        // Beside a network short batches are filled up.
+        let least = match self.beside {
+            Some(_) => STEADY_TOKENS * survey.micro_batches,
+            None => 0,
+        };
+        let tokens = tokens(survey.tokens.max(least), survey.micro_batches);
         2.0 * (tokens * self.layers + self.queries * survey.pairs)
     }
 

@@ -140,7 +140,9 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
     // What the network keeps, the states among it, and what the head reads.
     let kept = model.whole().side.as_ref().unwrap().kept();
     let last = memory.last_state(&survey);
-    assert_eq!(last.activations, activation_bytes(16 * (kept + working)));
+    // The layers have tokens of no row besides.
+    let of_layers = STEADY_TOKENS * working;
+    assert_eq!(last.activations, activation_bytes(16 * kept + of_layers));
     let start = memory.start_of_backward(&survey, false);
     assert_eq!(start.activations, activation_bytes(16 * (kept + 32)));
     // Values and two moments.
@@ -158,16 +160,18 @@ fn layers_beside_a_network_keep_nothing_and_their_states_are_held() {
         memory.predict(&survey, false)
     );
     // States of both rows are stored together, those of one once more and as bytes.
-    assert_eq!(memory.of_stored_states(&survey), Memory::default());
+    assert_eq!(memory.of_stored_states(), Memory::default());
     let draft = Draft {
         stored_states: true,
         ..draft
     };
     let memory = MemoryModel::new(&draft, &settings).unwrap();
-    let stored = memory.of_stored_states(&survey);
+    let stored = memory.of_stored_states();
     let most = (2 * 10 * states).max(16 * working);
     assert_eq!(stored.activations, activation_bytes(16 * states + most));
     assert_eq!(stored.trained, trained_bytes(count));
+    let read = memory.last_state(&survey);
+    assert_eq!(read.activations, activation_bytes((16 + 2 * 10) * states));
 }
 
 #[test]

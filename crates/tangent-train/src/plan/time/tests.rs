@@ -158,7 +158,9 @@ fn layers_beside_a_network_are_gone_through_once() {
         let tokens = 20.0 + measured::MICRO_BATCH_TOKENS;
         let parameters: usize = draft.trained.iter().map(|site| site.parameters).sum();
         // Both rows see 100 pairs; two blocks have queries of 16.
-        let layers = 2.0 * tokens * 2.0 * LAYER + 2.0 * (2.0 * 32.0) * 200.0;
+        // The layers have tokens of no row besides.
+        let filled = STEADY_TOKENS as f64 + measured::MICRO_BATCH_TOKENS;
+        let layers = 2.0 * filled * 2.0 * LAYER + 2.0 * (2.0 * 32.0) * 200.0;
         let side = 3.0 * 2.0 * tokens * parameters as f64 + 7.0 * (2.0 * 16.0) * 200.0;
         let head = 2.0 * 2.0 * f64::from(96 * 32 * 18);
         for checkpointing in [false, true] {
