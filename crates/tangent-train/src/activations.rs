@@ -15,12 +15,13 @@
 //! repetition of rows in the data matters. The checksum covers the mark, the head of the record and
 //! its values.
 //!
-//! **Equal to the bit**, on the CPU. In training the states of a row do not depend on the batch that it is in (see
-//! `forward::hidden`) and are rounded to the network's [`StateType`](tangent_model::StateType), stored
-//! or not. So a run with stored states and one without take the same steps, and a row whose record
-//! turns out damaged is simply computed. Rows that are stored are computed together with their
-//! neighbours in the order of tokens, which share most with them. Between builds and kinds of processors last bits may differ: of a folder that is used again, one
-//! row is computed and compared before anything trusts it. Rows of an evaluation are computed as
+//! **Equal to the bit**, on the CPU. In training the states of a row do not depend on the batch that it
+//! is in (see `forward::hidden`) and are rounded to the network's
+//! [`StateType`](tangent_model::StateType), stored or not. So a run with stored states and one without
+//! take the same steps, and a row whose record turns out damaged is simply computed. Rows that are
+//! stored are computed together with their neighbours in the order of tokens, which share most with
+//! them. Between builds and kinds of processors last bits may differ: of a folder that is used again,
+//! one row is computed and compared before anything trusts it. Rows of an evaluation are computed as
 //! always.
 
 mod complete;

@@ -39,8 +39,9 @@ pub fn store(
         say(format_args!("{folder}: {}", found(survey)));
     })?;
     if missing > 0 && !stop.load(Ordering::Relaxed) {
+        let rows = if missing == 1 { "row" } else { "rows" };
         say(format_args!(
-            "hidden states of {missing} rows in {}",
+            "hidden states of {missing} {rows} in {}",
             duration(clock.elapsed())
         ));
     }
