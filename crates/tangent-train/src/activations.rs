@@ -53,7 +53,7 @@ pub(crate) use manifest::identity;
 const FILE_BYTES: u64 = 1 << 30;
 /// Most tokens that rows add to a first one with which their states are computed together: more would
 /// save little, and take memory.
-pub(crate) const TOGETHER: usize = 256;
+const TOGETHER: usize = 256;
 /// Most that is stored if nothing else is said.
 pub const LIMIT: u64 = 20_000_000_000;
 
