@@ -1,5 +1,6 @@
 //! A model's forward pass from its parts: hidden states, loss, logits, log-probabilities.
 
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
@@ -147,19 +148,19 @@ pub fn hidden(model: &dyn Model, batch: &Batch, pass: &Pass) -> Tensor<2> {
 }
 
 /// The hidden states that `side` reads, without a graph, each computed when it is asked for.
-pub fn states<'a>(
+pub fn states<'a, B: Borrow<Batch> + 'a>(
     model: &'a dyn Model,
-    batch: &'a Batch,
+    batch: B,
     side: &'a dyn SideAdapter,
     pass: &Pass,
-) -> impl Iterator<Item = Tensor<2>> + 'a {
+) -> impl Iterator<Item = Tensor<2>> + use<'a, B> {
     let pass = Pass {
         training: false,
         ..pass.untracked()
     };
-    let x = embed(model, batch, &pass);
+    let x = embed(model, batch.borrow(), &pass);
     states_through(model, side, x, move |index, x| {
-        layer(model, index, x, batch, &pass)
+        layer(model, index, x, batch.borrow(), &pass)
     })
 }
 
@@ -191,12 +192,8 @@ fn steady_states<'a>(
     side: &'a dyn SideAdapter,
 ) -> impl Iterator<Item = Tensor<2>> + use<'a> {
     let (batch, tokens) = (batch.steady(), batch.ids.len());
-    let pass = Pass::inference(&model.device());
-    let x = embed(model, &batch, &pass);
     let is_filled = batch.ids.len() > tokens;
-    let states = states_through(model, side, x, move |index, x| {
-        layer(model, index, x, &batch, &pass)
-    });
+    let states = states(model, batch, side, &Pass::inference(&model.device()));
     states.map(move |x| match is_filled {
         true => {
             let width = x.dims()[1];

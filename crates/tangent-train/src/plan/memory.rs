@@ -15,7 +15,6 @@ use super::metered;
 use super::survey::{MicroBatch, Survey};
 use super::trained::{Costed, costs, lowest_layer, trains_embedding};
 use super::{Draft, Form, evaluated};
-use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -97,10 +96,8 @@ impl Beside {
         let side = model.whole().side.as_ref()?;
         let read = (0..=model.layers()).filter(|&state| side.reads(state));
         let stored = || {
-            let rows: Vec<_> = activations::distinct(draft.train).into_keys().collect();
-            let longest = rows.iter().map(|row| row.len()).max();
-            let groups = Survey::of_groups(activations::groups(&rows));
-            [groups.largest.tokens, longest.unwrap_or(0)]
+            let survey = Survey::of_stored(draft.train);
+            [survey.largest.tokens, survey.longest_row]
         };
         Some(Self {
             states: read.count() * model.head().weight.cols(),

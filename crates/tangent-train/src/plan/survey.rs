@@ -3,6 +3,7 @@
 use tangent_model::DistinctTokens;
 
 use super::{batch_tokens, calibration};
+use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::sampler::{StepRows, epoch_steps, total_steps};
@@ -122,8 +123,15 @@ impl Survey {
         }))
     }
 
+    /// The same of rows whose hidden states are stored, in the groups that are computed together, and
+    /// the longest row.
+    pub fn of_stored(train: &[Example]) -> Self {
+        let rows: Vec<_> = activations::distinct(train).into_keys().collect();
+        Self::of_groups(activations::groups(&rows))
+    }
+
     /// The same of groups of rows that are given as what is computed of them.
-    pub fn of_groups<'a>(groups: impl IntoIterator<Item: AsRef<[&'a [u32]]>>) -> Self {
+    fn of_groups<'a>(groups: impl IntoIterator<Item: AsRef<[&'a [u32]]>>) -> Self {
         let mut survey = Self::default();
         for rows in groups {
             let rows = rows.as_ref();
@@ -131,7 +139,10 @@ impl Survey {
             for row in rows {
                 distinct.add(row);
             }
-            let all: usize = rows.iter().map(|row| row.len()).sum();
+            let lengths = rows.iter().map(|row| row.len());
+            let longest = lengths.clone().max().unwrap_or(0);
+            survey.longest_row = survey.longest_row.max(longest);
+            let all: usize = lengths.sum();
             let share = distinct.count() as f64 / all.max(1) as f64;
             let squares = rows.iter().map(|row| (row.len() as f64).powi(2));
             survey.micro_batches += 1;

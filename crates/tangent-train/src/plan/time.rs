@@ -17,7 +17,6 @@ use super::metered;
 use super::survey::{Alone, Survey, pairs, targets};
 use super::trained::{costs, linear_maps, low_rank_maps, lowest_layer};
 use super::{Draft, Form, TrainedSite, evaluated};
-use crate::activations;
 use crate::config::TrainConfig;
 use crate::data::Example;
 use crate::error::TrainError;
@@ -193,8 +192,7 @@ impl Work {
     pub fn of_start(&self, draft: &Draft<'_>, config: &TrainConfig) -> Result<f64, TrainError> {
         let states = match self.beside {
             Some(Beside { stored: true, .. }) => {
-                let rows: Vec<_> = activations::distinct(draft.train).into_keys().collect();
-                self.through_layers(&Survey::of_groups(activations::groups(&rows)))
+                self.through_layers(&Survey::of_stored(draft.train))
             }
             _ => 0.0,
         };
