@@ -169,7 +169,9 @@ impl Weights {
         Ok(self.stored(name, &[len])?.convert(StoredType::F32))
     }
 
-    /// Refuses tensors that the model did not ask for: the model would compute something else.
+    /// Refuses tensors that the model did not ask for: the model would compute something else. Then
+    /// the files' pages need not stay in memory: those of weights that were converted are not used
+    /// again, and reading a weight may bring back those of its neighbors.
     ///
     /// # Errors
     /// Naming the tensors.
@@ -190,14 +192,20 @@ impl Weights {
             .filter(|name| !used.contains(*name) && !harmless(name))
             .cloned()
             .collect();
-        if unused.is_empty() {
-            return Ok(());
+        if !unused.is_empty() {
+            return Err(ModelError::UnusedTensors {
+                path: self.path.clone(),
+                count: unused.len(),
+                first: unused.into_iter().take(5).collect(),
+            });
         }
-        Err(ModelError::UnusedTensors {
-            path: self.path.clone(),
-            count: unused.len(),
-            first: unused.into_iter().take(5).collect(),
-        })
+        match &*self.source {
+            Source::Safetensors(tensors) => {
+                tensors.values().for_each(|one| one.map.leave(&one.range));
+            }
+            Source::Gguf { file, .. } => file.map.leave(&(0..file.map.len())),
+        }
+        Ok(())
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<FrozenMatrix, ModelError> {
