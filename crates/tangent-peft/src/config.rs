@@ -45,13 +45,51 @@ impl FromStr for BiasMode {
     }
 }
 
-/// Whether a method reads a setting.
+/// Which methods read a setting.
+#[derive(Clone, Copy)]
 enum Reads {
-    /// If it lists it.
+    /// Those that list it.
     If(Common),
-    /// Unless this is so.
-    Unless(bool),
+    /// Those that let sites be chosen.
+    OfSites,
+    /// Those whose files have tensors of modules.
+    OfModules,
+    /// Those that train less than the whole model.
+    OfPart,
 }
+
+impl Reads {
+    fn by(self, method: &Method) -> bool {
+        let bare = || method.peft.as_ref().is_some_and(|kind| !kind.of_modules);
+        match self {
+            Self::If(common) => method.reads.contains(&common),
+            Self::OfSites => !method.targets.is_empty(),
+            Self::OfModules => !method.whole_model && !bare(),
+            Self::OfPart => !method.whole_model,
+        }
+    }
+}
+
+/// Settings that not every method reads, by their names in files.
+const READS: [(&str, Reads); 14] = [
+    ("rank", Reads::If(Common::Rank)),
+    ("alpha", Reads::If(Common::Alpha)),
+    ("use_rslora", Reads::If(Common::Rslora)),
+    ("dropout", Reads::If(Common::Dropout)),
+    ("init", Reads::If(Common::Init)),
+    ("rank_pattern", Reads::If(Common::Patterns)),
+    ("alpha_pattern", Reads::If(Common::Patterns)),
+    ("bias", Reads::If(Common::Bias)),
+    ("trainable_token_indices", Reads::If(Common::TokenRows)),
+    ("target_modules", Reads::OfSites),
+    ("exclude_modules", Reads::OfSites),
+    ("layers_to_transform", Reads::OfSites),
+    ("modules_to_save", Reads::OfModules),
+    (OWN, Reads::OfPart),
+];
+
+/// The settings of a method's own, together.
+const OWN: &str = "set";
 
 /// What to attach and where.
 #[derive(Clone, Debug, PartialEq)]
@@ -224,99 +262,78 @@ impl AdapterConfig {
     fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
         let default = Self::default();
         let whole = method.whole_model;
-        let untargeted = method.targets.is_empty();
-        let bare = method.peft.as_ref().is_some_and(|kind| !kind.of_modules);
-        // Name, who reads it, whether it is at its default, value.
-        let settings: [(&'static str, Reads, bool, String); 12] = [
+        // Name, whether it is at its default, value. Of rank and alpha only what is typed could be
+        // refused: their defaults are the method's.
+        let settings: [(&'static str, bool, String); 12] = [
             (
                 "use_rslora",
-                Reads::If(Common::Rslora),
                 self.use_rslora == default.use_rslora,
                 self.use_rslora.to_string(),
             ),
             (
                 "dropout",
-                Reads::If(Common::Dropout),
                 self.dropout == default.dropout,
                 self.dropout.to_string(),
             ),
-            (
-                "init",
-                Reads::If(Common::Init),
-                self.init == default.init,
-                self.init.clone(),
-            ),
+            ("init", self.init == default.init, self.init.clone()),
             (
                 "rank_pattern",
-                Reads::If(Common::Patterns),
                 self.rank_pattern == default.rank_pattern,
                 format!("{:?}", self.rank_pattern),
             ),
             (
                 "alpha_pattern",
-                Reads::If(Common::Patterns),
                 self.alpha_pattern == default.alpha_pattern,
                 format!("{:?}", self.alpha_pattern),
             ),
             (
                 "bias",
-                Reads::If(Common::Bias),
                 self.bias == default.bias,
                 self.bias.name().to_owned(),
             ),
             (
                 "trainable_token_indices",
-                Reads::If(Common::TokenRows),
                 self.trainable_tokens == default.trainable_tokens,
                 format!("{:?}", self.trainable_tokens),
             ),
             (
                 "target_modules",
-                Reads::Unless(untargeted),
                 self.targets == default.targets,
                 self.targets.text(),
             ),
             (
                 "exclude_modules",
-                Reads::Unless(untargeted),
                 self.exclude == default.exclude,
                 self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
             ),
             (
                 "layers_to_transform",
-                Reads::Unless(untargeted),
                 self.layers == default.layers,
                 format!("{:?}", self.layers),
             ),
             (
                 "modules_to_save",
-                Reads::Unless(whole || bare),
                 self.modules_to_save == default.modules_to_save,
                 self.modules_to_save.join(", "),
             ),
-            (
-                "method settings",
-                Reads::Unless(whole),
-                self.own.is_empty(),
-                format!("{:?}", self.own),
-            ),
+            (OWN, self.own.is_empty(), format!("{:?}", self.own)),
         ];
-        let is_read = |reads: &Reads| match reads {
-            Reads::If(common) => method.reads.contains(common),
-            Reads::Unless(not) => !not,
-        };
-        let mut set = settings
+        let typed = settings
             .into_iter()
-            .filter(|(_, reads, is_default, _)| !is_read(reads) && !is_default);
-        match set.next() {
+            .filter(|(_, is_default, _)| !is_default);
+        let mut unread = typed.filter_map(|(setting, _, value)| {
+            let reads = reads(setting).filter(|reads| !reads.by(method))?;
+            Some((setting, reads, value))
+        });
+        match unread.next() {
             None => Ok(()),
-            Some((setting, Reads::If(common), _, value)) if !whole => Err(PeftError::Unread {
+            Some((setting, Reads::If(common), value)) if !whole => Err(PeftError::Unread {
                 setting,
                 value,
                 method: method.id,
                 readers: methods::readers(common),
             }),
-            Some((setting, _, _, value)) => Err(PeftError::Setting {
+            Some((setting, _, value)) => Err(PeftError::Setting {
                 setting,
                 value,
                 why: match whole {
@@ -356,6 +373,17 @@ impl AdapterConfig {
         let divisor = if self.use_rslora { rank.sqrt() } else { rank };
         Ok((alpha / divisor) as f32)
     }
+}
+
+fn reads(setting: &str) -> Option<Reads> {
+    let mut found = READS.iter().filter(|(name, _)| *name == setting);
+    found.next().map(|(_, reads)| *reads)
+}
+
+/// Whether a method reads a common setting, called as in files; all read what has no list of
+/// readers.
+pub fn is_read(setting: &str, method: &Method) -> bool {
+    reads(setting).is_none_or(|reads| reads.by(method))
 }
 
 /// PEFT's rule: the key matches at the end of the path, after a dot or from its start.

@@ -28,6 +28,29 @@ fn a_plan_counts_what_trains_without_its_start_values() {
 }
 
 #[test]
+fn settings_of_a_run_are_those_that_its_method_reads() {
+    let place = Place::new();
+    let common = ["rank", "alpha", "init", "dropout", "rank_pattern", "bias"];
+    for (method, read) in [
+        ("lora", &common[..]),
+        ("loha", &["rank", "alpha", "rank_pattern"]),
+        ("monarch", &["rank", "dropout"]),
+        ("lst --set reduction_factor=2", &["dropout"]),
+        ("norms", &[]),
+        ("full", &[]),
+    ] {
+        let line = format!("plan {RUN} --method {method} --json");
+        let plan = place.run(&line).json();
+        let told = plan["settings"].as_object().unwrap();
+        for name in common {
+            let is_read = read.contains(&name);
+            assert_eq!(told.contains_key(name), is_read, "{method}: {name}");
+        }
+        assert_eq!(told.contains_key("set"), method != "full", "{method}");
+    }
+}
+
+#[test]
 fn a_plan_tells_the_run_and_writes_nothing() {
     let place = Place::new();
     let line = format!("{RUN} --eval-data rows.jsonl --output run");

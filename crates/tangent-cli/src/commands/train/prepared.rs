@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tangent_model::LanguageModel;
 use tangent_peft::{
     Adapter, AdapterConfig, PeftError, Start, attach_all, check_combination, check_patterns, init,
-    methods, peft_format,
+    is_read, methods, peft_format,
 };
 use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
@@ -153,7 +153,7 @@ impl Prepared {
             "train_on": args.data_args.train_on.to_string(),
         });
         let of_part = |(part, adapter): (usize, &AdapterConfig)| -> Result<Value, Failure> {
-            let mut settings = method_settings(adapter, &self.sites_of(part));
+            let mut settings = method_settings(adapter, &self.sites_of(part))?;
             let rows = evidence::rows(adapter)?;
             if rows.most > 0 {
                 let looked_at = Evidence::first(&self.train, config, rows).rows();
@@ -200,9 +200,11 @@ impl Prepared {
     }
 }
 
-/// The settings of a method, which a resumed run must repeat; `sites` are those that it adapts.
-fn method_settings(a: &AdapterConfig, sites: &[String]) -> Value {
-    json!({
+/// The settings that a method reads, which a resumed run must repeat; `sites` are those that it
+/// adapts.
+fn method_settings(a: &AdapterConfig, sites: &[String]) -> Result<Value, Failure> {
+    let method = methods::find(&a.method)?;
+    let mut settings = json!({
         "method": a.method,
         "rank": a.rank,
         "alpha": decimal(a.alpha),
@@ -216,7 +218,11 @@ fn method_settings(a: &AdapterConfig, sites: &[String]) -> Value {
         "bias": a.bias.name(),
         "modules_to_save": a.modules_to_save,
         "trainable_token_indices": a.trainable_tokens,
-    })
+    });
+    if let Value::Object(settings) = &mut settings {
+        settings.retain(|name, _| is_read(name, method));
+    }
+    Ok(settings)
 }
 
 /// Checks the settings of an adapter against the model.
