@@ -70,27 +70,6 @@ impl Reads {
     }
 }
 
-/// Settings that not every method reads, by their names in files.
-const READS: [(&str, Reads); 14] = [
-    ("rank", Reads::If(Common::Rank)),
-    ("alpha", Reads::If(Common::Alpha)),
-    ("use_rslora", Reads::If(Common::Rslora)),
-    ("dropout", Reads::If(Common::Dropout)),
-    ("init", Reads::If(Common::Init)),
-    ("rank_pattern", Reads::If(Common::Patterns)),
-    ("alpha_pattern", Reads::If(Common::Patterns)),
-    ("bias", Reads::If(Common::Bias)),
-    ("trainable_token_indices", Reads::If(Common::TokenRows)),
-    ("target_modules", Reads::OfSites),
-    ("exclude_modules", Reads::OfSites),
-    ("layers_to_transform", Reads::OfSites),
-    ("modules_to_save", Reads::OfModules),
-    (OWN, Reads::OfPart),
-];
-
-/// The settings of a method's own, together.
-const OWN: &str = "set";
-
 /// What to attach and where.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
@@ -255,85 +234,124 @@ impl AdapterConfig {
             })
     }
 
-    /// Refuses settings that the method does not read.
+    /// Names, as in files, of the settings that the method does not read.
     ///
     /// # Errors
-    /// Naming the first that differs from its default.
-    fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
+    /// If there is no such method.
+    pub fn unread(&self) -> Result<Vec<&'static str>, PeftError> {
+        let method = methods::find(&self.method)?;
+        let settings = self.not_read_by_all().into_iter();
+        let unread = settings.filter(|(_, reads, ..)| !reads.by(method));
+        Ok(unread.map(|(name, ..)| name).collect())
+    }
+
+    /// Settings that not every method reads: name, who reads it, whether it is at its default,
+    /// value.
+    fn not_read_by_all(&self) -> [(&'static str, Reads, bool, String); 14] {
         let default = Self::default();
-        let whole = method.whole_model;
-        // Name, whether it is at its default, value. Of rank and alpha only what is typed could be
-        // refused: their defaults are the method's.
-        let settings: [(&'static str, bool, String); 12] = [
+        [
+            // The defaults of these two are the method's; whoever typed them checks that.
+            ("rank", Reads::If(Common::Rank), true, self.rank.to_string()),
+            (
+                "alpha",
+                Reads::If(Common::Alpha),
+                true,
+                self.alpha.to_string(),
+            ),
             (
                 "use_rslora",
+                Reads::If(Common::Rslora),
                 self.use_rslora == default.use_rslora,
                 self.use_rslora.to_string(),
             ),
             (
                 "dropout",
+                Reads::If(Common::Dropout),
                 self.dropout == default.dropout,
                 self.dropout.to_string(),
             ),
-            ("init", self.init == default.init, self.init.clone()),
+            (
+                "init",
+                Reads::If(Common::Init),
+                self.init == default.init,
+                self.init.clone(),
+            ),
             (
                 "rank_pattern",
+                Reads::If(Common::Patterns),
                 self.rank_pattern == default.rank_pattern,
                 format!("{:?}", self.rank_pattern),
             ),
             (
                 "alpha_pattern",
+                Reads::If(Common::Patterns),
                 self.alpha_pattern == default.alpha_pattern,
                 format!("{:?}", self.alpha_pattern),
             ),
             (
                 "bias",
+                Reads::If(Common::Bias),
                 self.bias == default.bias,
                 self.bias.name().to_owned(),
             ),
             (
                 "trainable_token_indices",
+                Reads::If(Common::TokenRows),
                 self.trainable_tokens == default.trainable_tokens,
                 format!("{:?}", self.trainable_tokens),
             ),
             (
                 "target_modules",
+                Reads::OfSites,
                 self.targets == default.targets,
                 self.targets.text(),
             ),
             (
                 "exclude_modules",
+                Reads::OfSites,
                 self.exclude == default.exclude,
                 self.exclude.as_ref().map(Targets::text).unwrap_or_default(),
             ),
             (
                 "layers_to_transform",
+                Reads::OfSites,
                 self.layers == default.layers,
                 format!("{:?}", self.layers),
             ),
             (
                 "modules_to_save",
+                Reads::OfModules,
                 self.modules_to_save == default.modules_to_save,
                 self.modules_to_save.join(", "),
             ),
-            (OWN, self.own.is_empty(), format!("{:?}", self.own)),
-        ];
-        let typed = settings
+            (
+                "set",
+                Reads::OfPart,
+                self.own.is_empty(),
+                format!("{:?}", self.own),
+            ),
+        ]
+    }
+
+    /// Refuses settings that the method does not read.
+    ///
+    /// # Errors
+    /// Naming the first that differs from its default.
+    fn refuse_unread(&self, method: &Method) -> Result<(), PeftError> {
+        let whole = method.whole_model;
+        let mut set = self
+            .not_read_by_all()
             .into_iter()
-            .filter(|(_, is_default, _)| !is_default);
-        let mut unread = typed.filter_map(|(setting, _, value)| {
-            let reads = reads(setting).filter(|reads| !reads.by(method))?;
-            Some((setting, reads, value))
-        });
-        match unread.next() {
+            .filter(|(_, reads, is_default, _)| !reads.by(method) && !is_default);
+        match set.next() {
             None => Ok(()),
-            Some((setting, Reads::If(common), value)) if !whole => Err(PeftError::Unread {
+            Some((setting, Reads::If(common), _, value)) if !whole => Err(PeftError::Unread {
                 setting,
                 value,
                 method: method.id,
                 readers: methods::readers(common),
             }),
-            Some((setting, _, value)) => Err(PeftError::Setting {
+            Some((setting, _, _, value)) => Err(PeftError::Setting {
                 setting,
                 value,
                 why: match whole {
@@ -373,17 +391,6 @@ impl AdapterConfig {
         let divisor = if self.use_rslora { rank.sqrt() } else { rank };
         Ok((alpha / divisor) as f32)
     }
-}
-
-fn reads(setting: &str) -> Option<Reads> {
-    let mut found = READS.iter().filter(|(name, _)| *name == setting);
-    found.next().map(|(_, reads)| *reads)
-}
-
-/// Whether a method reads a common setting, called as in files; all read what has no list of
-/// readers.
-pub fn is_read(setting: &str, method: &Method) -> bool {
-    reads(setting).is_none_or(|reads| reads.by(method))
 }
 
 /// PEFT's rule: the key matches at the end of the path, after a dot or from its start.

@@ -24,7 +24,7 @@ pub use adapter::{
     Adapted, Adapter, Pair, Scope, Start, attach, attach_all, attach_from, check_combination,
     check_patterns, detach,
 };
-pub use config::{AdapterConfig, BiasMode, is_read};
+pub use config::{AdapterConfig, BiasMode};
 pub use controller::Controller;
 pub use error::PeftError;
 pub use importances::Importances;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tangent_model::LanguageModel;
 use tangent_peft::{
     Adapter, AdapterConfig, PeftError, Start, attach_all, check_combination, check_patterns, init,
-    is_read, methods, peft_format,
+    methods, peft_format,
 };
 use tangent_train::config::{TrainConfig, decimal};
 use tangent_train::data::Example;
@@ -203,7 +203,7 @@ impl Prepared {
 /// The settings that a method reads, which a resumed run must repeat; `sites` are those that it
 /// adapts.
 fn method_settings(a: &AdapterConfig, sites: &[String]) -> Result<Value, Failure> {
-    let method = methods::find(&a.method)?;
+    let unread = a.unread()?;
     let mut settings = json!({
         "method": a.method,
         "rank": a.rank,
@@ -220,7 +220,7 @@ fn method_settings(a: &AdapterConfig, sites: &[String]) -> Result<Value, Failure
         "trainable_token_indices": a.trainable_tokens,
     });
     if let Value::Object(settings) = &mut settings {
-        settings.retain(|name, _| is_read(name, method));
+        settings.retain(|name, _| !unread.contains(&name.as_str()));
     }
     Ok(settings)
 }
